@@ -1,0 +1,30 @@
+"""NoRA, nested low-rank adaptation (arXiv 2408.10280), as a PEFT method.
+
+Importing this package registers ``NORA`` with PEFT; after that every PEFT, transformers and diffusers call that takes a
+config or a saved adapter knows it.
+"""
+
+from .registration import ensure_peft_type, register
+
+ensure_peft_type()  # the config names the type when it is constructed, so the type must exist before
+
+from .calibration import attached_statistics, calibration_mask, preprocess_nora  # noqa: E402
+from .config import NoraConfig  # noqa: E402
+from .files import inner_prefixes, load_inner, save_inner  # noqa: E402
+from .layer import NoraLinear  # noqa: E402
+from .model import NoraModel, fold_nora  # noqa: E402
+
+register(NoraConfig, NoraModel)
+
+__all__ = [
+    "NoraConfig",
+    "NoraLinear",
+    "NoraModel",
+    "attached_statistics",
+    "calibration_mask",
+    "fold_nora",
+    "inner_prefixes",
+    "load_inner",
+    "preprocess_nora",
+    "save_inner",
+]

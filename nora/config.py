@@ -1,0 +1,192 @@
+"""NoraConfig: every choice of the method, checked on construction."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
+
+from peft.config import PeftConfig
+from peft.utils.other import get_pattern_key
+from peft.utils.peft_types import PeftType
+
+DEFAULT_OUTER_MULTIPLE = 8
+
+_CHOICES = {
+    "outer_init": ("awsvd", "svd", "random"),
+    "awsvd_stat": ("mean_abs", "rms", "weight"),
+    "sigma_side": ("B", "A", "both"),
+    "inner_init": ("matched", "normal", "zero_uniform"),
+}
+
+
+class LayerRanks(NamedTuple):
+    """What one layer gets: ``r`` (the update's rank), ``outer_r``, ``alpha``, and whether outer_r was cut to fit."""
+
+    r: int
+    outer_r: int
+    alpha: float
+    cut: bool
+
+
+@dataclass
+class NoraConfig(PeftConfig):
+    """Configuration of NoRA, ``h = W x + s B B' A' A x`` (arXiv 2408.10280), s = nora_alpha / r.
+
+    Args:
+        r: rank of the update: the paper's r'. Trained parameters per layer are ``2 r outer_r``.
+        outer_r: outer rank, the paper's r: the width of the frozen pair A (outer_r, n), B (m, outer_r). None means 8 r,
+            or a layer's smaller side where that is less (logged once); a number that a layer can't hold is refused.
+        nora_alpha: s = nora_alpha / r. None means r, that is s = 1, which is what the paper always uses.
+        target_modules: names, a regular expression, or "all-linear", as in every PEFT method. ``nn.Linear`` and
+            transformers' ``Conv1D``.
+        outer_init: "awsvd" (activation-aware SVD of W), "svd", or "random" (Gaussian at the SVD's Frobenius norms).
+        awsvd_gamma: exponent of the statistic in S: 0.5 in the paper's Eq. 3, 1.0 in the authors' code.
+        awsvd_stat: what S measures per input channel: "mean_abs" or "rms" of the activations (both need
+            `preprocess_nora`), or "weight", the data-free mean |W| of the channel's column.
+        sigma_side: where Σ goes: "B" (the paper), "A" or "both" (√Σ each).
+        outer_seed: seed of outer_init="random".
+        inner_init: "matched" (B' = 0, A' at the scale that gives a rank-4 LoRA's first step; starts at the base model),
+            "normal" (the paper: both N(0, inner_std²)) or "zero_uniform" (B' = 0, A' uniform on ±1/√outer_r).
+            The paper's third, diag(Σ)‖diag(Σ), is refused: it starts at ΔW ≈ W², which destroys the model unless
+            W − ΔW(0) replaces the base weight, and this package never changes the base.
+        inner_std: standard deviation of inner_init="normal". The paper gives none.
+        nora_dropout: dropout on the layer's input, on the adapter's path only.
+        rank_pattern, outer_rank_pattern, alpha_pattern: module name or pattern -> r, outer_r, nora_alpha for it.
+        init_weights: False draws both inner factors so that the update is random and clearly non-zero (for tests).
+        modules_to_save, exclude_modules, layers_to_transform, layers_pattern: as in every PEFT method.
+        stats_in_file: set by saving: the AwSVD statistics come with the weights, so injection waits for them. Never set
+            it by hand.
+
+    Raises:
+        ValueError: for a value outside its limits, on construction.
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank of the update (the paper's r')."})
+    outer_r: int | None = field(default=None, metadata={"help": "Outer rank (the paper's r); None means 8 r."})
+    nora_alpha: float | None = field(default=None, metadata={"help": "s = nora_alpha / r; None means s = 1."})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to adapt."})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
+    outer_init: str = field(default="awsvd", metadata={"help": "awsvd, svd or random."})
+    awsvd_gamma: float = field(default=0.5, metadata={"help": "Exponent of the statistic in S."})
+    awsvd_stat: str = field(default="mean_abs", metadata={"help": "mean_abs, rms or weight."})
+    sigma_side: str = field(default="B", metadata={"help": "B, A or both."})
+    outer_seed: int = field(default=0, metadata={"help": 'Seed of outer_init="random".'})
+    inner_init: str = field(default="matched", metadata={"help": "matched, normal or zero_uniform."})
+    inner_std: float = field(default=0.01, metadata={"help": 'Standard deviation of inner_init="normal".'})
+    nora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Module pattern -> r."})
+    outer_rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Module pattern -> outer_r."})
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "Module pattern -> nora_alpha."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Further modules to train and save."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the layers' ModuleList."})
+    init_weights: bool = field(default=True, metadata={"help": "False starts at a random, non-zero update."})
+    stats_in_file: bool = field(default=False, metadata={"help": "Set by saving; never set it by hand."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.NORA
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        self._check_choices()
+        self._check_numbers()
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} has no effect alone: set layers_to_transform too, or drop it"
+            )
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError(
+                f"layers_to_transform={self.layers_to_transform} needs target_modules as a list of names, not the "
+                f"pattern {self.target_modules!r}: pass a list, or put the layer indices into the pattern"
+            )
+
+    def _check_choices(self) -> None:
+        if self.inner_init == "diag":
+            raise ValueError(
+                'inner_init="diag" starts at an update as large as the weight itself and needs the residual base '
+                'W - ΔW(0), which is not supported: use "matched", "normal" or "zero_uniform"'
+            )
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} is not known: choose one of {', '.join(allowed)}")
+
+    def _check_numbers(self) -> None:
+        for name, rank in [("r", self.r), ("outer_r", self.outer_r)]:
+            if rank is not None:
+                _check_rank(name, rank)
+        for name in ("rank_pattern", "outer_rank_pattern"):
+            for pattern, rank in getattr(self, name).items():
+                _check_rank(f"{name}[{pattern!r}]", rank)
+        if self.outer_r is not None and self.r > self.outer_r:
+            raise ValueError(
+                f"r={self.r} exceeds outer_r={self.outer_r}: the update lives between the outer factors, so lower r to "
+                f"at most {self.outer_r} or raise outer_r"
+            )
+        alphas = {"nora_alpha": self.nora_alpha} | {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}
+        for name, alpha in alphas.items():
+            if alpha is not None and not (_is_number(alpha) and alpha > 0):
+                raise ValueError(f"{name}={alpha!r} must be a number above 0: leave it at None for s = 1")
+        if not (_is_number(self.awsvd_gamma) and self.awsvd_gamma >= 0):
+            raise ValueError(f"awsvd_gamma={self.awsvd_gamma!r} must be at least 0: 0.5 is the paper's")
+        if not (_is_number(self.inner_std) and self.inner_std > 0):
+            raise ValueError(f"inner_std={self.inner_std!r} must be above 0: 0.01 is the default")
+        if not (_is_number(self.nora_dropout) and 0 <= self.nora_dropout < 1):
+            raise ValueError(f"nora_dropout={self.nora_dropout!r} must be at least 0 and below 1")
+        if not (isinstance(self.outer_seed, int) and 0 <= self.outer_seed < 2**32):
+            raise ValueError(f"outer_seed={self.outer_seed!r} must be an integer from 0 to 2**32 - 1")
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the outer factors depend on activations, so that `preprocess_nora` must run before injection."""
+        return self.outer_init == "awsvd" and self.awsvd_stat != "weight"
+
+    def layer_ranks(self, name: str, shape: tuple[int, int]) -> LayerRanks:
+        """Ranks and alpha of the module ``name`` with weight shape (out, in).
+
+        Raises:
+            ValueError: if the layer can't hold them, with its name, the value, the limit and the fix.
+        """
+        r = self.rank_pattern.get(get_pattern_key(self.rank_pattern, name), self.r)
+        outer_r = self.outer_rank_pattern.get(get_pattern_key(self.outer_rank_pattern, name), self.outer_r)
+        alpha = self.alpha_pattern.get(get_pattern_key(self.alpha_pattern, name), self.nora_alpha)
+        side = min(shape)
+        limit, cut = f"min(out, in)={side}", False
+        if outer_r is None:
+            outer_r, cut = min(DEFAULT_OUTER_MULTIPLE * r, side), DEFAULT_OUTER_MULTIPLE * r > side
+        elif outer_r > side:
+            raise ValueError(
+                f"outer_r={outer_r} exceeds {limit} at {name}: lower outer_r, set outer_rank_pattern for it, "
+                "or leave that module out of target_modules"
+            )
+        else:
+            limit = f"outer_r={outer_r}"
+        if r > outer_r:
+            raise ValueError(
+                f"r={r} exceeds {limit} at {name}: lower r, set rank_pattern for it, or leave that module out of "
+                "target_modules"
+            )
+        return LayerRanks(r, outer_r, r if alpha is None else alpha, cut)
+
+    def to_dict(self) -> dict:
+        """Plain values for adapter_config.json; marks that the statistics travel with the weights."""
+        return super().to_dict() | {"stats_in_file": self.needs_statistics}
+
+
+def plain_config(config: NoraConfig) -> dict:
+    """The config's own values, JSON-ready and in a stable order: sets as sorted lists, no paths of the machine."""
+    inherited = {f.name for f in fields(PeftConfig)}
+    values = {name: value for name, value in config.to_dict().items() if name not in inherited}
+    return {k: sorted(v) if isinstance(v, set) else v for k, v in sorted(values.items())}
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_rank(name: str, rank) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"{name}={rank!r} must be an integer of at least 1")

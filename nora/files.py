@@ -1,0 +1,283 @@
+"""The inner-only file: two small matrices per layer, and what is needed to find their basis again.
+
+One safetensors file. Tensors, for each component prefix ("unet", "text_encoder", …) and module:
+
+    {prefix}.{module}.lora_A.weight   A' (r', r)
+    {prefix}.{module}.lora_B.weight   B' (r, r')
+    {prefix}.{module}.awsvd_stats     float16 statistic (n,), in units of its mean; one per distinct input
+
+Header: `format_version`; `nora_config`, JSON of prefix -> config; `fingerprints`, JSON of "{prefix}.{module}" -> sketches
+of W, A and B; `awsvd_stats_aliases`, JSON of "{prefix}.{module}" -> the module that holds its statistic. Any further
+metadata is the caller's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from peft import inject_adapter_in_model
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from .cache import write_safetensors
+from .config import NoraConfig, plain_config
+from .layer import NoraLinear, oriented_weight
+from .model import check_layer, find_targets, nora_layers, ready_bases
+from .outer import FOLDED_FILE, Basis, build_basis, check_base, check_basis
+
+FORMAT_VERSION = 1
+_HEADER_KEYS = ("format_version", "nora_config", "fingerprints", "awsvd_stats_aliases")
+_STATS_SUFFIX = ".awsvd_stats"
+
+
+class InnerFile(NamedTuple):
+    """A parsed file. Keys of the inner maps are "{prefix}.{module}"."""
+
+    configs: dict[str, NoraConfig]
+    inner_A: dict[str, torch.Tensor]
+    inner_B: dict[str, torch.Tensor]
+    statistics: dict[str, torch.Tensor]
+    fingerprints: dict[str, torch.Tensor]
+
+
+def save_inner(
+    path: str | os.PathLike,
+    components: Mapping[str, nn.Module],
+    adapter_name: str = "default",
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write the trained inner factors of the components, atomically.
+
+    Args:
+        path: the file.
+        components: key prefix -> model with the NoRA adapter inside, e.g. ``{"unet": unet}``.
+        adapter_name: which adapter.
+        metadata: further header entries, string to string.
+        dtype: of A' and B' in the file; None keeps theirs.
+
+    Raises:
+        ValueError: if a component lacks the adapter, still waits for its basis, or also trains modules_to_save, which
+            this file doesn't hold; or if ``metadata`` uses a key of the format.
+    """
+    reserved = sorted(set(metadata or {}) & set(_HEADER_KEYS))
+    if reserved:
+        raise ValueError(f"metadata uses {reserved}, which the file format itself writes: rename them")
+    tensors: dict[str, torch.Tensor] = {}
+    configs, fingerprints, aliases = {}, {}, {}
+    owners: dict[bytes, str] = {}  # content of a statistic -> the module that stores it
+    for prefix, model in components.items():
+        layers = nora_layers(model, adapter_name)
+        if not layers:
+            raise ValueError(f"component {prefix!r} has no NoRA adapter {adapter_name!r}: inject it first")
+        config = model.peft_config[adapter_name]
+        if config.modules_to_save:
+            raise ValueError(
+                f"component {prefix!r} also trains modules_to_save={config.modules_to_save}, which an inner-only file "
+                "doesn't hold: use PEFT's save_pretrained"
+            )
+        configs[prefix] = plain_config(config)
+        for name, layer in layers.items():
+            key = f"{prefix}.{name}"
+            layer.outer(adapter_name)  # refuses an adapter that has no basis yet
+            inner_A, inner_B = layer.nora_inner_A[adapter_name].weight, layer.nora_inner_B[adapter_name].weight
+            tensors[f"{key}.lora_A.weight"] = inner_A.detach().to(dtype or inner_A.dtype)
+            tensors[f"{key}.lora_B.weight"] = inner_B.detach().to(dtype or inner_B.dtype)
+            sketches = layer.nora_fingerprint[adapter_name]
+            fingerprints[key] = [[float(f"{x:.6g}") for x in row] for row in sketches.tolist()]
+            statistic = layer.nora_stats[adapter_name]
+            if statistic is None:
+                continue
+            owner = owners.setdefault(statistic.numpy().tobytes(), key)
+            if owner == key:
+                tensors[key + _STATS_SUFFIX] = statistic
+            else:
+                aliases[key] = owner
+    header = {
+        "format_version": str(FORMAT_VERSION),
+        "nora_config": json.dumps(configs),
+        "fingerprints": json.dumps(fingerprints, separators=(",", ":")),
+        "awsvd_stats_aliases": json.dumps(aliases, separators=(",", ":")),
+    }
+    write_safetensors(Path(path), tensors, {"format": "pt", **(metadata or {}), **header})
+
+
+def inner_prefixes(path: str | os.PathLike) -> list[str]:
+    """The component prefixes that an inner-only file holds, such as ["unet", "text_encoder"].
+
+    Raises:
+        ValueError: if it isn't such a file.
+    """
+    with _open(path) as file:
+        return list(_configs(path, file.metadata()))
+
+
+def load_inner(path: str | os.PathLike, components: Mapping[str, nn.Module], adapter_name: str = "default") -> None:
+    """Inject the adapters of an inner-only file into the components and give them their trained inner factors.
+
+    The outer factors are recomputed from the base weights (or read from the disk cache) and must match the file's
+    fingerprints. Every check comes before the first module is changed, and a failure leaves the components untouched.
+
+    Args:
+        path: a file that `save_inner` wrote.
+        components: key prefix -> base model, for exactly the prefixes in the file (see `inner_prefixes`).
+        adapter_name: name for the adapter; must be new to every component.
+
+    Raises:
+        ValueError: if it isn't such a file or one of a later format; if components, modules, keys or shapes don't agree;
+            if a base weight or an outer pair isn't the one that the adapter was trained with.
+    """
+    inner = _read(path)
+    given, held = set(components), set(inner.configs)
+    if given != held:
+        raise ValueError(
+            f"{path} holds {sorted(held)} but the components given are {sorted(given)}: pass exactly those"
+        )
+    for prefix, model in components.items():
+        if adapter_name in getattr(model, "peft_config", {}):
+            raise ValueError(f"component {prefix!r} already has an adapter {adapter_name!r}: choose another name")
+    targets = {prefix: _matching_targets(path, prefix, model, inner) for prefix, model in components.items()}
+    for prefix, layers in targets.items():  # cheap, so before the first decomposition
+        for name, layer in layers.items():
+            key = f"{prefix}.{name}"
+            check_base(key, layer, inner.fingerprints[key])
+    bases: dict[str, dict[str, Basis]] = {}
+    for prefix, layers in targets.items():
+        bases[prefix] = {}
+        for name, layer in layers.items():
+            key, config = f"{prefix}.{name}", inner.configs[prefix]
+            outer_r = inner.inner_A[key].shape[1]
+            basis = build_basis(name, layer, config, outer_r, inner.statistics.get(key))
+            check_basis(key, basis, inner.fingerprints[key])
+            bases[prefix][name] = basis
+    for prefix, model in components.items():
+        with ready_bases(bases[prefix]):
+            if hasattr(model, "add_adapter"):  # so that diffusers and transformers know of the adapter
+                model.add_adapter(inner.configs[prefix], adapter_name=adapter_name)
+            else:
+                inject_adapter_in_model(inner.configs[prefix], model, adapter_name)
+        for name, layer in nora_layers(model, adapter_name).items():
+            _set_inner(layer, adapter_name, inner, f"{prefix}.{name}")
+
+
+@torch.no_grad()
+def _set_inner(layer: NoraLinear, adapter_name: str, inner: InnerFile, key: str) -> None:
+    layer.nora_inner_A[adapter_name].weight.copy_(inner.inner_A[key])
+    layer.nora_inner_B[adapter_name].weight.copy_(inner.inner_B[key])
+
+
+def _matching_targets(path, prefix: str, model: nn.Module, inner: InnerFile) -> dict[str, nn.Module]:
+    """The component's target layers, after checking that the file has exactly these, with the right shapes."""
+    config = inner.configs[prefix]
+    layers = find_targets(model, config)
+    stored = {key for key in inner.inner_A if key.startswith(f"{prefix}.") and _prefix_of(key, inner.configs) == prefix}
+    wanted = {f"{prefix}.{name}" for name in layers}
+    if stored - wanted:
+        raise ValueError(
+            f"{path} has weights for {min(stored - wanted)} ({len(stored - wanted)} in all), which the given base "
+            "doesn't have as a target: load the base that the adapter was trained on"
+        )
+    if wanted - stored:
+        raise ValueError(
+            f"{path} lacks the weights of {min(wanted - stored)} ({len(wanted - stored)} in all), which its config "
+            "targets in the given base: load the base that the adapter was trained on, or save the adapter again"
+        )
+    for name, layer in layers.items():
+        key = f"{prefix}.{name}"
+        if any(parameter.is_meta for parameter in layer.parameters()):
+            raise ValueError(
+                f"{key} has no weight (meta device), and the outer factors come from it: load the base first"
+            )
+        check_layer(key, layer, config)
+        m, n = oriented_weight(layer).shape
+        ranks = config.layer_ranks(name, (m, n))
+        found = tuple(inner.inner_A[key].shape), tuple(inner.inner_B[key].shape)
+        if found != ((ranks.r, ranks.outer_r), (ranks.outer_r, ranks.r)):
+            raise ValueError(
+                f"{path} has A', B' of shapes {found[0]}, {found[1]} for {key}, and its config asks for "
+                f"{(ranks.r, ranks.outer_r)}, {(ranks.outer_r, ranks.r)}: the base or the file is another one"
+            )
+        if config.needs_statistics:
+            statistic = inner.statistics.get(key)
+            if statistic is None or tuple(statistic.shape) != (n,):
+                size = "none" if statistic is None else f"one of shape {tuple(statistic.shape)}"
+                raise ValueError(
+                    f"{path} should have an AwSVD statistic of shape ({n},) for {key} and has {size}: save the adapter "
+                    f"again, or use the folded file {FOLDED_FILE}"
+                )
+    return layers
+
+
+def _prefix_of(key: str, configs: Mapping[str, NoraConfig]) -> str:
+    """The longest prefix that the key starts with: "text_encoder_2.text_model" before "text_encoder_2"."""
+    matching = [prefix for prefix in configs if key.startswith(f"{prefix}.")]
+    return max(matching, key=len) if matching else ""
+
+
+def _open(path: str | os.PathLike):
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is not a file: pass the inner-only adapter that save_inner wrote")
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a readable safetensors file ({error}): it may be cut off, copy it again"
+        ) from error
+
+
+def _configs(path: str | os.PathLike, header: Mapping[str, str] | None) -> dict[str, NoraConfig]:
+    missing = [key for key in _HEADER_KEYS if key not in (header or {})]
+    if missing:
+        raise ValueError(
+            f"{path} is not an inner-only NoRA file, its header lacks {', '.join(missing)}: a folded or LoRA file is "
+            "loaded with load_lora_weights"
+        )
+    version = header["format_version"]
+    if not version.isdecimal() or int(version) > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format_version {version}, this code reads up to {FORMAT_VERSION}: update the code"
+        )
+    try:
+        return {prefix: NoraConfig(**values) for prefix, values in json.loads(header["nora_config"]).items()}
+    except (TypeError, json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"{path} has a nora_config that can't be read ({error}): save the adapter again") from error
+
+
+def _read(path: str | os.PathLike) -> InnerFile:
+    with _open(path) as file:
+        header = file.metadata()
+        configs = _configs(path, header)
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    inner_A, inner_B, statistics = {}, {}, {}
+    for key, tensor in tensors.items():
+        for suffix, kind in ((".lora_A.weight", inner_A), (".lora_B.weight", inner_B), (_STATS_SUFFIX, statistics)):
+            if key.endswith(suffix):
+                kind[key.removesuffix(suffix)] = tensor
+                break
+        else:
+            raise ValueError(f"{path} has an unexpected key {key}: it was not written by save_inner")
+    for one, other, letter in ((inner_A, inner_B, "B"), (inner_B, inner_A, "A")):
+        unpaired = sorted(set(one) - set(other))
+        if unpaired:
+            raise ValueError(f"{path} lacks the key {unpaired[0]}.lora_{letter}.weight: the file is damaged")
+    foreign = sorted(key for key in inner_A if not _prefix_of(key, configs))
+    if foreign:
+        raise ValueError(f"{path} has an unexpected key {foreign[0]}.lora_A.weight: no config has that prefix")
+    try:
+        fingerprints = {k: torch.tensor(v) for k, v in json.loads(header["fingerprints"]).items()}
+        aliases = dict(json.loads(header["awsvd_stats_aliases"]))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} has fingerprints that can't be read ({error}): save the adapter again") from error
+    unchecked = sorted(set(inner_A) - set(fingerprints))
+    if unchecked:
+        raise ValueError(f"{path} has no fingerprint for {unchecked[0]}, so its basis can't be checked: save it again")
+    for key, owner in aliases.items():
+        if owner not in statistics:
+            raise ValueError(f"{path} lacks the key {owner}{_STATS_SUFFIX}, which {key} refers to: the file is damaged")
+    statistics |= {key: statistics[owner] for key, owner in aliases.items()}
+    return InnerFile(configs, inner_A, inner_B, statistics, fingerprints)

@@ -1,0 +1,178 @@
+"""NoRA's mathematics on plain tensors: no files, no modules, no global random state.
+
+The names are the paper's (NoRA, arXiv 2408.10280): ``h = W x + s B B' A' A x`` with W (m, n), A (r, n), B (m, r) frozen
+and A' (r', r), B' (r, r') trained. ``outer_r`` is its r, ``r`` its r'.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+# Below this ratio sigma_r / sigma_1 the eigenvalues of the Gram matrix (sigma squared) have lost too many of float64's
+# 16 digits to give V = Mᵀ U / sigma, and LAPACK's SVD, 1.8 times slower at 1280 x 1280, takes over.
+GRAM_CONDITION_LIMIT = 1e-6
+# Entries this close to a row's largest magnitude count as tied, so that rounding can't choose the sign.
+SIGN_TIE = 1e-6
+STATISTIC_FLOOR = 1e-3
+REFERENCE_LORA_RANK = 4
+SKETCH_SEED = 2408_10280 % 2**32
+SKETCH_SIZE = 4
+FINGERPRINT_TOLERANCE = 1e-3
+
+
+class OuterFactors(NamedTuple):
+    """The frozen pair: ``A`` (r, n) and ``B`` (m, r), float32."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+
+
+def canonical_statistic(statistic: torch.Tensor) -> torch.Tensor:
+    """Per-channel statistic (n,) in units of its own mean, rounded to float16: the form that is used and stored.
+
+    A global rescale of the statistic cancels in ΔW, and S is a heuristic that half precision serves well; rounding it
+    *before* the factors are computed lets a file hold 2 bytes a channel and still give back exactly the same A and B.
+    The ratio to the mean is at most n, so float16 holds it for every n up to 65504.
+
+    Raises:
+        ValueError: if an entry is negative or not finite, or if all are zero.
+    """
+    statistic = statistic.detach().double()
+    if not bool(torch.isfinite(statistic).all()) or bool((statistic < 0).any()):
+        bad = statistic[~torch.isfinite(statistic) | (statistic < 0)][0].item()
+        raise ValueError(
+            f"a channel's statistic is {bad}, it must be finite and at least 0: look for NaN activations in calibration"
+        )
+    mean = statistic.mean()
+    if mean <= 0:
+        raise ValueError(
+            'every channel\'s statistic is 0, so no channel can be weighted: calibrate on real inputs or use outer_init="svd"'
+        )
+    return (statistic / mean).half()
+
+
+def awsvd_scale(statistic: torch.Tensor, gamma: float, floor: float = STATISTIC_FLOOR) -> torch.Tensor:
+    """Diagonal of S, ``S_j = statistic_j ** gamma`` (n,) float64, floored and with mean 1.
+
+    Eq. 3 has gamma 0.5 (its printed axis is wrong: S is n x n); the authors' code has 1.0. Deviation: the paper leaves
+    dead channels unguarded, and one zero makes S singular; here ``S = max(S, floor * mean(S))``. The unit mean keeps A and
+    B at the weights' own magnitude whatever the activations' units are, which matters in half precision.
+    """
+    scale = statistic.double() ** gamma
+    scale = scale.clamp_min(floor * scale.mean())
+    return scale / scale.mean()
+
+
+def fix_signs(A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flip the pairs (row of A, column of B) so that each row of A has its largest-magnitude entry positive.
+
+    An SVD is unique only up to these signs. Among entries tied to within ``SIGN_TIE`` the first one decides.
+    """
+    magnitude = A.abs()
+    tied = magnitude >= (1 - SIGN_TIE) * magnitude.amax(dim=1, keepdim=True)
+    first = tied.int().argmax(dim=1, keepdim=True)  # (r, 1): argmax of 0/1 gives the first tied entry
+    signs = torch.where(A.gather(1, first) < 0, -1.0, 1.0).to(A.dtype)  # (r, 1)
+    return A * signs, B * signs.T
+
+
+def truncated_svd(M: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Exact leading singular triplets of a float64 matrix (m, n): U (m, r), sigma (r,), Vᵀ (r, n).
+
+    By the eigenvectors of the Gram matrix of the smaller side, or by LAPACK's SVD where that would lose precision.
+    Deviation from the authors' code, whose ``svd_lowrank(niter=2)`` gives another basis on every call.
+    """
+    if M.shape[0] > M.shape[1]:
+        U, sigma, Vt = truncated_svd(M.T, r)
+        return Vt.T, sigma, U.T
+    eigenvalues, U = torch.linalg.eigh(M @ M.T)  # ascending
+    sigma = eigenvalues.flip(0)[:r].clamp_min(0).sqrt()
+    if sigma[-1] > GRAM_CONDITION_LIMIT * sigma[0]:
+        U = U.flip(1)[:, :r]
+        return U, sigma, (U.T @ M) / sigma[:, None]
+    U, sigma, Vt = torch.linalg.svd(M, full_matrices=False)
+    return U[:, :r], sigma[:r], Vt[:r]
+
+
+def outer_factors(W: torch.Tensor, r: int, scale: torch.Tensor | None = None, sigma_side: str = "B") -> OuterFactors:
+    """``W S = U Σ Vᵀ``; ``B = U_r Σ_r``, ``A = V_rᵀ S⁻¹`` (Eq. 4, 5, 7; Eq. 6 forgets S⁻¹).
+
+    Args:
+        W: weight (m, n), any floating dtype; the decomposition runs in float64.
+        r: outer rank, at most min(m, n).
+        scale: diagonal of S (n,); None means S = I, the plain SVD.
+        sigma_side: where Σ goes: "B" (the paper), "A", or "both" (√Σ on each; Table 8).
+    """
+    S = torch.ones(W.shape[1], dtype=torch.float64) if scale is None else scale.double()
+    S = S.to(W.device)
+    U, sigma, Vt = truncated_svd(W.double() * S, r)
+    on_B = {"B": sigma, "A": torch.ones_like(sigma), "both": sigma.sqrt()}[sigma_side]
+    on_A = {"B": torch.ones_like(sigma), "A": sigma, "both": sigma.sqrt()}[sigma_side]
+    A, B = fix_signs(on_A[:, None] * Vt / S, U * on_B)
+    return OuterFactors(A.float().contiguous(), B.float().contiguous())
+
+
+def random_factors(W: torch.Tensor, r: int, seed: int, sigma_side: str = "B") -> OuterFactors:
+    """Gaussian A and B with the Frobenius norms that the plain SVD of W would give them (Table 4's "Random").
+
+    Deviation from the authors' code, which leaves B at zero: in a serial cell that pins ΔW to 0 for ever. NumPy's legacy
+    generator draws them, because its stream is frozen across versions and machines while torch's is not.
+    """
+    svd = outer_factors(W, r, sigma_side=sigma_side)
+    draws = np.random.RandomState(seed)
+    A = torch.from_numpy(draws.standard_normal(svd.A.shape)).to(svd.A)
+    B = torch.from_numpy(draws.standard_normal(svd.B.shape)).to(svd.B)
+    return OuterFactors(A * (svd.A.norm() / A.norm()), B * (svd.B.norm() / B.norm()))
+
+
+def matched_std(shape: tuple[int, int], r: int, scaling: float, outer: OuterFactors) -> float:
+    """Standard deviation of A' for which, with B' = 0, Adam's first step moves W as far as it moves a rank-4 LoRA.
+
+    ``τ = √(m n) / (s √(r_L r') ‖B‖_F ‖A‖_F)``, r_L = 4. Adam's first step writes ±lr into B', so
+    ``E‖δΔW‖² = lr² s² r' τ² ‖A‖² ‖B‖²``; for LoRA with A ~ N(0, 1/r_L²) it is ``lr² m n / r_L``. Not in the paper, whose
+    N(0, σ²) on both factors learns 10-25 times slower at first at LoRA's learning rate.
+    """
+    m, n = shape
+    norms = outer.A.double().norm().item() * outer.B.double().norm().item()
+    return math.sqrt(m * n) / (scaling * math.sqrt(REFERENCE_LORA_RANK * r) * norms)
+
+
+def fold(
+    inner_A: torch.Tensor, inner_B: torch.Tensor, outer: OuterFactors, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The plain LoRA of rank r' with the same ΔW: ``lora_A = A' A`` (r', n), ``lora_B = s B B'`` (m, r'), float32."""
+    lora_A = inner_A.float() @ outer.A.float()
+    lora_B = scaling * (outer.B.float() @ inner_B.float())
+    return lora_A, lora_B
+
+
+def sketch(M: torch.Tensor) -> torch.Tensor:
+    """Numeric fingerprint of a matrix (m, n): ``[‖M‖_F, u_iᵀ M v_i / ‖M‖_F]`` (1 + SKETCH_SIZE,) float64.
+
+    u_i, v_i are seeded Gaussian vectors, so the mean square of the difference of two sketches is an unbiased estimate of
+    ``‖M − M'‖² / ‖M‖²``: rounding shows as rounding, and a sign flip, a permutation or a rotation shows at its real size.
+    """
+    draws = np.random.RandomState(SKETCH_SEED)
+    m, n = M.shape
+    u = torch.from_numpy(draws.standard_normal((SKETCH_SIZE, m))).to(M.device)
+    v = torch.from_numpy(draws.standard_normal((SKETCH_SIZE, n))).to(M.device)
+    M = M.double()
+    norm = M.norm()
+    projections = ((u @ M) * v).sum(dim=1) / norm.clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.cat([norm[None], projections]).cpu()
+
+
+def fingerprint(W: torch.Tensor, outer: OuterFactors) -> torch.Tensor:
+    """Sketches of W, A and B, one row each: (3, 1 + SKETCH_SIZE) float32."""
+    return torch.stack([sketch(W), sketch(outer.A), sketch(outer.B)]).float()
+
+
+def sketch_distance(expected: torch.Tensor, found: torch.Tensor) -> float:
+    """Estimated relative Frobenius distance between the two matrices whose sketches these are."""
+    expected, found = expected.double(), found.double()
+    by_norm = (found[0] / expected[0].clamp_min(torch.finfo(torch.float64).tiny) - 1).abs()
+    by_projection = (found[1:] - expected[1:]).square().mean().sqrt()
+    return max(by_norm.item(), by_projection.item())

@@ -1,0 +1,312 @@
+"""The tuner: puts NoRA layers into a model and takes PEFT's calls for them."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from .config import DEFAULT_OUTER_MULTIPLE, NoraConfig
+from .layer import NoraLinear, oriented_weight
+from .outer import FOLDED_FILE, Basis, attached_statistic, build_basis, check_base, check_basis
+
+logger = logging.getLogger(__name__)
+
+PEFT_PREFIX = "base_model.model."
+# Bases that were computed (and checked) before injection, by module name: loading must not pay for them twice.
+_ready_bases: ContextVar[dict[str, Basis]] = ContextVar("ready_bases", default={})  # noqa: B039 (never mutated)
+
+
+@contextmanager
+def ready_bases(bases: dict[str, Basis]) -> Iterator[None]:
+    """Injections inside use these instead of decomposing the weights."""
+    token = _ready_bases.set(bases)
+    try:
+        yield
+    finally:
+        _ready_bases.reset(token)
+
+
+def find_targets(model: nn.Module, config: NoraConfig) -> dict[str, nn.Module]:
+    """Base layers that the config targets in the model, by module name, in the model's order. Changes neither."""
+    config = copy.copy(config)
+    if config.target_modules is None:
+        NoraModel._prepare_adapter_config(None, config, BaseTuner.get_model_config(model))
+    _maybe_include_all_linear_layers(config, model)
+    tuner_layers = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, BaseTunerLayer))
+    targets = {}
+    for name, module in model.named_modules():
+        inside_adapter = bool(tuner_layers) and name.startswith(tuner_layers)
+        if name and not inside_adapter and BaseTuner._check_target_module_exists(config, name):
+            targets[name] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return targets
+
+
+def nora_layers(model: nn.Module, adapter_name: str) -> dict[str, NoraLinear]:
+    """The model's layers that have the adapter, by module name without PEFT's own prefix."""
+    return {
+        name.removeprefix(PEFT_PREFIX): module
+        for name, module in model.named_modules()
+        if isinstance(module, NoraLinear) and adapter_name in module.nora_inner_A
+    }
+
+
+def fold_nora(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
+    """The plain LoRA of rank r' that computes the same map: ``B B' (A' A) = s ΔW``, exact and loadable anywhere.
+
+    Args:
+        model: with NoRA layers inside: a `PeftModel`, or a model after ``add_adapter``.
+
+    Returns:
+        ``{module}.lora_A.weight`` (r', n) and ``{module}.lora_B.weight`` (m, r'), float32, with s folded into lora_B so
+        that a reader that takes alpha = rank gets it right. Module names are relative to the model.
+
+    Raises:
+        ValueError: if the model has no such adapter.
+    """
+    layers = nora_layers(model, adapter_name)
+    if not layers:
+        raise ValueError(f"the model has no NoRA adapter {adapter_name!r}: inject one first, or name another")
+    folded = {}
+    for name, layer in layers.items():
+        folded[f"{name}.lora_A.weight"], folded[f"{name}.lora_B.weight"] = layer.fold(adapter_name)
+    return folded
+
+
+def check_layer(name: str, base_layer: nn.Module, config: NoraConfig) -> None:
+    """Refuse what can't hold the adapter, before anything is changed.
+
+    Raises:
+        ValueError: for a layer that isn't linear, is quantised, is bypassed, or is too small for the ranks.
+    """
+    leave_out = "leave that module out of target_modules"
+    if not isinstance(base_layer, (nn.Linear, Conv1D)):
+        raise ValueError(f"{name} is a {type(base_layer).__name__}, and NoRA adapts nn.Linear and Conv1D: {leave_out}")
+    if isinstance(base_layer, NonDynamicallyQuantizableLinear):
+        raise ValueError(f"{name} belongs to nn.MultiheadAttention, which never calls it as a module: {leave_out}")
+    weight = base_layer.weight
+    if not weight.is_floating_point() or weight.ndim != 2:
+        raise ValueError(
+            f"{name} has a weight of dtype {weight.dtype} and shape {tuple(weight.shape)}, and NoRA needs the plain "
+            f"matrix to decompose: load the base without quantisation, or {leave_out}"
+        )
+    config.layer_ranks(name, tuple(oriented_weight(base_layer).shape))
+
+
+class NoraModel(BaseTuner):
+    """NoRA, nested low-rank adaptation (arXiv 2408.10280), as a PEFT tuner.
+
+    Every check of a config against the model runs before the first module is replaced.
+    """
+
+    prefix = "nora_"
+    tuner_layer_cls = NoraLinear
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    # ------------------------------------------------------------------ injection
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        try:
+            if kwargs.get("state_dict") is None:  # with one, its keys choose the modules, and each is checked in turn
+                self._check_before_injection(model, self.peft_config[adapter_name])
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            # The name went into the model's configs, and diffusers and transformers mark the model as adapted, before
+            # PEFT called us; left so, a second try with a corrected config would be refused.
+            self.peft_config.pop(adapter_name, None)
+            if not self.peft_config and getattr(model, "_hf_peft_config_loaded", False):
+                model._hf_peft_config_loaded = False
+            raise
+
+    def _check_before_injection(self, model: nn.Module, config: NoraConfig) -> None:
+        cut = []
+        for name, layer in find_targets(model, config).items():
+            check_layer(name, layer, config)
+            weight = layer.weight
+            if weight.is_meta:
+                continue
+            if name not in _ready_bases.get():
+                if not bool(torch.isfinite(weight).all()):
+                    raise ValueError(f"{name} has NaN or infinity in its weight: load a sound base")
+                self._statistic(name, layer, config)
+            ranks = config.layer_ranks(name, tuple(oriented_weight(layer).shape))
+            if ranks.cut:
+                cut.append(f"{name} ({ranks.outer_r})")
+        if cut:
+            logger.warning(
+                "outer_r is %d * r, or the smaller side where that is less: %d modules, the first %s",
+                DEFAULT_OUTER_MULTIPLE,
+                len(cut),
+                cut[0],
+            )
+
+    @staticmethod
+    def _statistic(name: str, base_layer: nn.Module, config: NoraConfig) -> torch.Tensor | None:
+        """The layer's statistic (n,), or None where it isn't needed or comes later with the weights."""
+        if not config.needs_statistics or config.stats_in_file:
+            return None
+        statistic = attached_statistic(base_layer, config.awsvd_stat)
+        if statistic is None:
+            raise ValueError(
+                f'outer_init="awsvd" needs the {config.awsvd_stat} of the activations, and {name} has none: call '
+                'preprocess_nora(model, config, run_model) first, or use outer_init="svd"'
+            )
+        return statistic
+
+    def _create_and_replace(
+        self,
+        peft_config: NoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        check_layer(current_key, base_layer, peft_config)
+        if isinstance(target, BaseTunerLayer) and target.merged:
+            raise ValueError(
+                f"{current_key} has merged adapters {target.merged_adapters}, so its weight is not the base's: unmerge "
+                "them before adding another"
+            )
+        ranks = peft_config.layer_ranks(current_key, tuple(oriented_weight(base_layer).shape))
+        layer = target if isinstance(target, NoraLinear) else NoraLinear(target)
+        layer.update_layer(adapter_name, peft_config, ranks, peft_config.inference_mode)
+
+        basis = _ready_bases.get().get(current_key)
+        waits = peft_config.needs_statistics and peft_config.stats_in_file and not base_layer.weight.is_meta
+        if basis is None and not waits:
+            statistic = None if base_layer.weight.is_meta else self._statistic(current_key, base_layer, peft_config)
+            basis = build_basis(current_key, base_layer, peft_config, ranks.outer_r, statistic)
+        if basis is None:
+            nn.init.zeros_(layer.nora_inner_A[adapter_name].weight)
+            nn.init.zeros_(layer.nora_inner_B[adapter_name].weight)
+        else:
+            layer.set_outer(adapter_name, *basis)
+            layer.reset_inner(adapter_name, peft_config, basis.outer)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Trained factors to float32. PEFT's own would upcast the frozen pair too and double its memory."""
+        if not autocast_adapter_dtype:
+            return
+        for layer in nora_layers(self.model, adapter_name).values():
+            for inner in (layer.nora_inner_A[adapter_name], layer.nora_inner_B[adapter_name]):
+                if inner.weight.dtype.itemsize < 4:
+                    inner.float()
+
+    # ------------------------------------------------------------------ batches that mix adapters
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
+        """``model(x, adapter_names=[...])``: one adapter per sample, "__base__" for none; for inference."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names mixes adapters in one batch for inference only: call model.eval() first")
+        unknown = sorted(set(adapter_names) - set(self.peft_config) - {"__base__"})
+        if unknown:
+            raise ValueError(f"adapter_names has {unknown}, but the model has {sorted(self.peft_config)}")
+        hook = partial(_pass_adapter_names, adapter_names=adapter_names)
+        handles = [
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, (NoraLinear, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # ------------------------------------------------------------------ files, as PEFT reads and writes them
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        """Inner weights, and per layer the fingerprint and statistic without which they mean nothing."""
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        for name, module in model.named_modules():
+            if isinstance(module, NoraLinear):
+                for attribute in ("nora_fingerprint", "nora_stats"):
+                    tensor = getattr(module, attribute).get(adapter_name)
+                    if tensor is not None:
+                        selected[f"{name}.{attribute}.{adapter_name}"] = tensor
+        return selected
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        """Rebuild each layer's outer pair from the file's statistic and refuse the file if it isn't the saved one.
+
+        Raises:
+            ValueError: naming the layer whose base weight or outer pair differs, or whose fingerprint is missing. All
+                layers are checked before the first is changed.
+        """
+        weights, fingerprints, statistics = {}, {}, {}
+        for key, tensor in state_dict.items():
+            name, _, last = key.removeprefix(PEFT_PREFIX).rpartition(".")
+            if last == "nora_fingerprint":
+                fingerprints[name] = tensor
+            elif last == "nora_stats":
+                statistics[name] = tensor
+            else:
+                weights[key] = tensor
+        layers = {
+            name: layer
+            for name, layer in nora_layers(model, adapter_name).items()
+            if not layer.get_base_layer().weight.is_meta
+        }
+        present = {key.removeprefix(PEFT_PREFIX) for key in weights}
+        loaded = {name: layer for name, layer in layers.items() if f"{name}.nora_inner_A.weight" in present}
+        for name, layer in loaded.items():
+            if name not in fingerprints:
+                raise ValueError(
+                    f"{name}: the weights come without the fingerprint of their basis, and inner weights mean nothing "
+                    f"in another basis: save with PEFT's save_pretrained, or use the folded file {FOLDED_FILE}"
+                )
+            if config.needs_statistics and name not in statistics:
+                raise ValueError(
+                    f"{name}: the file lacks the AwSVD statistic nora_stats, without which the outer factors can't be "
+                    f"recomputed: save with PEFT's save_pretrained, or use the folded file {FOLDED_FILE}"
+                )
+            check_base(name, layer.get_base_layer(), fingerprints[name])
+        bases = {}
+        for name, layer in loaded.items():
+            outer_r = layer.nora_inner_A[adapter_name].in_features
+            live = layer.nora_fingerprint.get(adapter_name)
+            if live is not None and _same_statistic(layer.nora_stats[adapter_name], statistics.get(name)):
+                basis = Basis(layer.outer(adapter_name), live, statistics.get(name))
+            else:
+                basis = build_basis(name, layer.get_base_layer(), config, outer_r, statistics.get(name))
+                bases[name] = basis
+            check_basis(name, basis, fingerprints[name])
+        for name, basis in bases.items():
+            loaded[name].set_outer(adapter_name, *basis)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, weights)
+
+
+def _same_statistic(live: torch.Tensor | None, saved: torch.Tensor | None) -> bool:
+    if live is None or saved is None:
+        return live is saved
+    return torch.equal(live, saved.to(live))
+
+
+def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
+    return args, kwargs | {"adapter_names": adapter_names}

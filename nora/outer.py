@@ -1,0 +1,113 @@
+"""From a frozen layer to its outer factors: statistic, decomposition (cached), fingerprint, and the check against one."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .cache import cached_outer_factors
+from .config import NoraConfig
+from .functional import (
+    FINGERPRINT_TOLERANCE,
+    STATISTIC_FLOOR,
+    OuterFactors,
+    awsvd_scale,
+    canonical_statistic,
+    fingerprint,
+    outer_factors,
+    random_factors,
+    sketch,
+    sketch_distance,
+)
+from .layer import oriented_weight
+
+FOLDED_FILE = "pytorch_lora_weights.safetensors"
+_STATISTICS_ATTRIBUTE = "_nora_statistics"
+
+
+class Basis(NamedTuple):
+    """A layer's outer pair with what identifies it: fingerprint (3, k) and float16 statistic (n,) or None."""
+
+    outer: OuterFactors
+    fingerprint: torch.Tensor | None
+    statistic: torch.Tensor | None
+
+
+def attach_statistic(base_layer: nn.Module, kind: str, statistic: torch.Tensor) -> None:
+    """Leave a statistic on the layer it was measured at, for the injections that follow; never in a state dict."""
+    base_layer.__dict__.setdefault(_STATISTICS_ATTRIBUTE, {})[kind] = statistic
+
+
+def attached_statistic(base_layer: nn.Module, kind: str) -> torch.Tensor | None:
+    """The statistic (n,) that calibration left on the layer, if any."""
+    return base_layer.__dict__.get(_STATISTICS_ATTRIBUTE, {}).get(kind)
+
+
+def build_basis(
+    name: str, base_layer: nn.Module, config: NoraConfig, outer_r: int, statistic: torch.Tensor | None = None
+) -> Basis:
+    """Outer factors of one layer (module name ``name``) as the config asks; ``statistic`` (n,) for a data-driven AwSVD.
+
+    On the meta device (to count parameters of a model that isn't there) the pair has its shape and no content.
+    """
+    W = oriented_weight(base_layer)  # (m, n)
+    if W.is_meta:
+        A, B = W.new_empty(outer_r, W.shape[1]), W.new_empty(W.shape[0], outer_r)
+        return Basis(OuterFactors(A, B), None, None)
+    if config.outer_init == "random":
+        seed = layer_seed(config.outer_seed, name)
+        settings = ("random", outer_r, config.sigma_side, seed)
+        outer = cached_outer_factors(W, None, settings, lambda: random_factors(W, outer_r, seed, config.sigma_side))
+        return Basis(outer, fingerprint(W, outer), None)
+    scale, used = None, None
+    if config.outer_init == "awsvd":
+        if config.awsvd_stat == "weight":
+            statistic = W.double().abs().mean(dim=0)  # (n,)
+        used = canonical_statistic(statistic).to(W.device)
+        scale = awsvd_scale(used, config.awsvd_gamma)
+    settings = (config.outer_init, outer_r, config.sigma_side, config.awsvd_gamma, STATISTIC_FLOOR)
+    outer = cached_outer_factors(W, used, settings, lambda: outer_factors(W, outer_r, scale, config.sigma_side))
+    kept = used.cpu() if config.needs_statistics else None
+    return Basis(outer, fingerprint(W, outer), kept)
+
+
+def layer_seed(outer_seed: int, name: str) -> int:
+    """Seed of one layer's random factors: a function of the config's seed and the module's name."""
+    return int.from_bytes(hashlib.blake2b(f"{outer_seed}:{name}".encode(), digest_size=4).digest(), "little")
+
+
+def check_base(name: str, base_layer: nn.Module, expected: torch.Tensor) -> None:
+    """Cheap first check: is this the base weight that the fingerprint (3, k) was taken of?
+
+    Raises:
+        ValueError: if it isn't, naming the layer.
+    """
+    _check_sketch(name, "base weight", expected[0], sketch(oriented_weight(base_layer)).float())
+
+
+def check_basis(name: str, basis: Basis, expected: torch.Tensor) -> None:
+    """Is this the base weight and the outer pair that the fingerprint (3, k) was taken of?
+
+    The limit, FINGERPRINT_TOLERANCE = 1e-3 in relative Frobenius distance, lies far above what another BLAS or float32
+    rounding gives (1e-8 to 1e-5) and far below a flipped pair among 128 (0.2) or another base (0.1 and more). A float16
+    copy of a float32 base passes on W (3e-4) and then, rightly, only if its basis agrees: rounding rotates singular
+    vectors whose singular values lie close together.
+
+    Raises:
+        ValueError: if it isn't, naming the layer.
+    """
+    for part, saved, found in zip(("base weight", "outer factor A", "outer factor B"), expected, basis.fingerprint):
+        _check_sketch(name, part, saved, found)
+
+
+def _check_sketch(name: str, part: str, expected: torch.Tensor, found: torch.Tensor) -> None:
+    distance = sketch_distance(expected, found)
+    if not distance <= FINGERPRINT_TOLERANCE:  # not "<": a NaN must not pass
+        raise ValueError(
+            f"{name}: the {part} differs from the one this adapter was trained with (relative distance {distance:.2g}, "
+            f"limit {FINGERPRINT_TOLERANCE:g}), and inner weights mean nothing in another basis: load the base it was "
+            f"trained on, in the same dtype, or use the folded file {FOLDED_FILE}"
+        )

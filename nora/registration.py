@@ -1,0 +1,45 @@
+"""Puts NORA among PEFT's own methods, so that every PEFT call that takes a config or reads a saved one knows it.
+
+PEFT 0.21 offers `register_peft_method`, but it refuses names that are not in the `PeftType` enum, and the enum has no
+hook to extend it: a member is made by hand. A plain string would not do, because transformers reads ``peft_type.value``.
+"""
+
+from __future__ import annotations
+
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import register_peft_method
+from peft.utils.peft_types import PeftType
+
+NAME = "NORA"
+
+
+def ensure_peft_type() -> None:
+    """Add ``PeftType.NORA`` unless it is there already."""
+    if NAME in PeftType.__members__:
+        return
+    member = str.__new__(PeftType, NAME)
+    member._name_ = member._value_ = NAME
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType.__members__)
+    type.__setattr__(PeftType, NAME, member)
+    PeftType._member_names_.append(NAME)
+    PeftType._member_map_[NAME] = member
+    PeftType._value2member_map_[NAME] = member
+    if hasattr(PeftType, "_hashable_values_"):  # Python 3.13 looks values up here
+        PeftType._hashable_values_.append(NAME)
+
+
+def register(config_cls: type, model_cls: type) -> None:
+    """Register the method. Importing the package twice is harmless.
+
+    Raises:
+        ImportError: if the installed PEFT has a method of that name that isn't this one.
+    """
+    registered = PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType.NORA)
+    if registered is None:
+        register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix)
+    elif (registered.__module__, registered.__qualname__) != (model_cls.__module__, model_cls.__qualname__):
+        raise ImportError(
+            f"the installed PEFT already has a method {NAME} ({registered.__module__}.{registered.__qualname__}), and "
+            "adapters saved by one can't be read by the other: install peft 0.21.2, or use PEFT's own NoRA"
+        )
