@@ -7,6 +7,7 @@ deleted at any time.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import tempfile
@@ -57,10 +58,10 @@ def cached_outer_factors(
         return OuterFactors(entry["A"], entry["B"])
     except (OSError, SafetensorError, KeyError):
         outer = compute()
-    try:
+    with contextlib.suppress(
+        OSError
+    ):  # a read-only home or a full disk must not stop a run that has its factors already
         write_safetensors(path, {"A": outer.A, "B": outer.B})
-    except OSError:
-        pass  # a read-only home or a full disk must not stop a training run that has its factors already
     return outer
 
 

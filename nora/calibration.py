@@ -1,4 +1,4 @@
-"""Per-channel activation statistics for AwSVD, gathered before injection in the manner of PEFT's ``preprocess_corda``."""
+"""Per-channel activation statistics for AwSVD, gathered before injection as PEFT's ``preprocess_corda`` does."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import nn
 
+from .basis import attach_statistic, attached_statistic, oriented_weight
 from .config import NoraConfig
-from .layer import oriented_weight
 from .model import check_layer, find_targets
-from .outer import attach_statistic, attached_statistic
 
 _token_mask: ContextVar[torch.Tensor | None] = ContextVar("token_mask", default=None)
 
@@ -51,8 +50,8 @@ def preprocess_nora(
     """Measure what AwSVD's S is made of (NoRA Eq. 3) at every targeted module, for the injection that follows.
 
     ``mean |x_j|`` (awsvd_stat="mean_abs") or ``√mean x_j²`` ("rms") over every token of every forward pass, summed in
-    float64. An input that several modules share (to_q, to_k, to_v) is measured once. Under ``torch.distributed`` the sums
-    of all processes are added, so all get the same statistic.
+    float64. An input that several modules share (to_q, to_k, to_v) is measured once. Under ``torch.distributed`` the
+    sums of all processes are added, so all get the same statistic.
 
     The result stays with the modules, out of their state dict and out of the config: `get_peft_model` and
     ``model.add_adapter`` find it there.
@@ -171,8 +170,8 @@ def _measure(
     silent = [name for name in targets if not sums.counts.get(name)]
     if silent:
         raise ValueError(
-            f"{len(silent)} of {len(targets)} targeted modules saw no input in calibration: {', '.join(silent[:5])}: make "
-            "run_model reach them, or leave them out of target_modules"
+            f"{len(silent)} of {len(targets)} targeted modules saw no input in calibration: {', '.join(silent[:5])}: "
+            "make run_model reach them, or leave them out of target_modules"
         )
     measured = {}
     for name in targets:

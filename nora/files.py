@@ -6,9 +6,9 @@ One safetensors file. Tensors, for each component prefix ("unet", "text_encoder"
     {prefix}.{module}.lora_B.weight   B' (r, r')
     {prefix}.{module}.awsvd_stats     float16 statistic (n,), in units of its mean; one per distinct input
 
-Header: `format_version`; `nora_config`, JSON of prefix -> config; `fingerprints`, JSON of "{prefix}.{module}" -> sketches
-of W, A and B; `awsvd_stats_aliases`, JSON of "{prefix}.{module}" -> the module that holds its statistic. Any further
-metadata is the caller's.
+Header: `format_version`; `nora_config`, JSON of prefix -> config; `fingerprints`, JSON of "{prefix}.{module}" ->
+sketches of W, A and B; `awsvd_stats_aliases`, JSON of "{prefix}.{module}" -> the module that holds its statistic. Any
+further metadata is the caller's.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peft import inject_adapter_in_model
+from peft import PeftModel, inject_adapter_in_model
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from .basis import FOLDED_FILE, Basis, build_basis, check_base, check_basis, oriented_weight
 from .cache import write_safetensors
 from .config import NoraConfig, plain_config
-from .layer import NoraLinear, oriented_weight
+from .layer import NoraLinear
 from .model import check_layer, find_targets, nora_layers, ready_bases
-from .outer import FOLDED_FILE, Basis, build_basis, check_base, check_basis
 
 FORMAT_VERSION = 1
 _HEADER_KEYS = ("format_version", "nora_config", "fingerprints", "awsvd_stats_aliases")
@@ -129,8 +129,8 @@ def load_inner(path: str | os.PathLike, components: Mapping[str, nn.Module], ada
         adapter_name: name for the adapter; must be new to every component.
 
     Raises:
-        ValueError: if it isn't such a file or one of a later format; if components, modules, keys or shapes don't agree;
-            if a base weight or an outer pair isn't the one that the adapter was trained with.
+        ValueError: if it isn't such a file, or one of a later format; if components, modules, keys or shapes don't
+            agree; if a base weight or an outer pair isn't the one that the adapter was trained with.
     """
     inner = _read(path)
     given, held = set(components), set(inner.configs)
@@ -139,6 +139,8 @@ def load_inner(path: str | os.PathLike, components: Mapping[str, nn.Module], ada
             f"{path} holds {sorted(held)} but the components given are {sorted(given)}: pass exactly those"
         )
     for prefix, model in components.items():
+        if isinstance(model, PeftModel):
+            raise ValueError(f"component {prefix!r} is a PeftModel: pass the model inside, model.get_base_model()")
         if adapter_name in getattr(model, "peft_config", {}):
             raise ValueError(f"component {prefix!r} already has an adapter {adapter_name!r}: choose another name")
     targets = {prefix: _matching_targets(path, prefix, model, inner) for prefix, model in components.items()}

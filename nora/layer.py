@@ -11,23 +11,12 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
+from .basis import Basis, is_transposed, oriented_weight
 from .config import LayerRanks, NoraConfig
 from .functional import OuterFactors, fold, matched_std
 
 RANDOM_UPDATE_SIZE = 0.5
-
-
-def is_transposed(base_layer: nn.Module) -> bool:
-    """Whether the layer stores its weight as (in, out), as GPT-2's Conv1D does."""
-    return isinstance(base_layer, Conv1D)
-
-
-def oriented_weight(base_layer: nn.Module) -> torch.Tensor:
-    """The frozen weight as (out, in) = (m, n), detached, whatever way the layer stores it."""
-    weight = base_layer.weight.detach()
-    return weight.T if is_transposed(base_layer) else weight
 
 
 class NoraLinear(nn.Module, BaseTunerLayer):
@@ -74,37 +63,29 @@ class NoraLinear(nn.Module, BaseTunerLayer):
     # ------------------------------------------------------------------ adding an adapter
 
     def update_layer(self, adapter_name: str, config: NoraConfig, ranks: LayerRanks, inference_mode: bool) -> None:
-        """Add the adapter's trained part; `set_outer` then gives it its basis."""
+        """Add the adapter's trained part; `set_basis` then gives it its basis."""
         r, outer_r, alpha, _ = ranks
         self.r[adapter_name] = r
         self.nora_alpha[adapter_name] = alpha
         self.scaling[adapter_name] = alpha / r
         dropout = nn.Dropout(config.nora_dropout) if config.nora_dropout > 0 else nn.Identity()
         self.nora_dropout[adapter_name] = dropout
-        # skip_init: reset_inner draws them, and nn.Linear's own draw would use up random numbers for nothing
-        dtype = self.get_base_layer().weight.dtype
-        self.nora_inner_A[adapter_name] = nn.utils.skip_init(nn.Linear, outer_r, r, bias=False, dtype=dtype)
-        self.nora_inner_B[adapter_name] = nn.utils.skip_init(nn.Linear, r, outer_r, bias=False, dtype=dtype)
+        self.nora_inner_A[adapter_name] = nn.Linear(outer_r, r, bias=False)
+        self.nora_inner_B[adapter_name] = nn.Linear(r, outer_r, bias=False)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def set_outer(
-        self,
-        adapter_name: str,
-        outer: OuterFactors,
-        fingerprint: torch.Tensor | None,
-        statistic: torch.Tensor | None,
-    ) -> None:
-        """Install the frozen pair, its fingerprint and the float16 statistic that it came from."""
+    def set_basis(self, adapter_name: str, basis: Basis) -> None:
+        """Install the frozen pair with its fingerprint and the float16 statistic that it came from."""
         weight = self.get_base_layer().weight
         # The pair takes the base's dtype: in fp32 it would double the frozen memory of a half-precision base.
-        self.nora_outer_A[adapter_name] = outer.A.to(weight)
-        self.nora_outer_B[adapter_name] = outer.B.to(weight)
-        self.nora_fingerprint[adapter_name] = fingerprint
-        self.nora_stats[adapter_name] = statistic
+        self.nora_outer_A[adapter_name] = basis.outer.A.to(weight)
+        self.nora_outer_B[adapter_name] = basis.outer.B.to(weight)
+        self.nora_fingerprint[adapter_name] = basis.fingerprint
+        self.nora_stats[adapter_name] = basis.statistic
 
     @torch.no_grad()
-    def reset_inner(self, adapter_name: str, config: NoraConfig, outer: OuterFactors) -> None:
+    def reset_inner(self, adapter_name: str, config: NoraConfig, basis: Basis) -> None:
         """Draw A' and B' on the CPU, so that ``torch.manual_seed`` gives the same start on every device."""
         inner_A = self.nora_inner_A[adapter_name].weight
         inner_B = self.nora_inner_B[adapter_name].weight
@@ -113,6 +94,7 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         r, outer_r = inner_A.shape
         shape = (self.out_features, self.in_features)
         scaling = self.nora_alpha[adapter_name] / r
+        outer = basis.outer
         start_A, start_B = torch.randn(r, outer_r), torch.zeros(outer_r, r)
         if not config.init_weights:
             # ‖s B B' A' A‖ ≈ s √r' σ² ‖A‖ ‖B‖, set to RANDOM_UPDATE_SIZE ‖W‖
@@ -121,7 +103,7 @@ class NoraLinear(nn.Module, BaseTunerLayer):
             std = math.sqrt(size / (scaling * math.sqrt(r) * norms))
             start_A, start_B = start_A * std, torch.randn(outer_r, r) * std
         elif config.inner_init == "matched":
-            start_A *= matched_std(shape, r, scaling, outer)
+            start_A *= matched_std(shape, r, scaling, outer, basis.statistic)
         elif config.inner_init == "normal":
             start_A, start_B = start_A * config.inner_std, torch.randn(outer_r, r) * config.inner_std
         else:  # zero_uniform
@@ -235,9 +217,8 @@ class NoraLinear(nn.Module, BaseTunerLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """(..., n) -> (..., m)."""
         adapter_names = kwargs.pop("adapter_names", None)
-        if self.disable_adapters or adapter_names is not None:
-            if self.merged:
-                self.unmerge()
+        if self.merged and (self.disable_adapters or adapter_names is not None):
+            self.unmerge()
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -17,9 +18,10 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from .basis import FOLDED_FILE, Basis, attached_statistic, build_basis, check_base, check_basis, oriented_weight
+from .combine import concatenated, truncated
 from .config import DEFAULT_OUTER_MULTIPLE, NoraConfig
-from .layer import NoraLinear, oriented_weight
-from .outer import FOLDED_FILE, Basis, attached_statistic, build_basis, check_base, check_basis
+from .layer import NoraLinear
 
 logger = logging.getLogger(__name__)
 
@@ -195,8 +197,8 @@ class NoraModel(BaseTuner):
             nn.init.zeros_(layer.nora_inner_A[adapter_name].weight)
             nn.init.zeros_(layer.nora_inner_B[adapter_name].weight)
         else:
-            layer.set_outer(adapter_name, *basis)
-            layer.reset_inner(adapter_name, peft_config, basis.outer)
+            layer.set_basis(adapter_name, basis)
+            layer.reset_inner(adapter_name, peft_config, basis)
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
@@ -210,6 +212,91 @@ class NoraModel(BaseTuner):
             for inner in (layer.nora_inner_A[adapter_name], layer.nora_inner_B[adapter_name]):
                 if inner.weight.dtype.itemsize < 4:
                     inner.float()
+
+    # ------------------------------------------------------------------ sums of adapters
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Add an adapter whose update is ``Σ_i weights_i ΔW_i``: exactly ("cat"), or at its best low rank ("svd").
+
+        The adapters must share their outer factors; then ``Σ w_i s_i B B'_i A'_i A = B [B'_1 …] [w_1 s_1 A'_1; …] A``, so
+        "cat" is exact at rank ``Σ r_i``, which has to fit between the outer factors. "svd" is the nearest update of rank
+        ``svd_rank`` (default: the largest of theirs) in Frobenius norm. PEFT's "linear" adds up the factors themselves,
+        which isn't the sum of the updates, and is refused.
+
+        Raises:
+            ValueError: if the name is taken, an adapter is unknown, the lengths or the type don't fit, the rank exceeds
+                an outer rank, or the adapters differ in their modules or outer factors, naming the layer.
+        """
+        if adapter_name in self.peft_config:
+            raise ValueError(f"adapter_name={adapter_name!r} exists already: choose another name")
+        unknown = sorted(set(adapters) - set(self.peft_config))
+        if unknown or not adapters or len(adapters) != len(weights):
+            raise ValueError(
+                f"adapters={adapters} with weights={weights}: name one or more of {sorted(self.peft_config)}, and one "
+                "weight for each"
+            )
+        if combination_type not in ("cat", "svd"):
+            raise ValueError(
+                f'combination_type={combination_type!r} is not the sum of the updates: use "cat" (exact) or "svd" with '
+                "svd_rank"
+            )
+        layers = {name: nora_layers(self.model, name) for name in adapters}
+        first = layers[adapters[0]]
+        for other in adapters[1:]:
+            _check_same_basis(first, layers[other], adapters[0], other)
+        ranks = {name: sum(layers[a][name].r[a] for a in adapters) for name in first}
+        rank = max(ranks.values())
+        if combination_type == "svd":
+            rank = svd_rank or max(layers[a][name].r[a] for a in adapters for name in first)
+        for name, layer in first.items():
+            outer_r = layer.nora_inner_A[adapters[0]].in_features
+            if rank > outer_r:
+                raise ValueError(
+                    f'rank {rank} of the sum exceeds outer_r={outer_r} at {name}: use combination_type="svd" with '
+                    f"svd_rank of at most {outer_r}"
+                )
+
+        config = replace(
+            self.peft_config[adapters[0]],
+            r=rank,
+            nora_alpha=None,
+            rank_pattern={},
+            alpha_pattern={},
+            outer_r=None,
+            outer_rank_pattern={name: layer.nora_inner_A[adapters[0]].in_features for name, layer in first.items()},
+        )
+        self.peft_config[adapter_name] = config
+        bases = {
+            name: Basis(layer.outer(adapters[0]), layer.nora_fingerprint[adapters[0]], layer.nora_stats[adapters[0]])
+            for name, layer in first.items()
+        }
+        with ready_bases(bases):
+            self.inject_adapter(self.model, adapter_name)
+        for name, layer in first.items():
+            parts = [
+                (weight * layer.scaling[a], (layer.nora_inner_A[a].weight, layer.nora_inner_B[a].weight))
+                for a, weight in zip(adapters, weights)
+            ]
+            self._set_sum(layer, adapter_name, parts, combination_type)
+
+    @staticmethod
+    @torch.no_grad()
+    def _set_sum(layer: NoraLinear, adapter_name: str, parts: list, combination_type: str) -> None:
+        new_A, new_B = layer.nora_inner_A[adapter_name].weight, layer.nora_inner_B[adapter_name].weight
+        inner_A, inner_B = concatenated(parts)
+        if combination_type == "svd":
+            inner_A, inner_B = truncated((inner_A, inner_B), layer.outer(adapter_name), new_A.shape[0])
+        new_A.zero_()  # a layer whose ranks add up to less than the widest keeps zeros in the rest
+        new_B.zero_()
+        new_A[: inner_A.shape[0]] = inner_A
+        new_B[:, : inner_B.shape[1]] = inner_B
 
     # ------------------------------------------------------------------ batches that mix adapters
 
@@ -298,8 +385,21 @@ class NoraModel(BaseTuner):
                 bases[name] = basis
             check_basis(name, basis, fingerprints[name])
         for name, basis in bases.items():
-            loaded[name].set_outer(adapter_name, *basis)
+            loaded[name].set_basis(adapter_name, basis)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, weights)
+
+
+def _check_same_basis(one: dict[str, NoraLinear], other: dict[str, NoraLinear], name: str, other_name: str) -> None:
+    if set(one) != set(other):
+        module = min(set(one) ^ set(other))
+        raise ValueError(f"adapters {name!r} and {other_name!r} don't both adapt {module}: fold them and add LoRAs")
+    for module, layer in one.items():
+        pairs = zip(layer.outer(name), layer.outer(other_name))
+        if not all(x.shape == y.shape and torch.equal(x, y) for x, y in pairs):
+            raise ValueError(
+                f"adapters {name!r} and {other_name!r} have different outer factors at {module}, and inner weights can't "
+                "be added across bases: fold them and add LoRAs"
+            )
 
 
 def _same_statistic(live: torch.Tensor | None, saved: torch.Tensor | None) -> bool:

@@ -1,7 +1,7 @@
 """Puts NORA among PEFT's own methods, so that every PEFT call that takes a config or reads a saved one knows it.
 
 PEFT 0.21 offers `register_peft_method`, but it refuses names that are not in the `PeftType` enum, and the enum has no
-hook to extend it: a member is made by hand. A plain string would not do, because transformers reads ``peft_type.value``.
+hook to extend it: a member is made by hand. A plain string would not do: transformers reads ``peft_type.value``.
 """
 
 from __future__ import annotations

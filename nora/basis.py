@@ -1,4 +1,4 @@
-"""From a frozen layer to its outer factors: statistic, decomposition (cached), fingerprint, and the check against one."""
+"""From a frozen layer to its outer factors: statistic, cached decomposition, fingerprint, and the check against one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .cache import cached_outer_factors
 from .config import NoraConfig
@@ -22,7 +23,6 @@ from .functional import (
     sketch,
     sketch_distance,
 )
-from .layer import oriented_weight
 
 FOLDED_FILE = "pytorch_lora_weights.safetensors"
 _STATISTICS_ATTRIBUTE = "_nora_statistics"
@@ -34,6 +34,17 @@ class Basis(NamedTuple):
     outer: OuterFactors
     fingerprint: torch.Tensor | None
     statistic: torch.Tensor | None
+
+
+def is_transposed(base_layer: nn.Module) -> bool:
+    """Whether the layer stores its weight as (in, out), as GPT-2's Conv1D does."""
+    return isinstance(base_layer, Conv1D)
+
+
+def oriented_weight(base_layer: nn.Module) -> torch.Tensor:
+    """The frozen weight as (out, in) = (m, n), detached, whatever way the layer stores it."""
+    weight = base_layer.weight.detach()
+    return weight.T if is_transposed(base_layer) else weight
 
 
 def attach_statistic(base_layer: nn.Module, kind: str, statistic: torch.Tensor) -> None:
