@@ -1,0 +1,38 @@
+"""Which parts of an SDXL pipeline carry adapters, and how their layers are spelled in adapter files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+FOLDED_WEIGHTS = "pytorch_lora_weights.safetensors"
+INNER_WEIGHTS = "nora_inner_weights.safetensors"
+RUN_RECORD = "run.json"
+
+COMPONENT_NAMES = ("unet", "text_encoder", "text_encoder_2")
+
+
+def adapter_components(pipeline: Any | Mapping[str, nn.Module | None]) -> dict[str, nn.Module]:
+    """The modules that can carry an adapter, by the prefix of their keys in diffusers' LoRA files.
+
+    A layer's key is `{prefix}.{module path}.lora_A.weight`. The file format says `text_encoder.text_model.encoder…`,
+    but transformers 5 dropped the `text_model` level inside `CLIPTextModel` and kept it inside
+    `CLIPTextModelWithProjection`; the prefix makes up for the level wherever the module lacks it.
+
+    Args:
+        pipeline: an SDXL pipeline, or a mapping with any of the keys unet, text_encoder, text_encoder_2.
+            Parts that are absent or None are left out.
+    """
+    if isinstance(pipeline, Mapping):
+        modules = {name: pipeline.get(name) for name in COMPONENT_NAMES}
+    else:
+        modules = {name: getattr(pipeline, name, None) for name in COMPONENT_NAMES}
+    components = {}
+    for name, module in modules.items():
+        if module is None:
+            continue
+        lacks_level = name.startswith("text_encoder") and not hasattr(module, "text_model")
+        components[f"{name}.text_model" if lacks_level else name] = module
+    return components

@@ -1,0 +1,390 @@
+"""Sample images: one function for the command, the gallery and the trainer's validation images.
+
+python -m inference.generate --adapter out/cat --prompt "[V] photo of a cat in the jungle" --num_images 4
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from tqdm.auto import tqdm
+
+from inference.cli import parse_config, quiet_libraries, run_command
+from inference.files import check_writable_target, write_atomic
+from inference.load import (
+    check_base,
+    check_xformers,
+    default_device,
+    inspect_adapter,
+    load_adapter,
+    load_pipeline,
+    recorded_base,
+)
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+MANIFEST = "manifest.jsonl"
+SIZE_MULTIPLE = 8  # diffusers' SDXL pipeline refuses other heights and widths
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    prompt: str
+    seed: int
+    image: Image.Image | np.ndarray | torch.Tensor  # PIL, (H, W, 3) in [0, 1], or (C, H, W), as output_type says
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def generate_images(
+    pipeline: StableDiffusionXLPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 5.0,
+    negative_prompt: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int = 1,
+    output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+    progress: bool | tqdm = True,
+) -> Iterator[GeneratedImage]:
+    """Every prompt with every seed, prompt by prompt, yielded batch by batch as they are drawn.
+
+    Each image has its own CPU generator, seeded with its seed, which draws its first latents and any noise the
+    scheduler adds; so an image depends on its prompt and seed, and not on the batch it is in or on the device. No
+    global random state is read or changed, and models in training mode are put back into it after each batch.
+
+    Args:
+        height, width: in pixels, multiples of 8. None: the size the base was trained at.
+        batch_size: images at a time; a memory setting, without effect on the images.
+        progress: show a bar over all images, or count them on a bar of the caller's.
+
+    Raises:
+        ValueError: a value out of range (at the call, before anything is drawn).
+    """
+    prompts, seeds = list(prompts), list(seeds)
+    native_size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    height, width = height or native_size, width or native_size
+    check_sampling(prompts, seeds, num_inference_steps, guidance_scale, height, width, batch_size)
+    return _generate_batches(
+        pipeline,
+        [(prompt, seed) for prompt in prompts for seed in seeds],
+        {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "height": height,
+            "width": width,
+            "output_type": output_type,
+        },
+        negative_prompt,
+        batch_size,
+        progress,
+    )
+
+
+def _generate_batches(
+    pipeline: StableDiffusionXLPipeline,
+    requests: list[tuple[str, int]],
+    call_options: dict[str, Any],
+    negative_prompt: str | None,
+    batch_size: int,
+    progress: bool | tqdm,
+) -> Iterator[GeneratedImage]:
+    bar = progress if isinstance(progress, tqdm) else tqdm(total=len(requests), unit="image", disable=not progress)
+    scale = pipeline.vae_scale_factor
+    latents_shape = (pipeline.unet.config.in_channels, call_options["height"] // scale, call_options["width"] // scale)
+    models = [model for model in pipeline.components.values() if isinstance(model, torch.nn.Module)]
+    pipeline.set_progress_bar_config(disable=True)  # one bar over the images, not one over the steps of each batch
+    try:
+        for start in range(0, len(requests), batch_size):
+            batch = requests[start : start + batch_size]
+            generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in batch]
+            # (B, 4, H/8, W/8): drawn in fp32 and then cast, so that fp16 and fp32 runs start from the same noise
+            latents = torch.stack([torch.randn(latents_shape, generator=generator) for generator in generators])
+            training = [model for model in models if model.training]
+            for model in training:
+                model.eval()
+            try:
+                images = pipeline(
+                    prompt=[prompt for prompt, _ in batch],
+                    negative_prompt=None if negative_prompt is None else [negative_prompt] * len(batch),
+                    generator=generators,
+                    latents=latents.to(pipeline.unet.dtype),
+                    **call_options,
+                ).images
+            except torch.OutOfMemoryError as error:
+                raise ValueError(
+                    f"out of memory at batch_size={batch_size} and {call_options['width']}×{call_options['height']}: "
+                    "lower the batch size or the image size"
+                ) from error
+            finally:
+                for model in training:
+                    model.train()
+            for (prompt, seed), image in zip(batch, images):
+                yield GeneratedImage(prompt, seed, image)
+            bar.update(len(batch))
+    finally:
+        if bar is not progress:
+            bar.close()
+
+
+def check_sampling(
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    num_inference_steps: int,
+    guidance_scale: float,
+    height: int | None,
+    width: int | None,
+    batch_size: int,
+) -> None:
+    """Raise ValueError, with the value and the limit, for what `generate_images` can't draw."""
+    if not prompts:
+        raise ValueError("no prompt: give at least one, with --prompt or --prompt_file")
+    if any(not prompt.strip() for prompt in prompts):
+        raise ValueError("a prompt is empty: write at least one word")
+    _check_distinct("prompt", prompts)
+    if not seeds:
+        raise ValueError("no seed: give at least one")
+    _check_distinct("seed", seeds)
+    for seed in seeds:
+        if not 0 <= seed <= MAX_SEED:
+            raise ValueError(f"seed={seed} must be from 0 to {MAX_SEED}")
+    for name, value in (("num_inference_steps", num_inference_steps), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
+        raise ValueError(f"guidance_scale={guidance_scale} must be a number from 0 up; 1 and less means no guidance")
+    for name, value in (("height", height), ("width", width)):
+        if value is not None and (value < SIZE_MULTIPLE or value % SIZE_MULTIPLE):
+            raise ValueError(f"{name}={value} must be a positive multiple of {SIZE_MULTIPLE}")
+
+
+def _check_distinct(name: str, values: Sequence[Any]) -> None:
+    repeated = next((value for value in values if list(values).count(value) > 1), None)
+    if repeated is not None:
+        raise ValueError(f"{name} {repeated!r} is given twice, which would draw the same images twice")
+
+
+def warn_of_truncated_prompts(pipeline: StableDiffusionXLPipeline, prompts: Sequence[str]) -> None:
+    """Say which prompts are longer than the text encoders read; diffusers cuts them off."""
+    for prompt in prompts:
+        tokens = len(pipeline.tokenizer(prompt).input_ids)
+        limit = pipeline.tokenizer.model_max_length
+        if tokens > limit:
+            print(f"warning: prompt {prompt!r} has {tokens} tokens, the base reads the first {limit}", file=sys.stderr)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class SamplingConfig:
+    """Flags that the commands share."""
+
+    base: str | None = field(
+        default=None,
+        metadata={"help": "SDXL: a diffusers folder, a .safetensors file or a Hub id. Default: the adapter's own."},
+    )
+    scale: float = field(default=1.0, metadata={"help": "Factor on the adapter's update; 0 is the base."})
+    negative_prompt: str | None = field(default=None, metadata={"help": "What to steer away from."})
+    num_inference_steps: int = field(default=50, metadata={"help": "Denoising steps per image."})
+    guidance_scale: float = field(default=5.0, metadata={"help": "Classifier-free guidance."})
+    height: int | None = field(default=None, metadata={"help": "Pixels. Default: what the base was trained at."})
+    width: int | None = field(default=None, metadata={"help": "Pixels. Default: what the base was trained at."})
+    batch_size: int = field(default=4, metadata={"help": "Images at a time; lower it when memory runs out."})
+    dtype: Literal["fp32", "fp16", "bf16"] | None = field(
+        default=None, metadata={"help": "Of all models. Default: fp16 on a GPU, fp32 on a CPU."}
+    )
+    device: str | None = field(default=None, metadata={"help": "Such as cuda:1. Default: a GPU where there is one."})
+    enable_xformers_memory_efficient_attention: bool = field(
+        default=False, metadata={"help": "xformers' attention instead of PyTorch's (CUDA only)."}
+    )
+
+    def check_sampling(self, prompts: Sequence[str], seeds: Sequence[int]) -> None:
+        check_sampling(
+            prompts,
+            seeds,
+            self.num_inference_steps,
+            self.guidance_scale,
+            self.height,
+            self.width,
+            self.batch_size,
+        )
+        if not math.isfinite(self.scale):
+            raise ValueError(f"--scale {self.scale} must be a finite number; 1 is the adapter as trained")
+        try:
+            device = torch.device(self.device or default_device())
+        except RuntimeError as error:
+            raise ValueError(f"--device {self.device} is no device: say cpu, cuda or cuda:1") from error
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"--device {self.device}: this machine has {torch.cuda.device_count()} CUDA GPUs")
+        if self.enable_xformers_memory_efficient_attention:
+            check_xformers(device)
+
+    def load_pipeline(self, base: str) -> StableDiffusionXLPipeline:
+        pipeline = load_pipeline(base, torch_dtype=DTYPES[self.dtype] if self.dtype else None, device=self.device)
+        if self.enable_xformers_memory_efficient_attention:
+            pipeline.enable_xformers_memory_efficient_attention()
+        return pipeline
+
+    def sampling_options(self) -> dict[str, Any]:
+        """The keyword arguments of `generate_images` that these flags set."""
+        names = ("num_inference_steps", "guidance_scale", "negative_prompt", "height", "width", "batch_size")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class GenerateConfig(SamplingConfig):
+    """Flags of `python -m inference.generate`."""
+
+    adapter: str | None = field(default=None, metadata={"help": "Run folder or adapter file. Default: the base alone."})
+    prompt: list[str] | None = field(
+        default=None,
+        metadata={"aliases": ["--prompts"], "action": "extend", "help": "One or several; the flag may be repeated."},
+    )
+    prompt_file: str | None = field(default=None, metadata={"help": "UTF-8 text, one prompt a line."})
+    num_images: int | None = field(default=None, metadata={"help": "Images per prompt, from --seed on. Default: 1."})
+    seed: int | None = field(default=None, metadata={"help": "Seed of each prompt's first image. Default: 0."})
+    seeds: list[int] | None = field(
+        default=None, metadata={"action": "extend", "help": "Explicit seeds, instead of --seed and --num_images."}
+    )
+    output: str | None = field(default=None, metadata={"help": "Folder. Default: ADAPTER/samples, or out/images."})
+
+    def all_prompts(self) -> list[str]:
+        return [*(self.prompt or []), *(read_prompts(self.prompt_file) if self.prompt_file else [])]
+
+    def all_seeds(self) -> list[int]:
+        if self.seeds:
+            if self.seed is not None or self.num_images is not None:
+                raise ValueError("--seeds says it all: leave --seed and --num_images out")
+            return self.seeds
+        if self.num_images is not None and self.num_images < 1:
+            raise ValueError(f"--num_images {self.num_images} must be at least 1")
+        first = self.seed or 0
+        return list(range(first, first + (self.num_images or 1)))
+
+    def output_folder(self) -> Path:
+        if self.output:
+            return Path(self.output)
+        if self.adapter:
+            path = Path(self.adapter)
+            return (path if path.is_dir() else path.parent) / "samples"
+        return Path("out/images")
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The non-blank lines of a UTF-8 text file."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompt file {path} is not UTF-8 text") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"prompt file {path} holds no prompt: write one a line")
+    return prompts
+
+
+def choose_base(base: str | None, adapter: str | None) -> str:
+    """`--base`, or else the base that the adapter's run records; checked, not loaded."""
+    if base:
+        check_base(base)
+        return base
+    if adapter is None:
+        raise ValueError("no base: name one with --base (a diffusers folder, a .safetensors file or a Hub id)")
+    return recorded_base(adapter)
+
+
+def image_names(prompts: Sequence[str]) -> dict[str, str]:
+    """A file-name stem per prompt; prompts whose stems would collide get a hash of their text."""
+    slugs = {
+        prompt: re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60].rstrip("-") or "prompt" for prompt in prompts
+    }
+    counts = {slug: list(slugs.values()).count(slug) for slug in slugs.values()}
+    return {
+        prompt: slug if counts[slug] == 1 else f"{slug}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
+        for prompt, slug in slugs.items()
+    }
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def write_manifest(folder: Path, records: Sequence[dict[str, Any]]) -> None:
+    """One JSON line per image; lines of earlier commands stay for images that are still there and not redrawn."""
+    path = folder / MANIFEST
+    redrawn = {record["file"] for record in records}
+    earlier = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    kept = [record for record in earlier if record["file"] not in redrawn and (folder / record["file"]).is_file()]
+    write_atomic(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in [*kept, *records]))
+
+
+def run(config: GenerateConfig) -> Path:
+    """Draw, save and list the images; returns the folder. Everything is checked before the pipeline is loaded."""
+    prompts, seeds, folder = config.all_prompts(), config.all_seeds(), config.output_folder()
+    config.check_sampling(prompts, seeds)
+    if config.adapter:
+        inspect_adapter(config.adapter)
+    base = choose_base(config.base, config.adapter)
+    check_writable_target(folder, "--output", folder=True)
+
+    pipeline = config.load_pipeline(base)
+    if config.adapter:
+        load_adapter(pipeline, config.adapter, scale=config.scale)
+    warn_of_truncated_prompts(pipeline, prompts)
+
+    shared = asdict(config)
+    kept = ("adapter", "scale", "negative_prompt", "num_inference_steps", "guidance_scale")
+    shared = {
+        "base": base,
+        **{name: shared[name] for name in kept},
+        "dtype": str(pipeline.dtype).removeprefix("torch."),
+    }
+    names, records = image_names(prompts), []
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for drawn in generate_images(pipeline, prompts, seeds, **config.sampling_options()):
+            name = f"{names[drawn.prompt]}-seed{drawn.seed}.png"
+            write_atomic(folder / name, png_bytes(drawn.image))
+            width, height = drawn.image.size
+            records.append(
+                {"file": name, "prompt": drawn.prompt, "seed": drawn.seed, "width": width, "height": height, **shared}
+            )
+    finally:
+        write_manifest(folder, records)  # also when interrupted: the images drawn so far are listed
+    return folder
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = parse_config(
+        GenerateConfig, argv, prog="python -m inference.generate", description="Sample images from SDXL and an adapter."
+    )
+    quiet_libraries()
+
+    def command() -> None:
+        folder = run(config)
+        print(f"{folder}: {len(list(folder.glob('*.png')))} images, listed in {MANIFEST}")
+
+    run_command(command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""inference.generate: images that depend on prompt and seed alone, files and manifest, and refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import EulerAncestralDiscreteScheduler
+from PIL import Image
+from test_inference_load import saved_base, saved_lora
+
+from inference.generate import generate_images, image_names, main
+from inference.load import load_adapter, load_pipeline, unload_adapters
+
+PROMPTS = ["[V] photo of a cat", "[V] photo of a cat in the jungle"]
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return load_pipeline(saved_base(), torch_dtype=torch.float32, device="cpu")
+
+
+def draw(pipeline, prompts=PROMPTS, seeds=(0, 7), **options) -> dict[tuple[str, int], np.ndarray]:
+    options = {"num_inference_steps": 3, "output_type": "np", "progress": False, **options}
+    return {(drawn.prompt, drawn.seed): drawn.image for drawn in generate_images(pipeline, prompts, seeds, **options)}
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheduler", [None, EulerAncestralDiscreteScheduler])
+def test_an_image_does_not_depend_on_its_batch(pipeline, scheduler, monkeypatch):
+    if scheduler:  # one that adds noise at every step
+        monkeypatch.setattr(pipeline, "scheduler", scheduler.from_config(pipeline.scheduler.config))
+    one_by_one = draw(pipeline, batch_size=1)
+    assert list(one_by_one) == [(prompt, seed) for prompt in PROMPTS for seed in (0, 7)]
+    for batch_size in (2, 3):
+        batched = draw(pipeline, batch_size=batch_size)
+        assert max(np.abs(batched[key] - one_by_one[key]).max() for key in one_by_one) < 1e-5
+    alone = draw(pipeline, prompts=PROMPTS[1:], seeds=[7])
+    assert np.abs(alone[PROMPTS[1], 7] - one_by_one[PROMPTS[1], 7]).max() < 1e-5
+    assert np.abs(one_by_one[PROMPTS[0], 0] - one_by_one[PROMPTS[0], 7]).max() > 1e-2
+
+
+def test_global_random_state_and_training_mode_are_left_alone(pipeline):
+    pipeline.unet.train()
+    state = torch.get_rng_state()
+    trained = draw(pipeline, seeds=[0])
+    assert pipeline.unet.training and not pipeline.vae.training
+    assert torch.equal(torch.get_rng_state(), state)
+    pipeline.unet.eval()
+    evaluated = draw(pipeline, seeds=[0])
+    assert all(np.array_equal(trained[key], evaluated[key]) for key in trained)
+
+
+def test_size_defaults_to_the_bases_and_can_be_set(pipeline):
+    assert draw(pipeline, PROMPTS[:1], [0])[PROMPTS[0], 0].shape == (32, 32, 3)
+    assert draw(pipeline, PROMPTS[:1], [0], height=24, width=40)[PROMPTS[0], 0].shape == (24, 40, 3)
+
+
+def test_guidance_and_negative_prompt_matter(pipeline):
+    plain = draw(pipeline, PROMPTS[:1], [0])
+    for options in ({"guidance_scale": 1.0}, {"negative_prompt": "blurry"}):
+        other = draw(pipeline, PROMPTS[:1], [0], **options)
+        assert np.abs(other[PROMPTS[0], 0] - plain[PROMPTS[0], 0]).max() > 1e-4, options
+
+
+def test_base_images_are_bit_identical_after_an_adapter_was_on(pipeline):
+    before = draw(pipeline)
+    load_adapter(pipeline, saved_lora())
+    adapted = draw(pipeline)
+    unload_adapters(pipeline)
+    after = draw(pipeline)
+    assert all(np.array_equal(before[key], after[key]) for key in before)
+    assert all(np.abs(before[key] - adapted[key]).max() > 1e-3 for key in before)
+
+
+def test_scale_zero_gives_the_base_image(pipeline):
+    base = draw(pipeline)
+    load_adapter(pipeline, saved_lora(), scale=0.0)
+    zero = draw(pipeline)
+    unload_adapters(pipeline)
+    assert all(np.array_equal(base[key], zero[key]) for key in base)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"prompts": []}, "no prompt"),
+        ({"prompts": ["a", " "]}, "a prompt is empty"),
+        ({"prompts": ["a", "a"]}, "given twice"),
+        ({"seeds": []}, "no seed"),
+        ({"seeds": [-1]}, "seed=-1 must be from 0"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0 must be at least 1"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
+        ({"height": 33}, "height=33 must be a positive multiple of 8"),
+        ({"width": -8}, "width=-8 must be a positive multiple of 8"),
+    ],
+)
+def test_values_out_of_range_are_refused_at_the_call(pipeline, options, message):
+    arguments = {"prompts": PROMPTS, "seeds": [0], **options}
+    with pytest.raises(ValueError, match=message):
+        generate_images(pipeline, arguments.pop("prompts"), arguments.pop("seeds"), **arguments)
+
+
+def test_image_names_are_readable_and_distinct():
+    names = image_names(["[V] photo of a cat", "A cat!", "a cat?", "!!!", "猫", "x" * 400])
+    assert names["[V] photo of a cat"] == "v-photo-of-a-cat"
+    assert len(set(names.values())) == 6
+    assert all(re.fullmatch(r"[\w-]{1,80}", name) for name in names.values())
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+
+
+def test_command_writes_images_and_a_manifest(tmp_path, pipeline, capsys):
+    adapter = saved_lora()
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"{PROMPTS[1]}\n\n  a dog on the beach \n", encoding="utf-8")
+    output = tmp_path / "images"
+    command = ["--adapter", str(adapter), "--prompt", PROMPTS[0], "--prompt_file", str(prompts), "--num_images", "2"]
+    command += ["--seed", "7", "--num_inference_steps", "2", "--batch_size", "4", "--scale", "0.5"]
+    main([*command, "--output", str(output)])
+    records = read_manifest(output)
+    assert [(record["prompt"], record["seed"]) for record in records] == [
+        (prompt, seed) for prompt in (*PROMPTS, "a dog on the beach") for seed in (7, 8)
+    ]
+    assert sorted(record["file"] for record in records) == sorted(path.name for path in output.glob("*.png"))
+    assert "v-photo-of-a-cat-seed7.png" in {record["file"] for record in records}
+    expected = {"num_inference_steps": 2, "guidance_scale": 5.0, "scale": 0.5, "negative_prompt": None}
+    expected |= {"adapter": str(adapter), "base": str(saved_base()), "dtype": "float32", "width": 32, "height": 32}
+    assert all(record.items() >= expected.items() for record in records)
+    assert not [path for path in output.iterdir() if path.suffix not in (".png", ".jsonl")]
+
+    load_adapter(pipeline, adapter, scale=0.5)
+    [drawn] = generate_images(pipeline, PROMPTS[:1], [8], num_inference_steps=2, progress=False)
+    unload_adapters(pipeline)
+    with Image.open(output / "v-photo-of-a-cat-seed8.png") as image:
+        difference = np.abs(np.asarray(image, np.int16) - np.asarray(drawn.image, np.int16)).max()
+    assert difference <= 1  # the command's batch of four, one image here: rounding to 8 bits may differ by one
+
+    # a second command into the same folder adds its line, and replaces the line of an image drawn again
+    main(
+        ["--base", str(saved_base()), "--prompt", PROMPTS[0], "--prompt", "new", "--seeds", "7"]
+        + ["--num_inference_steps", "1", "--output", str(output)]
+    )
+    records = {record["file"]: record for record in read_manifest(output)}
+    assert len(records) == 7
+    assert records["v-photo-of-a-cat-seed7.png"]["adapter"] is None
+    assert records["v-photo-of-a-cat-seed8.png"]["adapter"] == str(adapter)
+    assert "8 images" not in capsys.readouterr().out
+
+
+def test_output_defaults_to_the_adapters_folder(tmp_path):
+    (tmp_path / "run.json").write_bytes((saved_lora() / "run.json").read_bytes())
+    weights = tmp_path / "pytorch_lora_weights.safetensors"
+    weights.write_bytes((saved_lora() / weights.name).read_bytes())
+    main(["--adapter", str(tmp_path), "--prompts", *PROMPTS, "--num_inference_steps", "1"])
+    assert len(read_manifest(tmp_path / "samples")) == 2
+
+
+def test_an_interrupted_command_lists_the_images_it_has(tmp_path, monkeypatch):
+    import inference.generate as module
+
+    def cut_off(*arguments, **options):
+        images = generate_images(*arguments, **options)
+        yield next(images)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "generate_images", cut_off)
+    with pytest.raises(SystemExit) as stopped:
+        main(
+            ["--base", str(saved_base()), "--prompt", "a", "--num_images", "2", "--num_inference_steps", "1"]
+            + ["--batch_size", "1", "--output", str(tmp_path / "images")]
+        )
+    assert stopped.value.code == 130
+    assert [record["file"] for record in read_manifest(tmp_path / "images")] == ["a-seed0.png"]
+
+
+def test_a_prompt_longer_than_the_encoders_read_is_reported(tmp_path, capsys):
+    main(
+        ["--base", str(saved_base()), "--prompt", "a very long prompt indeed " * 4, "--num_inference_steps", "1"]
+        + ["--output", str(tmp_path)]
+    )
+    assert "tokens, the base reads the first 32" in capsys.readouterr().err
+
+
+def bad_commands(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
+    base, adapter = ["--base", str(saved_base())], ["--adapter", str(saved_lora())]
+    text = tmp_path / "text.txt"
+    text.write_text("a")
+    (tmp_path / "blank.txt").write_text("\n \n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "pytorch_lora_weights.safetensors").write_bytes(
+        (saved_lora() / "pytorch_lora_weights.safetensors").read_bytes()
+    )
+    prompt = ["--prompt", "a"]
+    return {
+        "unknown flag": ([*base, *prompt, "--stepz", "3"], "unrecognized arguments: --stepz"),
+        "abbreviated flag": ([*base, *prompt, "--num_inf", "3"], "unrecognized arguments: --num_inf"),
+        "not a number": ([*base, *prompt, "--scale", "much"], "--scale: invalid float value: 'much'"),
+        "unknown dtype": ([*base, *prompt, "--dtype", "fp8"], "--dtype"),
+        "no prompt": (base, "no prompt"),
+        "no base": (prompt, "no base: name one with --base"),
+        "no such adapter": ([*prompt, "--adapter", str(tmp_path / "nowhere")], "nowhere does not exist"),
+        "empty adapter folder": ([*base, *prompt, "--adapter", str(tmp_path / "empty")], "has neither"),
+        "no record of the base": ([*prompt, "--adapter", str(tmp_path / "run")], "name it with --base"),
+        "no such base": ([*prompt, *adapter, "--base", "no/such/base"], "base no/such/base does not exist"),
+        "base without parts": ([*prompt, *adapter, "--base", str(tmp_path / "empty")], "no model_index.json"),
+        "no prompt file": ([*base, "--prompt_file", str(tmp_path / "gone.txt")], "No such file or directory: "),
+        "blank prompt file": ([*base, "--prompt_file", str(tmp_path / "blank.txt")], "holds no prompt"),
+        "binary prompt file": ([*base, "--prompt_file", str(tmp_path / "latin.txt")], "is not UTF-8 text"),
+        "two ways of seeds": ([*base, *prompt, "--seeds", "1", "--num_images", "2"], "leave --seed and --num_images"),
+        "no images": ([*base, *prompt, "--num_images", "0"], "--num_images 0 must be at least 1"),
+        "zero steps": ([*base, *prompt, "--num_inference_steps", "0"], "must be at least 1"),
+        "negative seed": ([*base, *prompt, "--seed", "-3"], "seed=-3"),
+        "infinite scale": ([*base, *prompt, *adapter, "--scale", "inf"], "--scale inf must be a finite number"),
+        "odd size": ([*base, *prompt, "--height", "100"], "height=100 must be a positive multiple of 8"),
+        "no such device": ([*base, *prompt, "--device", "toaster"], "--device toaster is no device"),
+        "no such GPU": ([*base, *prompt, "--device", "cuda:99"], "--device cuda:99: this machine has"),
+        "xformers on a CPU": (
+            [*base, *prompt, "--device", "cpu", "--enable_xformers_memory_efficient_attention"],
+            "needs a CUDA GPU",
+        ),
+        "another base's adapter": (
+            [*base, *prompt, "--adapter", str(saved_lora(hidden=64))],
+            "belongs to another base",
+        ),
+        "output is a file": ([*base, *prompt, "--output", str(text)], "is a file, and a folder is needed"),
+        "output below a file": ([*base, *prompt, "--output", str(text / "a" / "b")], "text.txt is a file"),
+    }
+
+
+def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    commands = bad_commands(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    for case, (command, message) in commands.items():
+        if "--output" not in command:
+            command = [*command, "--output", str(tmp_path / "images")]
+        with pytest.raises(SystemExit) as stopped:
+            main(command)
+        printed = capsys.readouterr()
+        assert stopped.value.code == 2, case
+        errors = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and message in errors[0], (case, printed.err)
+        assert "Traceback" not in printed.err and printed.out == "", (case, printed)
+        assert sorted(tmp_path.rglob("*")) == before, case
+
+
+def test_the_module_runs_as_a_command():
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "inference.generate", "--adapter", "no-such-run", "--prompt", "a"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: adapter no-such-run does not exist .*\n", done.stderr), done.stderr

@@ -1,0 +1,518 @@
+"""inference.components and inference.load, on a tiny SDXL with random weights built here (no network, no assets)."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+import nora
+from inference.components import FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
+from inference.load import (
+    check_base,
+    check_xformers,
+    inspect_adapter,
+    load_adapter,
+    load_pipeline,
+    loaded_adapters,
+    recorded_base,
+    set_adapter_scale,
+    unload_adapters,
+)
+
+UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+# --- a tiny SDXL and adapters for it (test_inference_generate and test_inference_gallery use them too) ----------------
+
+
+def build_pipeline(hidden: int = 32, seed: int = 0) -> StableDiffusionXLPipeline:
+    """SDXL at 32 × 32 pixels: two text encoders, text_time conditioning, a first block without attention."""
+    bytes_ = sorted(ByteLevel.alphabet())
+    words = [*bytes_, *(f"{byte}</w>" for byte in bytes_), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=32)
+    text_config = CLIPTextConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        projection_dim=hidden,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        bos_token_id=vocabulary["<|startoftext|>"],
+        eos_token_id=vocabulary["<|endoftext|>"],
+        pad_token_id=vocabulary["<|endoftext|>"],
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(16, hidden),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 1),
+            attention_head_dim=(2, 4),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + hidden,
+            cross_attention_dim=2 * hidden,
+            norm_num_groups=8,
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8, 16),
+            down_block_types=["DownEncoderBlock2D"] * 3,
+            up_block_types=["UpDecoderBlock2D"] * 3,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=32,
+        )
+        text_encoder, text_encoder_2 = CLIPTextModel(text_config), CLIPTextModelWithProjection(text_config)
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+        add_watermarker=False,
+    )
+    for model in (unet, vae, text_encoder, text_encoder_2):
+        model.eval().requires_grad_(False)
+    return pipeline
+
+
+@functools.cache
+def work_folder() -> Path:
+    folder = tempfile.TemporaryDirectory(prefix="inference-tests-")
+    work_folder.keep = folder  # removed at exit
+    return Path(folder.name)
+
+
+@functools.cache
+def saved_base(hidden: int = 32) -> Path:
+    folder = work_folder() / f"base-{hidden}"
+    build_pipeline(hidden).save_pretrained(folder)
+    return folder
+
+
+def randomise_adapter(module: torch.nn.Module, seed: int, std: float = 0.2) -> None:
+    """Give every trainable parameter a normal value, so that the update is neither zero nor small."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * std
+
+
+@functools.cache
+def saved_lora(seed: int = 1, text: bool = True, hidden: int = 32) -> Path:
+    """A run folder with a random LoRA as diffusers' own trainer would save it, and a run.json."""
+    folder = work_folder() / f"lora-{seed}-{text}-{hidden}"
+    pipeline = build_pipeline(hidden)
+    parts = {"unet": (pipeline.unet, UNET_TARGETS)}
+    if text:
+        parts["text_encoder"] = (pipeline.text_encoder, TEXT_TARGETS)
+        parts["text_encoder_2"] = (pipeline.text_encoder_2, TEXT_TARGETS)
+    for module, targets in parts.values():
+        module.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=targets))
+        randomise_adapter(module, seed)
+    StableDiffusionXLPipeline.save_lora_weights(
+        folder, **{f"{name}_lora_layers": get_peft_model_state_dict(module) for name, (module, _) in parts.items()}
+    )
+    record = {
+        "method": "lora",
+        "config": {"rank": 4, "max_train_steps": 500, "pretrained_model_name_or_path": str(saved_base(hidden))},
+        "trainable_parameters": 1234567,
+        "timings": {"train_seconds": 83.4, "total_seconds": 100.0, "seconds_per_step": 0.1668},
+        "peak_memory_mb": 1536.0,
+        "files": {},
+    }
+    (folder / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+def inject_nora(pipeline: StableDiffusionXLPipeline) -> None:
+    """Random NoRA adapters in the UNet and both text encoders, as the trainer would inject them."""
+    for prefix, module in adapter_components(pipeline).items():
+        targets = UNET_TARGETS if prefix == "unet" else TEXT_TARGETS
+        config = nora.NoraConfig(r=4, outer_r=8, target_modules=targets)
+        nora.preprocess_nora(module, config, lambda *_: outputs(pipeline))
+        module.add_adapter(config)
+        randomise_adapter(module, seed=3, std=0.5)
+
+
+@functools.cache
+def saved_nora(hidden: int = 32, base_seed: int = 0) -> Path:
+    """A run folder with a random NoRA on the UNet and both text encoders: folded file, inner-only file, run.json."""
+    folder = work_folder() / f"nora-{hidden}-{base_seed}"
+    folder.mkdir()
+    pipeline = build_pipeline(hidden, base_seed)
+    inject_nora(pipeline)
+    components = adapter_components(pipeline)
+    nora.save_inner(folder / INNER_WEIGHTS, components)
+    folded = {
+        f"{prefix}.{key}": weight
+        for prefix, module in components.items()
+        for key, weight in nora.fold_nora(module).items()
+    }
+    save_file({key: weight.contiguous() for key, weight in folded.items()}, folder / FOLDED_WEIGHTS)
+    record = {
+        "method": "nora",
+        "config": {"rank": 4, "outer_rank": 8, "pretrained_model_name_or_path": str(saved_base(hidden))},
+        "trainable_parameters": 7654321,
+    }
+    (folder / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> StableDiffusionXLPipeline:
+    return load_pipeline(saved_base(), torch_dtype=torch.float32, device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def clean(request):
+    yield
+    if "pipeline" in request.fixturenames:
+        unload_adapters(request.getfixturevalue("pipeline"))
+
+
+@torch.no_grad()
+def outputs(pipeline: StableDiffusionXLPipeline) -> dict[str, torch.Tensor]:
+    """Hidden and pooled states of both text encoders, and the UNet's noise prediction made from them."""
+    embeds, _, pooled, _ = pipeline.encode_prompt("a cat in the jungle", do_classifier_free_guidance=False)
+    first = pipeline.text_encoder(torch.arange(32)[None], output_hidden_states=True).hidden_states[-2]
+    generator = torch.Generator().manual_seed(0)
+    noise = pipeline.unet(
+        torch.randn(1, 4, 8, 8, generator=generator),
+        torch.tensor(500),
+        encoder_hidden_states=embeds,
+        added_cond_kwargs={"text_embeds": pooled, "time_ids": torch.tensor([[32.0, 32, 0, 0, 32, 32]])},
+    ).sample
+    return {"text_encoder": first, "prompt_embeds": embeds, "pooled": pooled, "unet": noise}
+
+
+def max_error(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+# --- components -------------------------------------------------------------------------------------------------------
+
+
+def test_component_prefixes_match_the_files_spelling(pipeline):
+    components = adapter_components(pipeline)
+    assert [prefix.split(".")[0] for prefix in components] == ["unet", "text_encoder", "text_encoder_2"]
+    for prefix, module in components.items():
+        layers = [f"{prefix}.{name}" for name, _ in module.named_modules()]
+        if prefix != "unet":
+            assert any(name.endswith("text_model.encoder.layers.0.self_attn.q_proj") for name in layers)
+            assert not any("text_model.text_model" in name for name in layers)
+    assert list(adapter_components({"unet": pipeline.unet, "text_encoder": None})) == ["unet"]
+
+
+# --- the base ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_model_is_cast_to_the_dtype_asked_for():
+    loaded = load_pipeline(saved_base(), torch_dtype=torch.bfloat16, device="cpu")
+    models = {name: part for name, part in loaded.components.items() if isinstance(part, torch.nn.Module)}
+    assert {name: model.dtype for name, model in models.items()} == dict.fromkeys(models, torch.bfloat16)
+
+
+def test_text_encoders_stored_in_another_dtype_are_cast(tmp_path):
+    shutil.copytree(saved_base(), tmp_path / "base")
+    CLIPTextModel.from_pretrained(saved_base() / "text_encoder").half().save_pretrained(tmp_path / "base/text_encoder")
+    loaded = load_pipeline(tmp_path / "base", torch_dtype=torch.float32, device="cpu")
+    assert loaded.text_encoder.dtype == loaded.text_encoder_2.dtype == torch.float32
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder_2", "tokenizer", "scheduler", "model_index.json"])
+def test_an_incomplete_base_is_refused_by_name(tmp_path, part):
+    shutil.copytree(saved_base(), tmp_path / "base")
+    path = tmp_path / "base" / part
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+    with pytest.raises(ValueError, match=part):
+        load_pipeline(tmp_path / "base")
+
+
+def test_bases_that_are_none(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        check_base(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="does not exist"):
+        check_base("sdxl.safetensors")
+    (tmp_path / "model.ckpt").touch()
+    with pytest.raises(ValueError, match="not a .safetensors"):
+        check_base(tmp_path / "model.ckpt")
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    with pytest.raises(ValueError, match="StableDiffusionPipeline, and SDXL"):
+        check_base(tmp_path)
+    (tmp_path / "model_index.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        check_base(tmp_path)
+    check_base("stabilityai/stable-diffusion-xl-base-1.0")
+
+
+def test_a_damaged_base_and_a_hub_id_that_is_not_cached_are_one_sentence(tmp_path, monkeypatch):
+    shutil.copytree(saved_base(), tmp_path / "base")
+    (tmp_path / "base/unet/diffusion_pytorch_model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match="could not be loaded"):
+        load_pipeline(tmp_path / "base")
+    with pytest.raises(ValueError, match="could not be loaded"):
+        load_pipeline("nobody/nothing", local_files_only=True)
+
+
+def test_recorded_base(tmp_path):
+    assert recorded_base(saved_lora()) == str(saved_base())
+    assert recorded_base(saved_lora() / FOLDED_WEIGHTS) == str(saved_base())
+    with pytest.raises(ValueError, match="--base"):
+        recorded_base(tmp_path)
+    (tmp_path / "run.json").write_text('{"config": {"pretrained_model_name_or_path": "../gone/base"}}')
+    with pytest.raises(ValueError, match=r"\.\./gone/base does not exist.*--base"):
+        recorded_base(tmp_path)
+
+
+def test_xformers_where_it_cannot_serve():
+    with pytest.raises(ValueError, match="CUDA GPU.*leave --enable_xformers"):
+        check_xformers("cpu")
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def test_folder_and_file_load_the_same_as_diffusers_does(pipeline):
+    base = outputs(pipeline)
+    pipeline.load_lora_weights(saved_lora(), adapter_name="stock")
+    stock = outputs(pipeline)
+    pipeline.unload_lora_weights()
+    for path in (saved_lora(), saved_lora() / FOLDED_WEIGHTS):
+        name = load_adapter(pipeline, path)
+        assert loaded_adapters(pipeline) == [name]
+        assert max_error(outputs(pipeline), stock) == 0
+        unload_adapters(pipeline, name)
+    effects = {part: (stock[part] - base[part]).abs().max() for part in base}
+    assert min(effects.values()) > 1e-2, effects  # both text encoders and the UNet are adapted
+
+
+def test_the_kind_is_in_the_header_and_not_in_the_name(tmp_path):
+    shutil.copy(saved_lora() / FOLDED_WEIGHTS, tmp_path / "nora_inner_weights.safetensors")
+    assert inspect_adapter(tmp_path).kind == "folded"
+
+
+def test_swapping_leaves_no_residue(pipeline):
+    base = outputs(pipeline)
+    alone = {}
+    for seed in (1, 2, 1):
+        name = load_adapter(pipeline, saved_lora(seed))
+        now = outputs(pipeline)
+        assert max_error(now, alone.setdefault(seed, now)) == 0
+        assert max_error(now, base) > 1e-2
+        unload_adapters(pipeline)
+        assert max_error(outputs(pipeline), base) == 0
+        assert name not in loaded_adapters(pipeline)
+    for module in adapter_components(pipeline).values():
+        assert not any(isinstance(layer, BaseTunerLayer) for layer in module.modules())
+
+
+def test_scale_zero_is_the_base_and_scale_one_is_the_default(pipeline):
+    base = outputs(pipeline)
+    name = load_adapter(pipeline, saved_lora(), scale=0.0)
+    assert max_error(outputs(pipeline), base) == 0
+    set_adapter_scale(pipeline, name, 1.0)
+    full = outputs(pipeline)
+    unload_adapters(pipeline, name)
+    load_adapter(pipeline, saved_lora())
+    assert max_error(outputs(pipeline), full) == 0
+
+
+def test_adapters_stack_and_come_off_one_by_one(pipeline):
+    load_adapter(pipeline, saved_lora(1), name="first", scale=0.5)
+    first = outputs(pipeline)
+    load_adapter(pipeline, saved_lora(2, text=False), name="second", scale=0.25)
+    both = outputs(pipeline)
+    assert max_error(both, first) > 1e-3
+    assert max_error({"prompt_embeds": both["prompt_embeds"]}, {"prompt_embeds": first["prompt_embeds"]}) == 0
+    unload_adapters(pipeline, "second")
+    assert max_error(outputs(pipeline), first) == 0
+    # the other order, and with diffusers' own set_adapters: the same sum
+    unload_adapters(pipeline)
+    load_adapter(pipeline, saved_lora(2, text=False), name="second")
+    load_adapter(pipeline, saved_lora(1), name="first")
+    pipeline.set_adapters(["first", "second"], [0.5, 0.25])
+    assert max_error(outputs(pipeline), both) < 1e-4
+
+
+def test_merged_weights_give_the_same_outputs(pipeline):
+    base = outputs(pipeline)
+    load_adapter(pipeline, saved_lora())
+    live = outputs(pipeline)
+    pipeline.fuse_lora(components=["unet", "text_encoder", "text_encoder_2"])
+    assert max_error(outputs(pipeline), live) < 1e-4
+    unload_adapters(pipeline)
+    assert max_error(outputs(pipeline), base) < 1e-4
+
+
+# --- NoRA -------------------------------------------------------------------------------------------------------------
+
+
+def test_live_folded_inner_and_merged_nora_are_one_model(pipeline):
+    live_pipeline = build_pipeline()
+    inject_nora(live_pipeline)
+    live, base = outputs(live_pipeline), outputs(pipeline)
+    assert min((live[part] - base[part]).abs().max() for part in base) > 1e-2  # all three parts are adapted
+    errors = {}
+    pipeline.load_lora_weights(saved_nora())  # diffusers alone
+    errors["stock"] = max_error(outputs(pipeline), live)
+    unload_adapters(pipeline)
+    for kind, path in (("folder", saved_nora()), ("inner", saved_nora() / INNER_WEIGHTS)):
+        load_adapter(pipeline, path)
+        errors[kind] = max_error(outputs(pipeline), live)
+        if kind == "inner":
+            set_adapter_scale(pipeline, loaded_adapters(pipeline)[0], 0.0)
+            assert max_error(outputs(pipeline), base) == 0
+        unload_adapters(pipeline)
+        assert max_error(outputs(pipeline), base) == 0
+    live_pipeline.fuse_lora(components=["unet", "text_encoder", "text_encoder_2"])
+    errors["merged"] = max_error(outputs(live_pipeline), live)
+    assert max(errors.values()) < 1e-4, errors
+
+
+def test_folder_prefers_the_folded_file_and_falls_back_to_the_inner(tmp_path):
+    assert inspect_adapter(saved_nora()).path.name == FOLDED_WEIGHTS
+    shutil.copy(saved_nora() / INNER_WEIGHTS, tmp_path)
+    assert inspect_adapter(tmp_path).kind == "inner"
+    shutil.copy(saved_nora() / INNER_WEIGHTS, tmp_path / "renamed.safetensors")
+    assert inspect_adapter(tmp_path / "renamed.safetensors").kind == "inner"
+
+
+def test_inner_and_lora_adapters_stack(pipeline):
+    load_adapter(pipeline, saved_nora(), name="nora", scale=0.5)
+    load_adapter(pipeline, saved_lora(), name="lora", scale=0.25)
+    folded = outputs(pipeline)
+    for order in ("nora lora", "lora nora"):
+        unload_adapters(pipeline)
+        for name in order.split():
+            path = saved_nora() / INNER_WEIGHTS if name == "nora" else saved_lora()
+            load_adapter(pipeline, path, name=name, scale=0.5 if name == "nora" else 0.25)
+        assert max_error(outputs(pipeline), folded) < 1e-4, order
+
+
+@pytest.mark.parametrize("other", [{"hidden": 64}, {"base_seed": 5}])
+def test_inner_weights_of_another_base_are_refused_and_nothing_is_left(pipeline, other):
+    load_adapter(pipeline, saved_lora(), name="cat", scale=0.5)
+    before = outputs(pipeline)
+    with pytest.raises(ValueError, match="unet.*folded file"):
+        load_adapter(pipeline, saved_nora(**other) / INNER_WEIGHTS, name="alien")
+    assert loaded_adapters(pipeline) == ["cat"]
+    assert max_error(outputs(pipeline), before) == 0
+
+
+def test_inner_weights_for_a_part_that_the_pipeline_lacks(monkeypatch, pipeline):
+    monkeypatch.setattr(pipeline, "text_encoder", None)
+    with pytest.raises(ValueError, match="no text_encoder.text_model"):
+        load_adapter(pipeline, saved_nora() / INNER_WEIGHTS)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["weight", "out", "e", "encoder", "lora", "proj"])
+def test_an_adapter_named_like_a_parameter_does_no_harm(pipeline, name):
+    base = outputs(pipeline)
+    load_adapter(pipeline, saved_lora(), name="fine")
+    fine = outputs(pipeline)
+    unload_adapters(pipeline)
+    load_adapter(pipeline, saved_lora(), name=name)
+    assert max_error(outputs(pipeline), fine) == 0
+    unload_adapters(pipeline)
+    assert max_error(outputs(pipeline), base) == 0
+
+
+def test_a_name_in_use_is_refused_and_the_loaded_adapter_stays(pipeline):
+    load_adapter(pipeline, saved_lora(1), name="cat")
+    before = outputs(pipeline)
+    with pytest.raises(ValueError, match='"cat" is already loaded'):
+        load_adapter(pipeline, saved_lora(2), name="cat")
+    assert max_error(outputs(pipeline), before) == 0
+    with pytest.raises(ValueError, match="letters, digits"):
+        load_adapter(pipeline, saved_lora(2), name="a.b")
+    with pytest.raises(ValueError, match="finite"):
+        load_adapter(pipeline, saved_lora(2), name="b", scale=float("nan"))
+    with pytest.raises(ValueError, match='no adapter "dog"'):
+        set_adapter_scale(pipeline, "dog", 1.0)
+
+
+def test_an_adapter_of_another_base_is_refused_before_anything_is_touched(pipeline):
+    load_adapter(pipeline, saved_lora(1), name="cat", scale=0.5)
+    before = outputs(pipeline)
+    with pytest.raises(ValueError, match=r"another base: .* is \d+×\d+ in the file and \d+×\d+ in this base"):
+        load_adapter(pipeline, saved_lora(1, hidden=64), name="alien")
+    assert loaded_adapters(pipeline) == ["cat"]
+    assert max_error(outputs(pipeline), before) == 0
+
+
+def test_a_load_that_fails_midway_is_rolled_back(pipeline, monkeypatch):
+    base = outputs(pipeline)
+    load_adapter(pipeline, saved_lora(1), name="cat", scale=0.5)
+    before = outputs(pipeline)
+    monkeypatch.setattr(
+        type(pipeline),
+        "load_lora_into_text_encoder",
+        lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("cut")),
+    )
+    with pytest.raises(RuntimeError, match="cut"):
+        load_adapter(pipeline, saved_lora(2), name="dog")
+    assert loaded_adapters(pipeline) == ["cat"]
+    assert max_error(outputs(pipeline), before) == 0
+    unload_adapters(pipeline)
+    with pytest.raises(RuntimeError, match="cut"):
+        load_adapter(pipeline, saved_lora(2), name="dog")
+    assert max_error(outputs(pipeline), base) == 0
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda weights: weights.pop(next(key for key in weights if "lora_B" in key)), "incomplete"),
+        (lambda weights: weights.update({"unet.somewhere.lora_A.weight": torch.ones(4, 4)}), "only lora_A"),
+        (
+            lambda weights: weights.update({f"unet.gone.lora_{side}.weight": torch.ones(4, 4) for side in "AB"}),
+            "no layer unet.gone",
+        ),
+        (lambda weights: weights.update({"unet.conv_in.hada_w1": torch.ones(1)}), "not a key of a LoRA"),
+    ],
+)
+def test_damaged_adapter_files(pipeline, tmp_path, damage, message):
+    weights = load_file(saved_lora() / FOLDED_WEIGHTS)
+    damage(weights)
+    save_file(weights, tmp_path / FOLDED_WEIGHTS)
+    with pytest.raises(ValueError, match=message):
+        load_adapter(pipeline, tmp_path)
+    assert loaded_adapters(pipeline) == []
+
+
+def test_paths_that_hold_no_adapter(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        inspect_adapter(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="neither pytorch_lora_weights.safetensors nor nora_inner_weights.safetensors"):
+        inspect_adapter(tmp_path)
+    (tmp_path / "a.safetensors").write_bytes(b"not one")
+    with pytest.raises(ValueError, match="not a readable safetensors"):
+        inspect_adapter(tmp_path / "a.safetensors")
+    save_file({"x": torch.ones(1)}, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="no LoRA matrices"):
+        inspect_adapter(tmp_path / "b.safetensors")
