@@ -10,7 +10,7 @@ InnerFactors = tuple[torch.Tensor, torch.Tensor]  # A' (r', r), B' (r, r')
 
 
 def concatenated(parts: list[tuple[float, InnerFactors]]) -> InnerFactors:
-    """``Σ_i c_i B'_i A'_i`` exactly, as one pair of rank Σ r'_i: A' stacks c_i A'_i, B' stands the B'_i side by side."""
+    """``Σ_i c_i B'_i A'_i`` exactly, as one pair of rank Σ r'_i: c_i A'_i stacked, B'_i side by side."""
     inner_A = torch.cat([c * inner_A.float() for c, (inner_A, _) in parts], dim=0)
     inner_B = torch.cat([inner_B.float() for _, (_, inner_B) in parts], dim=1)
     return inner_A, inner_B
@@ -19,8 +19,8 @@ def concatenated(parts: list[tuple[float, InnerFactors]]) -> InnerFactors:
 def truncated(core: InnerFactors, outer: OuterFactors, rank: int) -> InnerFactors:
     """The pair of the given rank whose ``B B' A' A`` is nearest in Frobenius norm to that of ``core``.
 
-    With the QR factors ``B = Q_B R_B`` and ``Aᵀ = Q_A R_A`` the norm is that of the small matrix ``R_B B' A' R_Aᵀ`` (r, r):
-    cut its SVD and solve R_B, R_A away again. Float64 throughout.
+    With the QR factors ``B = Q_B R_B``, ``Aᵀ = Q_A R_A`` the norm is that of the small matrix ``R_B B' A' R_Aᵀ``: cut
+    its SVD and solve R_B, R_A away again. Float64 throughout.
     """
     inner_A, inner_B = (factor.double() for factor in core)
     R_B = torch.linalg.qr(outer.B.double())[1]  # (r, r)

@@ -138,8 +138,8 @@ def matched_std(
     """Standard deviation of A' for which, with B' = 0, Adam's first step moves W x as far as a rank-4 LoRA's.
 
     ``τ = √(m Σ_j d_j²) / (s √(r_L r') ‖B‖_F ‖A D‖_F)``, r_L = 4, D = diag(d) with the activations' channel statistic d
-    (n,), or I where it isn't known. Adam's first step writes ±lr into B', so ``E‖δΔW D‖² = lr² s² r' τ² ‖A D‖² ‖B‖²``; for LoRA
-    with A ~ N(0, 1/r_L²) it is ``lr² m Σ d² / r_L``.
+    (n,), or I where it isn't known. Adam's first step writes ±lr into B', so
+    ``E‖δΔW D‖² = lr² s² r' τ² ‖A D‖² ‖B‖²``; for LoRA with A ~ N(0, 1/r_L²) it is ``lr² m Σ d² / r_L``.
 
     Not in the paper, whose N(0, σ²) on both factors learns 10-25 times slower at first at LoRA's learning rate. With
     D = I and AwSVD, quiet channels dominate ‖A‖_F: measured at gamma 0.5, (320, 320), rank (64, 8), channel sizes

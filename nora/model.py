@@ -44,7 +44,7 @@ def find_targets(model: nn.Module, config: NoraConfig) -> dict[str, nn.Module]:
     """Base layers that the config targets in the model, by module name, in the model's order. Changes neither."""
     config = copy.copy(config)
     if config.target_modules is None:
-        NoraModel._prepare_adapter_config(None, config, BaseTuner.get_model_config(model))
+        NoraModel._prepare_adapter_config(NoraModel, config, BaseTuner.get_model_config(model))
     _maybe_include_all_linear_layers(config, model)
     tuner_layers = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, BaseTunerLayer))
     targets = {}
@@ -225,10 +225,10 @@ class NoraModel(BaseTuner):
     ) -> None:
         """Add an adapter whose update is ``Σ_i weights_i ΔW_i``: exactly ("cat"), or at its best low rank ("svd").
 
-        The adapters must share their outer factors; then ``Σ w_i s_i B B'_i A'_i A = B [B'_1 …] [w_1 s_1 A'_1; …] A``, so
-        "cat" is exact at rank ``Σ r_i``, which has to fit between the outer factors. "svd" is the nearest update of rank
-        ``svd_rank`` (default: the largest of theirs) in Frobenius norm. PEFT's "linear" adds up the factors themselves,
-        which isn't the sum of the updates, and is refused.
+        The adapters must share their outer factors; then ``Σ w_i s_i B B'_i A'_i A = B [B'_1 …] [w_1 s_1 A'_1; …] A``,
+        and "cat" is exact at rank ``Σ r_i``, which has to fit between the outer factors. "svd" is the nearest update of
+        rank ``svd_rank`` (default: the largest of theirs) in Frobenius norm. PEFT's "linear" adds up the factors
+        themselves, which isn't the sum of the updates, and is refused.
 
         Raises:
             ValueError: if the name is taken, an adapter is unknown, the lengths or the type don't fit, the rank exceeds
@@ -263,23 +263,23 @@ class NoraModel(BaseTuner):
                     f"svd_rank of at most {outer_r}"
                 )
 
-        config = replace(
+        widths = {name: layer.nora_inner_A[adapters[0]].in_features for name, layer in first.items()}
+        self.peft_config[adapter_name] = replace(
             self.peft_config[adapters[0]],
             r=rank,
             nora_alpha=None,
             rank_pattern={},
             alpha_pattern={},
-            outer_r=None,
-            outer_rank_pattern={name: layer.nora_inner_A[adapters[0]].in_features for name, layer in first.items()},
+            outer_r=min(widths.values()),
+            outer_rank_pattern={name: width for name, width in widths.items() if width > min(widths.values())},
         )
-        self.peft_config[adapter_name] = config
         bases = {
             name: Basis(layer.outer(adapters[0]), layer.nora_fingerprint[adapters[0]], layer.nora_stats[adapters[0]])
             for name, layer in first.items()
         }
         with ready_bases(bases):
             self.inject_adapter(self.model, adapter_name)
-        for name, layer in first.items():
+        for layer in first.values():
             parts = [
                 (weight * layer.scaling[a], (layer.nora_inner_A[a].weight, layer.nora_inner_B[a].weight))
                 for a, weight in zip(adapters, weights)
@@ -397,8 +397,8 @@ def _check_same_basis(one: dict[str, NoraLinear], other: dict[str, NoraLinear], 
         pairs = zip(layer.outer(name), layer.outer(other_name))
         if not all(x.shape == y.shape and torch.equal(x, y) for x, y in pairs):
             raise ValueError(
-                f"adapters {name!r} and {other_name!r} have different outer factors at {module}, and inner weights can't "
-                "be added across bases: fold them and add LoRAs"
+                f"adapters {name!r} and {other_name!r} have different outer factors at {module}, and inner weights "
+                "can't be added across bases: fold them and add LoRAs"
             )
 
 
