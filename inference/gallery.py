@@ -38,7 +38,7 @@ FIGURES = (
     "Steps",
     "Peak memory",
 )
-MIN_TILE, MAX_TILE = 160, 512  # pixels on the sheet: tiny bases stay visible, 1024 px ones stay mailable
+MIN_TILE, MAX_TILE = 192, 512  # pixels on the sheet: tiny bases stay visible, 1024 px ones stay mailable
 THUMBNAIL = 320  # pixels, longest side of an instance image on the page
 
 
@@ -75,8 +75,10 @@ class Column:
             return "no adapter"
         parameters = self.figures["Trainable parameters"]
         method, rank = self.figures["Method"], self.figures["Rank of the update"]
-        known = [method, f"rank {rank}", f"{parameters} trained"]
-        return ", ".join(text for text, value in zip(known, (method, rank, parameters)) if value != UNKNOWN)
+        known = {f"rank {rank}": rank, f"{parameters} trained": parameters}
+        if method.lower() != self.name.lower():
+            known = {method: method, **known}
+        return ", ".join(text for text, value in known.items() if value != UNKNOWN)
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
@@ -193,6 +195,7 @@ def render_page(
         columns=columns,
         figures=FIGURES,
         rows=rows,
+        tile=max(240, rows[0]["lines"][0]["cells"][0]["width"]),
         settings=settings,
         instances=[{"name": name, "uri": _data_uri(_shrink(image, THUMBNAIL))} for name, image in instances],
     )
@@ -228,10 +231,14 @@ def draw_sheet(
     sheet_width = margin + len(columns) * (tile[0] + gap) + gap
     line, small_line = round(size * 1.3), round(small.size * 1.3)
 
-    strip = [_fit_height(image, tile[1] * 3 // 4) for _, image in instances]
+    # training images in one row: as wide together as the sheet, but no smaller than a quarter of a tile
+    aspects = sum(image.width / image.height for _, image in instances)
+    room = sheet_width - margin - len(instances) * gap
+    strip_tile = max(tile[1] // 4, min(tile[1] * 3 // 4, int(room / aspects))) if instances else 0
+    strip = [_fit_height(image, strip_tile) for _, image in instances]
     headers = [(column.name, _wrap(column.subtitle, small, tile[0])) for column in columns]
     prompt_lines = {prompt: _wrap(prompt, font, sheet_width - margin - gap) for prompt in prompts}
-    strip_height = (small_line + tile[1] * 3 // 4 + 3 * gap) if strip else 0
+    strip_height = (small_line + strip_tile + 3 * gap) if strip else 0
     header_height = line + max(len(lines) for _, lines in headers) * small_line + gap
     block_heights = {
         prompt: len(lines) * line + 2 * gap + len(seeds) * (tile[1] + gap) for prompt, lines in prompt_lines.items()

@@ -11,7 +11,8 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -47,7 +48,47 @@ class GeneratedImage:
     image: Image.Image | np.ndarray | torch.Tensor  # PIL, (H, W, 3) in [0, 1], or (C, H, W), as output_type says
 
 
+PromptEmbeds = dict[str, torch.Tensor]  # keyword arguments of the pipeline, one prompt's
+
+
 # --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def encode_prompts(
+    pipeline: StableDiffusionXLPipeline, prompts: Sequence[str], negative_prompt: str | None = None
+) -> dict[str, PromptEmbeds]:
+    """Each prompt's embeddings, for `generate_images` on a pipeline whose text encoders will be gone by then.
+
+    Prompts are encoded one by one, because a batched matrix product rounds differently from a single one.
+
+    Returns:
+        prompt -> prompt_embeds (1, L, D), pooled_prompt_embeds (1, P), and both of the negative prompt.
+    """
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    with evaluation_mode(pipeline), torch.no_grad():
+        return {
+            prompt: dict(zip(names, pipeline.encode_prompt(prompt, negative_prompt=negative_prompt)))
+            for prompt in prompts
+        }
+
+
+@contextmanager
+def evaluation_mode(pipeline: StableDiffusionXLPipeline) -> Iterator[None]:
+    """Dropout off in every model of the pipeline, and each put back as it was."""
+    training = [
+        module
+        for model in pipeline.components.values()
+        if isinstance(model, torch.nn.Module)
+        for module in model.modules()
+        if module.training
+    ]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def generate_images(
@@ -58,6 +99,7 @@ def generate_images(
     num_inference_steps: int = 50,
     guidance_scale: float = 5.0,
     negative_prompt: str | None = None,
+    encoded_prompts: Mapping[str, PromptEmbeds] | None = None,
     height: int | None = None,
     width: int | None = None,
     batch_size: int = 1,
@@ -71,6 +113,7 @@ def generate_images(
     global random state is read or changed, and models in training mode are put back into it after each batch.
 
     Args:
+        encoded_prompts: of `encode_prompts`, for a pipeline without text encoders; the negative prompt is in it.
         height, width: in pixels, multiples of 8. None: the size the base was trained at.
         batch_size: images at a time; a memory setting, without effect on the images.
         progress: show a bar over all images, or count them on a bar of the caller's.
@@ -82,6 +125,11 @@ def generate_images(
     native_size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     height, width = height or native_size, width or native_size
     check_sampling(prompts, seeds, num_inference_steps, guidance_scale, height, width, batch_size)
+    if encoded_prompts is not None:
+        if negative_prompt is not None:
+            raise ValueError("encoded_prompts hold their negative prompt: pass it to encode_prompts instead")
+        if missing := [prompt for prompt in prompts if prompt not in encoded_prompts]:
+            raise ValueError(f"encoded_prompts lack {missing[0]!r}: encode every prompt")
     return _generate_batches(
         pipeline,
         [(prompt, seed) for prompt in prompts for seed in seeds],
@@ -92,7 +140,7 @@ def generate_images(
             "width": width,
             "output_type": output_type,
         },
-        negative_prompt,
+        lambda: encoded_prompts or encode_prompts(pipeline, prompts, negative_prompt),
         batch_size,
         progress,
     )
@@ -102,45 +150,41 @@ def _generate_batches(
     pipeline: StableDiffusionXLPipeline,
     requests: list[tuple[str, int]],
     call_options: dict[str, Any],
-    negative_prompt: str | None,
+    encode: Callable[[], Mapping[str, PromptEmbeds]],
     batch_size: int,
     progress: bool | tqdm,
 ) -> Iterator[GeneratedImage]:
-    bar = progress if isinstance(progress, tqdm) else tqdm(total=len(requests), unit="image", disable=not progress)
+    own_bar = isinstance(progress, bool)
+    bar = tqdm(total=len(requests), unit="image", disable=not progress) if own_bar else progress
     scale = pipeline.vae_scale_factor
     latents_shape = (pipeline.unet.config.in_channels, call_options["height"] // scale, call_options["width"] // scale)
-    models = [model for model in pipeline.components.values() if isinstance(model, torch.nn.Module)]
     pipeline.set_progress_bar_config(disable=True)  # one bar over the images, not one over the steps of each batch
     try:
+        encoded = encode()
         for start in range(0, len(requests), batch_size):
             batch = requests[start : start + batch_size]
             generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in batch]
             # (B, 4, H/8, W/8): drawn in fp32 and then cast, so that fp16 and fp32 runs start from the same noise
             latents = torch.stack([torch.randn(latents_shape, generator=generator) for generator in generators])
-            training = [model for model in models if model.training]
-            for model in training:
-                model.eval()
+            embeds = [encoded[prompt] for prompt, _ in batch]
             try:
-                images = pipeline(
-                    prompt=[prompt for prompt, _ in batch],
-                    negative_prompt=None if negative_prompt is None else [negative_prompt] * len(batch),
-                    generator=generators,
-                    latents=latents.to(pipeline.unet.dtype),
-                    **call_options,
-                ).images
+                with evaluation_mode(pipeline):
+                    images = pipeline(
+                        **{name: torch.cat([one[name] for one in embeds]) for name in embeds[0]},
+                        generator=generators,
+                        latents=latents.to(pipeline.unet.dtype),
+                        **call_options,
+                    ).images
             except torch.OutOfMemoryError as error:
                 raise ValueError(
                     f"out of memory at batch_size={batch_size} and {call_options['width']}×{call_options['height']}: "
                     "lower the batch size or the image size"
                 ) from error
-            finally:
-                for model in training:
-                    model.train()
             for (prompt, seed), image in zip(batch, images):
                 yield GeneratedImage(prompt, seed, image)
             bar.update(len(batch))
     finally:
-        if bar is not progress:
+        if own_bar:
             bar.close()
 
 
@@ -328,13 +372,30 @@ def png_bytes(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
+def read_manifest(folder: Path) -> list[dict[str, Any]]:
+    """The images that earlier commands listed in this folder; [] where there is no manifest."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return []
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if all(isinstance(record["file"], str) for record in records):
+            return records
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise ValueError(f"{path} is not a manifest of this command: move it away, or choose another --output")
+
+
 def write_manifest(folder: Path, records: Sequence[dict[str, Any]]) -> None:
     """One JSON line per image; lines of earlier commands stay for images that are still there and not redrawn."""
-    path = folder / MANIFEST
     redrawn = {record["file"] for record in records}
-    earlier = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    kept = [record for record in earlier if record["file"] not in redrawn and (folder / record["file"]).is_file()]
-    write_atomic(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in [*kept, *records]))
+    kept = [
+        record
+        for record in read_manifest(folder)
+        if record["file"] not in redrawn and (folder / record["file"]).is_file()
+    ]
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in [*kept, *records]]
+    write_atomic(folder / MANIFEST, "".join(lines))
 
 
 def run(config: GenerateConfig) -> Path:
@@ -343,8 +404,11 @@ def run(config: GenerateConfig) -> Path:
     config.check_sampling(prompts, seeds)
     if config.adapter:
         inspect_adapter(config.adapter)
+    elif config.scale != 1:
+        raise ValueError(f"--scale {config.scale:g} needs an adapter to scale: name one with --adapter")
     base = choose_base(config.base, config.adapter)
     check_writable_target(folder, "--output", folder=True)
+    read_manifest(folder)
 
     pipeline = config.load_pipeline(base)
     if config.adapter:

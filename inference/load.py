@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from inference.components import COMPONENT_NAMES, FOLDED_WEIGHTS, INNER_WEIGHTS,
 
 BASE_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_CHECKPOINT_UNET = "model.diffusion_model."  # how single-file checkpoints spell the UNet's keys
 _LORA_MATRIX = re.compile(r"(?P<layer>.+)\.(?P<side>lora_A|lora_B|lora\.down|lora\.up)\.weight")
 _LORA_EXTRA = (".alpha", ".lora_magnitude_vector")  # scalars and DoRA vectors, whose shapes follow from the matrices
 
@@ -40,6 +42,9 @@ def check_base(base: str | Path) -> None:
             raise ValueError(
                 f"base {base} is a file, but not a .safetensors one: name a diffusers folder or such a file"
             )
+        _, keys = _read_header(path, "base")
+        if not any(key.startswith(_CHECKPOINT_UNET) for key in keys):
+            raise ValueError(f"base {base} holds no UNet ({_CHECKPOINT_UNET}…): a whole SDXL checkpoint is needed")
         return
     if not path.exists():
         if _HUB_ID.fullmatch(str(base)) and path.suffix != ".safetensors" and not path.parent.is_dir():
@@ -99,10 +104,13 @@ def load_pipeline(
             # safetensors only: a pickle from outside can run code
             pipeline = StableDiffusionXLPipeline.from_pretrained(str(base), use_safetensors=True, **options)
     except (OSError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"base {base} could not be loaded: {reason}") from error
-    pipeline.to(device=device, dtype=torch_dtype)
-    return pipeline
+        where = "" if Path(base).exists() else f", which is no folder in {Path.cwd()} either,"
+        reason = textwrap.shorten(str(error).strip().split("\n")[0], 200, placeholder="…")
+        raise ValueError(f"base {base}{where} could not be loaded: {reason}") from error
+    for model in pipeline.components.values():
+        if isinstance(model, nn.Module) and model.dtype != torch_dtype:
+            model.to(torch_dtype)
+    return pipeline.to(device)
 
 
 def default_device() -> torch.device:
@@ -152,16 +160,22 @@ def inspect_adapter(path: str | Path) -> AdapterFile:
         path = next((file for file in candidates if file.is_file()), path)
         if path.is_dir():
             raise ValueError(f"adapter folder {path} has neither {FOLDED_WEIGHTS} nor {INNER_WEIGHTS}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"adapter {path} is not a readable safetensors file: {error}") from error
+    metadata, shapes = _read_header(path, "adapter")
     kind = "inner" if "fingerprints" in metadata else "folded"
     if not any(_LORA_MATRIX.fullmatch(key) for key in shapes):
         raise ValueError(f"adapter {path} holds no LoRA matrices in the diffusers format, such as unet.….lora_A.weight")
     return AdapterFile(path, kind, shapes, metadata)
+
+
+def _read_header(path: Path, role: str) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """Metadata, and key -> shape, of a safetensors file; `role` names the file in the error."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            # not a mapping: it can't be iterated without keys()
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            return dict(file.metadata() or {}), shapes
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{role} {path} is not a readable safetensors file: {error}") from error
 
 
 def read_run_record(path: str | Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from diffusers import EulerAncestralDiscreteScheduler
 from PIL import Image
 from test_inference_load import saved_base, saved_lora
 
-from inference.generate import generate_images, image_names, main
+from inference.generate import encode_prompts, generate_images, image_names, main
 from inference.load import load_adapter, load_pipeline, unload_adapters
 
 PROMPTS = ["[V] photo of a cat", "[V] photo of a cat in the jungle"]
@@ -53,11 +53,24 @@ def test_global_random_state_and_training_mode_are_left_alone(pipeline):
     pipeline.unet.train()
     state = torch.get_rng_state()
     trained = draw(pipeline, seeds=[0])
-    assert pipeline.unet.training and not pipeline.vae.training
+    assert pipeline.unet.training and pipeline.unet.conv_in.training and not pipeline.vae.training
     assert torch.equal(torch.get_rng_state(), state)
     pipeline.unet.eval()
     evaluated = draw(pipeline, seeds=[0])
     assert all(np.array_equal(trained[key], evaluated[key]) for key in trained)
+
+
+def test_prompts_encoded_beforehand_need_no_text_encoders(pipeline, monkeypatch):
+    plain = draw(pipeline, negative_prompt="blurry", batch_size=4)
+    encoded = encode_prompts(pipeline, PROMPTS, negative_prompt="blurry")
+    for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+        monkeypatch.setattr(pipeline, part, None)
+    later = draw(pipeline, encoded_prompts=encoded, batch_size=4)
+    assert all(np.array_equal(plain[key], later[key]) for key in plain)
+    with pytest.raises(ValueError, match="lack 'a dog'"):
+        draw(pipeline, ["a dog"], encoded_prompts=encoded)
+    with pytest.raises(ValueError, match="hold their negative prompt"):
+        draw(pipeline, encoded_prompts=encoded, negative_prompt="blurry")
 
 
 def test_size_defaults_to_the_bases_and_can_be_set(pipeline):
@@ -205,6 +218,8 @@ def bad_commands(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "empty").mkdir()
     (tmp_path / "run").mkdir()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "manifest.jsonl").write_text("[1]\n")
     (tmp_path / "run" / "pytorch_lora_weights.safetensors").write_bytes(
         (saved_lora() / "pytorch_lora_weights.safetensors").read_bytes()
     )
@@ -229,6 +244,7 @@ def bad_commands(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "zero steps": ([*base, *prompt, "--num_inference_steps", "0"], "must be at least 1"),
         "negative seed": ([*base, *prompt, "--seed", "-3"], "seed=-3"),
         "infinite scale": ([*base, *prompt, *adapter, "--scale", "inf"], "--scale inf must be a finite number"),
+        "scale of nothing": ([*base, *prompt, "--scale", "0.5"], "--scale 0.5 needs an adapter"),
         "odd size": ([*base, *prompt, "--height", "100"], "height=100 must be a positive multiple of 8"),
         "no such device": ([*base, *prompt, "--device", "toaster"], "--device toaster is no device"),
         "no such GPU": ([*base, *prompt, "--device", "cuda:99"], "--device cuda:99: this machine has"),
@@ -239,6 +255,10 @@ def bad_commands(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "another base's adapter": (
             [*base, *prompt, "--adapter", str(saved_lora(hidden=64))],
             "belongs to another base",
+        ),
+        "another manifest": (
+            [*base, *prompt, "--output", str(tmp_path / "taken")],
+            "is not a manifest of this command",
         ),
         "output is a file": ([*base, *prompt, "--output", str(text)], "is a file, and a folder is needed"),
         "output below a file": ([*base, *prompt, "--output", str(text / "a" / "b")], "text.txt is a file"),
