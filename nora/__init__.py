@@ -12,7 +12,7 @@ from .calibration import attached_statistics, calibration_mask, preprocess_nora 
 from .config import NoraConfig  # noqa: E402
 from .files import inner_prefixes, load_inner, save_inner  # noqa: E402
 from .layer import NoraLinear  # noqa: E402
-from .model import NoraModel, fold_nora  # noqa: E402
+from .model import NoraModel, check_targets, fold_nora  # noqa: E402
 
 register(NoraConfig, NoraModel)
 
@@ -22,6 +22,7 @@ __all__ = [
     "NoraModel",
     "attached_statistics",
     "calibration_mask",
+    "check_targets",
     "fold_nora",
     "inner_prefixes",
     "load_inner",

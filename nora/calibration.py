@@ -72,7 +72,7 @@ def preprocess_nora(
     """
     if isinstance(model, PeftModel):
         model = model.get_base_model()
-    config.stats_in_file = False  # whatever file the config came from, this starts afresh
+    config.saved = False  # whatever file the config came from, this starts afresh
     if not config.needs_statistics:
         return {}
     if (run_model is None) == (stats is None):

@@ -55,8 +55,8 @@ class NoraConfig(PeftConfig):
         rank_pattern, outer_rank_pattern, alpha_pattern: module name or pattern -> r, outer_r, nora_alpha for it.
         init_weights: False draws both inner factors so that the update is random and clearly non-zero (for tests).
         modules_to_save, exclude_modules, layers_to_transform, layers_pattern: as in every PEFT method.
-        stats_in_file: set by saving: the AwSVD statistics come with the weights, so injection waits for them. Never set
-            it by hand.
+        saved: set in a saved config: the fingerprints, and the statistics of AwSVD, come with the weights, and the
+            outer factors are built when these are loaded. Set it to False to start a new adapter from a saved config.
 
     Raises:
         ValueError: for a value outside its limits, on construction.
@@ -82,7 +82,7 @@ class NoraConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the layers' ModuleList."})
     init_weights: bool = field(default=True, metadata={"help": "False starts at a random, non-zero update."})
-    stats_in_file: bool = field(default=False, metadata={"help": "Set by saving; never set it by hand."})
+    saved: bool = field(default=False, metadata={"help": "Set by saving: the basis comes with the weights."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -172,8 +172,8 @@ class NoraConfig(PeftConfig):
         return LayerRanks(r, outer_r, r if alpha is None else alpha, cut)
 
     def to_dict(self) -> dict:
-        """Plain values for adapter_config.json; marks that the statistics travel with the weights."""
-        return super().to_dict() | {"stats_in_file": self.needs_statistics}
+        """Plain values for adapter_config.json, marked as saved."""
+        return super().to_dict() | {"saved": True}
 
 
 def plain_config(config: NoraConfig) -> dict:

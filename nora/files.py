@@ -84,18 +84,16 @@ def save_inner(
         configs[prefix] = plain_config(config)
         for name, layer in layers.items():
             key = f"{prefix}.{name}"
-            layer.outer(adapter_name)  # refuses an adapter that has no basis yet
             inner_A, inner_B = layer.nora_inner_A[adapter_name].weight, layer.nora_inner_B[adapter_name].weight
             tensors[f"{key}.lora_A.weight"] = inner_A.detach().to(dtype or inner_A.dtype)
             tensors[f"{key}.lora_B.weight"] = inner_B.detach().to(dtype or inner_B.dtype)
-            sketches = layer.nora_fingerprint[adapter_name]
-            fingerprints[key] = [[float(f"{x:.6g}") for x in row] for row in sketches.tolist()]
-            statistic = layer.nora_stats[adapter_name]
-            if statistic is None:
+            basis = layer.basis(adapter_name)
+            fingerprints[key] = [[float(f"{x:.6g}") for x in row] for row in basis.fingerprint.tolist()]
+            if basis.statistic is None:
                 continue
-            owner = owners.setdefault(statistic.numpy().tobytes(), key)
+            owner = owners.setdefault(basis.statistic.cpu().numpy().tobytes(), key)
             if owner == key:
-                tensors[key + _STATS_SUFFIX] = statistic
+                tensors[key + _STATS_SUFFIX] = basis.statistic
             else:
                 aliases[key] = owner
     header = {

@@ -21,6 +21,7 @@ STATISTIC_FLOOR = 1e-3
 REFERENCE_LORA_RANK = 4
 SKETCH_SEED = 2408_10280 % 2**32
 SKETCH_SIZE = 4
+FINGERPRINT_SHAPE = (3, 1 + SKETCH_SIZE)  # W, A, B
 FINGERPRINT_TOLERANCE = 1e-3
 
 
@@ -185,7 +186,7 @@ def fingerprint(W: torch.Tensor, outer: OuterFactors) -> torch.Tensor:
 
 def sketch_distance(expected: torch.Tensor, found: torch.Tensor) -> float:
     """Estimated relative Frobenius distance between the two matrices whose sketches these are."""
-    expected, found = expected.double(), found.double()
+    expected, found = expected.cpu().double(), found.cpu().double()
     by_norm = (found[0] / expected[0].clamp_min(torch.finfo(torch.float64).tiny) - 1).abs()
     by_projection = (found[1:] - expected[1:]).square().mean().sqrt()
     return max(by_norm.item(), by_projection.item())

@@ -12,11 +12,22 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.nn import functional as F
 
-from .basis import Basis, is_transposed, oriented_weight
+from .basis import Basis, build_basis, check_basis, is_transposed, oriented_weight
 from .config import LayerRanks, NoraConfig
-from .functional import OuterFactors, fold, matched_std
+from .functional import FINGERPRINT_SHAPE, OuterFactors, fold, matched_std
 
 RANDOM_UPDATE_SIZE = 0.5
+
+
+class ExactBuffers(BufferDict):
+    """Buffers that follow the model to its device but never to another dtype: a later load is checked against them."""
+
+    def _apply(self, fn, recurse=True):
+        kept = dict(self.items())
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            self[name] = buffer.to(self[name].device)
+        return self
 
 
 class NoraLinear(nn.Module, BaseTunerLayer):
@@ -24,8 +35,7 @@ class NoraLinear(nn.Module, BaseTunerLayer):
 
     Per adapter: `nora_inner_A` (A', r' x r) and `nora_inner_B` (B', r x r') are trained; `nora_outer_A` (r x n) and
     `nora_outer_B` (m x r) are buffers, in the base weight's dtype and out of the state dict, since they are recomputed
-    from the base weight. `nora_stats` and `nora_fingerprint` are plain CPU tensors rather than buffers: ``.half()`` or
-    ``.to()`` on the model must not round what a later load is checked against.
+    from the base weight; `nora_stats` and `nora_fingerprint` (see `Basis`) are in it, to recompute and check them.
 
     The forward is the sequential form: autograd keeps r + r' numbers per token where LoRA keeps the n-dimensional x.
     """
@@ -35,8 +45,6 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         "nora_outer_A",
         "nora_outer_B",
         "nora_dropout",
-        "nora_stats",
-        "nora_fingerprint",
         "r",
         "nora_alpha",
         "scaling",
@@ -51,8 +59,9 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         self.nora_outer_A = BufferDict(persistent=False)
         self.nora_outer_B = BufferDict(persistent=False)
         self.nora_dropout = nn.ModuleDict()
-        self.nora_stats: dict[str, torch.Tensor | None] = {}
-        self.nora_fingerprint: dict[str, torch.Tensor | None] = {}
+        self.nora_stats = ExactBuffers(persistent=True)
+        self.nora_fingerprint = ExactBuffers(persistent=True)
+        self._awaited: dict[str, tuple[str, NoraConfig]] = {}
         self.r: dict[str, int] = {}
         self.nora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
@@ -81,8 +90,33 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         # The pair takes the base's dtype: in fp32 it would double the frozen memory of a half-precision base.
         self.nora_outer_A[adapter_name] = basis.outer.A.to(weight)
         self.nora_outer_B[adapter_name] = basis.outer.B.to(weight)
-        self.nora_fingerprint[adapter_name] = basis.fingerprint
-        self.nora_stats[adapter_name] = basis.statistic
+        if basis.fingerprint is not None:
+            self.nora_fingerprint[adapter_name] = basis.fingerprint.to(weight.device)
+        if basis.statistic is not None:
+            self.nora_stats[adapter_name] = basis.statistic.to(weight.device)
+        self._awaited.pop(adapter_name, None)
+
+    def await_basis(self, adapter_name: str, name: str, config: NoraConfig) -> None:
+        """Make room for a saved adapter: its fingerprint and statistic come with its weights, and then its basis."""
+        device = self.get_base_layer().weight.device
+        nn.init.zeros_(self.nora_inner_A[adapter_name].weight)
+        nn.init.zeros_(self.nora_inner_B[adapter_name].weight)
+        self.nora_fingerprint[adapter_name] = torch.full(FINGERPRINT_SHAPE, math.nan, device=device)
+        if config.needs_statistics:
+            self.nora_stats[adapter_name] = torch.full((self.in_features,), math.nan, dtype=torch.half, device=device)
+        self._awaited[adapter_name] = (name, config)
+
+    def basis(self, adapter_name: str) -> Basis:
+        """The adapter's basis as it is in use."""
+        statistic = dict(self.nora_stats.items()).get(adapter_name)
+        return Basis(self.outer(adapter_name), self.nora_fingerprint[adapter_name], statistic)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        # not in other_param_names, because PEFT casts the buffers named there to the base's dtype
+        for held in (self.nora_stats, self.nora_fingerprint, self._awaited):
+            if adapter_name in held:
+                del held[adapter_name]
+        super().delete_adapter(adapter_name)
 
     @torch.no_grad()
     def reset_inner(self, adapter_name: str, config: NoraConfig, basis: Basis) -> None:
@@ -115,14 +149,22 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         """The frozen pair in use.
 
         Raises:
-            ValueError: if the adapter still waits for the statistics of its file.
+            ValueError: if the adapter still waits for its file, or if the file turns out to be for another base.
         """
         if adapter_name not in self.nora_outer_A:
-            raise ValueError(
-                f"adapter {adapter_name!r} has no outer factors yet, because its AwSVD statistics come with its saved "
-                "weights: load them (PeftModel.from_pretrained, load_inner), or set config.stats_in_file=False and "
-                "call preprocess_nora to start a new adapter"
-            )
+            # Loaders that set tensors one by one (transformers' own) leave no better moment than the first use.
+            name, config = self._awaited[adapter_name]
+            expected = self.nora_fingerprint[adapter_name]
+            if expected.isnan().any():
+                raise ValueError(
+                    f"adapter {adapter_name!r} has no outer factors yet at {name}, because its config was saved and "
+                    "they come with its saved weights: load those, or set config.saved=False to start a new adapter"
+                )
+            statistic = self.nora_stats[adapter_name] if config.needs_statistics else None
+            outer_r = self.nora_inner_A[adapter_name].in_features
+            basis = build_basis(name, self.get_base_layer(), config, outer_r, statistic)
+            check_basis(name, basis, expected)
+            self.set_basis(adapter_name, basis)
         return OuterFactors(self.nora_outer_A[adapter_name], self.nora_outer_B[adapter_name])
 
     # ------------------------------------------------------------------ scale, as diffusers sets it

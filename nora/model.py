@@ -106,6 +106,19 @@ def check_layer(name: str, base_layer: nn.Module, config: NoraConfig) -> None:
     config.layer_ranks(name, tuple(oriented_weight(base_layer).shape))
 
 
+def check_targets(model: nn.Module, config: NoraConfig) -> None:
+    """Refuse a config that the model can't take, without changing either; injection makes the same checks.
+
+    Raises:
+        ValueError: if the config targets nothing, or a layer that is not linear or too small for the ranks.
+    """
+    targets = find_targets(model, config)
+    if not targets:
+        raise ValueError(f"target_modules={config.target_modules!r} matches no module of {type(model).__name__}")
+    for name, layer in targets.items():
+        check_layer(name, layer, config)
+
+
 class NoraModel(BaseTuner):
     """NoRA, nested low-rank adaptation (arXiv 2408.10280), as a PEFT tuner.
 
@@ -156,7 +169,7 @@ class NoraModel(BaseTuner):
     @staticmethod
     def _statistic(name: str, base_layer: nn.Module, config: NoraConfig) -> torch.Tensor | None:
         """The layer's statistic (n,), or None where it isn't needed or comes later with the weights."""
-        if not config.needs_statistics or config.stats_in_file:
+        if not config.needs_statistics or config.saved:
             return None
         statistic = attached_statistic(base_layer, config.awsvd_stat)
         if statistic is None:
@@ -189,14 +202,12 @@ class NoraModel(BaseTuner):
         layer.update_layer(adapter_name, peft_config, ranks, peft_config.inference_mode)
 
         basis = _ready_bases.get().get(current_key)
-        waits = peft_config.needs_statistics and peft_config.stats_in_file and not base_layer.weight.is_meta
-        if basis is None and not waits:
-            statistic = None if base_layer.weight.is_meta else self._statistic(current_key, base_layer, peft_config)
-            basis = build_basis(current_key, base_layer, peft_config, ranks.outer_r, statistic)
-        if basis is None:
-            nn.init.zeros_(layer.nora_inner_A[adapter_name].weight)
-            nn.init.zeros_(layer.nora_inner_B[adapter_name].weight)
+        if basis is None and peft_config.saved and not base_layer.weight.is_meta:
+            layer.await_basis(adapter_name, current_key, peft_config)
         else:
+            if basis is None:
+                statistic = None if base_layer.weight.is_meta else self._statistic(current_key, base_layer, peft_config)
+                basis = build_basis(current_key, base_layer, peft_config, ranks.outer_r, statistic)
             layer.set_basis(adapter_name, basis)
             layer.reset_inner(adapter_name, peft_config, basis)
         if layer is not target:
@@ -273,11 +284,7 @@ class NoraModel(BaseTuner):
             outer_r=min(widths.values()),
             outer_rank_pattern={name: width for name, width in widths.items() if width > min(widths.values())},
         )
-        bases = {
-            name: Basis(layer.outer(adapters[0]), layer.nora_fingerprint[adapters[0]], layer.nora_stats[adapters[0]])
-            for name, layer in first.items()
-        }
-        with ready_bases(bases):
+        with ready_bases({name: layer.basis(adapters[0]) for name, layer in first.items()}):
             self.inject_adapter(self.model, adapter_name)
         for layer in first.values():
             parts = [
@@ -327,18 +334,6 @@ class NoraModel(BaseTuner):
     # ------------------------------------------------------------------ files, as PEFT reads and writes them
 
     @classmethod
-    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        """Inner weights, and per layer the fingerprint and statistic without which they mean nothing."""
-        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        for name, module in model.named_modules():
-            if isinstance(module, NoraLinear):
-                for attribute in ("nora_fingerprint", "nora_stats"):
-                    tensor = getattr(module, attribute).get(adapter_name)
-                    if tensor is not None:
-                        selected[f"{name}.{attribute}.{adapter_name}"] = tensor
-        return selected
-
-    @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         """Rebuild each layer's outer pair from the file's statistic and refuse the file if it isn't the saved one.
 
@@ -346,47 +341,31 @@ class NoraModel(BaseTuner):
             ValueError: naming the layer whose base weight or outer pair differs, or whose fingerprint is missing. All
                 layers are checked before the first is changed.
         """
-        weights, fingerprints, statistics = {}, {}, {}
-        for key, tensor in state_dict.items():
-            name, _, last = key.removeprefix(PEFT_PREFIX).rpartition(".")
-            if last == "nora_fingerprint":
-                fingerprints[name] = tensor
-            elif last == "nora_stats":
-                statistics[name] = tensor
-            else:
-                weights[key] = tensor
-        layers = {
+        saved = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in state_dict.items()}
+        loaded = {
             name: layer
             for name, layer in nora_layers(model, adapter_name).items()
-            if not layer.get_base_layer().weight.is_meta
+            if f"{name}.nora_inner_A.weight" in saved and not layer.get_base_layer().weight.is_meta
         }
-        present = {key.removeprefix(PEFT_PREFIX) for key in weights}
-        loaded = {name: layer for name, layer in layers.items() if f"{name}.nora_inner_A.weight" in present}
         for name, layer in loaded.items():
-            if name not in fingerprints:
-                raise ValueError(
-                    f"{name}: the weights come without the fingerprint of their basis, and inner weights mean nothing "
-                    f"in another basis: save with PEFT's save_pretrained, or use the folded file {FOLDED_FILE}"
-                )
-            if config.needs_statistics and name not in statistics:
-                raise ValueError(
-                    f"{name}: the file lacks the AwSVD statistic nora_stats, without which the outer factors can't be "
-                    f"recomputed: save with PEFT's save_pretrained, or use the folded file {FOLDED_FILE}"
-                )
-            check_base(name, layer.get_base_layer(), fingerprints[name])
+            for key, needed in (("nora_fingerprint", True), ("nora_stats", config.needs_statistics)):
+                if needed and f"{name}.{key}" not in saved:
+                    raise ValueError(
+                        f"{name}: the weights come without {key}, and inner weights mean nothing in another basis: "
+                        f"save with PEFT's save_pretrained, or use the folded file {FOLDED_FILE}"
+                    )
+            check_base(name, layer.get_base_layer(), saved[f"{name}.nora_fingerprint"])
         bases = {}
         for name, layer in loaded.items():
-            outer_r = layer.nora_inner_A[adapter_name].in_features
-            live = layer.nora_fingerprint.get(adapter_name)
-            if live is not None and _same_statistic(layer.nora_stats[adapter_name], statistics.get(name)):
-                basis = Basis(layer.outer(adapter_name), live, statistics.get(name))
-            else:
-                basis = build_basis(name, layer.get_base_layer(), config, outer_r, statistics.get(name))
-                bases[name] = basis
-            check_basis(name, basis, fingerprints[name])
+            statistic = saved.get(f"{name}.nora_stats")
+            basis = layer.basis(adapter_name) if adapter_name in layer.nora_outer_A else None
+            if basis is None or not _same_statistic(basis.statistic, statistic):
+                outer_r = layer.nora_inner_A[adapter_name].in_features
+                basis = bases[name] = build_basis(name, layer.get_base_layer(), config, outer_r, statistic)
+            check_basis(name, basis, saved[f"{name}.nora_fingerprint"])
         for name, basis in bases.items():
             loaded[name].set_basis(adapter_name, basis)
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, weights)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
 def _check_same_basis(one: dict[str, NoraLinear], other: dict[str, NoraLinear], name: str, other_name: str) -> None:

@@ -193,7 +193,7 @@ def test_state_dict_round_trip_under_another_name(case):
     base = copy.deepcopy(model)
     adapted, _ = adapt(case)
     state = get_peft_model_state_dict(adapted)
-    other = PeftModel(base, config_for(targets, stats_in_file=True), adapter_name="other").eval()
+    other = PeftModel(base, config_for(targets, saved=True), adapter_name="other").eval()
     with pytest.raises(ValueError, match="no outer factors yet"):
         run(other)
     result = set_peft_model_state_dict(other, state, adapter_name="other")
@@ -419,6 +419,28 @@ def test_transformers_save_and_load(tmp_path):
     fresh.load_adapter(str(tmp_path / "adapter"))
     assert_close(run(fresh), after)
 
+    other = type(model).from_pretrained(tmp_path / "base").eval()
+    other.model.layers[0].self_attn.k_proj.weight.data.neg_()
+    other.load_adapter(str(tmp_path / "adapter"))
+    with pytest.raises(ValueError, match="layers.0.self_attn.k_proj: the base weight differs"):
+        run(other)
+
+
+def test_casting_the_model_leaves_the_record_exact():
+    torch.manual_seed(0)
+    model, _ = adapt(build_mlp())
+    layer = model.base_model.model.lin0
+    before = {
+        name: tensor.clone() for name, tensor in model.state_dict().items() if "nora_f" in name or "nora_s" in name
+    }
+    assert len(before) == 4
+    model.to(torch.bfloat16)
+    assert layer.nora_outer_A["default"].dtype == torch.bfloat16
+    after = model.state_dict()
+    assert all(
+        after[name].dtype == tensor.dtype and torch.equal(after[name], tensor) for name, tensor in before.items()
+    )
+
 
 def test_nora_on_top_of_lora():
     from peft import LoraConfig
@@ -478,7 +500,7 @@ def test_config_round_trip(tmp_path):
         if name not in ("inference_mode",):
             assert getattr(loaded, name) == value, name
     assert copy.deepcopy(config) == config
-    assert loaded.stats_in_file and not config.stats_in_file
+    assert loaded.saved and not config.saved
 
 
 @pytest.mark.parametrize(
@@ -725,10 +747,7 @@ def test_from_pretrained_refuses_another_base(saved):
 
 @pytest.mark.parametrize(
     ("key", "message"),
-    [
-        ("nora_fingerprint", "lin0: the weights come without the fingerprint"),
-        ("nora_stats", "lacks the AwSVD statistic"),
-    ],
+    [(key, f"lin0: the weights come without {key}") for key in ("nora_fingerprint", "nora_stats")],
 )
 def test_from_pretrained_refuses_incomplete_files(saved, key, message):
     base, path = saved
