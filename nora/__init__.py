@@ -8,7 +8,7 @@ from .registration import ensure_peft_type, register
 
 ensure_peft_type()  # the config names the type when it is constructed, so the type must exist before
 
-from .calibration import attached_statistics, calibration_mask, preprocess_nora  # noqa: E402
+from .calibration import calibration_mask, preprocess_nora  # noqa: E402
 from .config import NoraConfig  # noqa: E402
 from .files import inner_prefixes, load_inner, save_inner  # noqa: E402
 from .layer import NoraLinear  # noqa: E402
@@ -20,7 +20,6 @@ __all__ = [
     "NoraConfig",
     "NoraLinear",
     "NoraModel",
-    "attached_statistics",
     "calibration_mask",
     "check_targets",
     "fold_nora",

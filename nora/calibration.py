@@ -12,7 +12,7 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import nn
 
-from .basis import attach_statistic, attached_statistic, oriented_weight
+from .basis import attach_statistic, oriented_weight
 from .config import NoraConfig
 from .model import check_layer, find_targets
 
@@ -90,12 +90,6 @@ def preprocess_nora(
     for name, layer in targets.items():
         attach_statistic(layer, config.awsvd_stat, measured[name])
     return measured
-
-
-def attached_statistics(model: nn.Module, config: NoraConfig) -> dict[str, torch.Tensor]:
-    """What `preprocess_nora` left at the targeted modules: module name -> (n,); to keep for ``stats=``."""
-    found = {name: attached_statistic(layer, config.awsvd_stat) for name, layer in find_targets(model, config).items()}
-    return {name: statistic for name, statistic in found.items() if statistic is not None}
 
 
 class _ChannelSums:

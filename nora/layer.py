@@ -22,6 +22,9 @@ RANDOM_UPDATE_SIZE = 0.5
 class ExactBuffers(BufferDict):
     """Buffers that follow the model to its device but never to another dtype: a later load is checked against them."""
 
+    def get(self, name: str) -> torch.Tensor | None:
+        return self[name] if name in self else None  # noqa: SIM401 (this is get)
+
     def _apply(self, fn, recurse=True):
         kept = dict(self.items())
         super()._apply(fn, recurse)
@@ -108,8 +111,8 @@ class NoraLinear(nn.Module, BaseTunerLayer):
 
     def basis(self, adapter_name: str) -> Basis:
         """The adapter's basis as it is in use."""
-        statistic = dict(self.nora_stats.items()).get(adapter_name)
-        return Basis(self.outer(adapter_name), self.nora_fingerprint[adapter_name], statistic)
+        outer = self.outer(adapter_name)
+        return Basis(outer, self.nora_fingerprint[adapter_name], self.nora_stats.get(adapter_name))
 
     def delete_adapter(self, adapter_name: str) -> None:
         # not in other_param_names, because PEFT casts the buffers named there to the base's dtype

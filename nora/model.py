@@ -148,6 +148,12 @@ class NoraModel(BaseTuner):
         cut = []
         for name, layer in find_targets(model, config).items():
             check_layer(name, layer, config)
+            wrapper = model.get_submodule(name)
+            if isinstance(wrapper, BaseTunerLayer) and wrapper.merged:
+                raise ValueError(
+                    f"{name} has merged adapters {wrapper.merged_adapters}, so its weight is not the base's: unmerge "
+                    "them before adding another"
+                )
             weight = layer.weight
             if weight.is_meta:
                 continue
@@ -192,11 +198,6 @@ class NoraModel(BaseTuner):
     ) -> None:
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         check_layer(current_key, base_layer, peft_config)
-        if isinstance(target, BaseTunerLayer) and target.merged:
-            raise ValueError(
-                f"{current_key} has merged adapters {target.merged_adapters}, so its weight is not the base's: unmerge "
-                "them before adding another"
-            )
         ranks = peft_config.layer_ranks(current_key, tuple(oriented_weight(base_layer).shape))
         layer = target if isinstance(target, NoraLinear) else NoraLinear(target)
         layer.update_layer(adapter_name, peft_config, ranks, peft_config.inference_mode)

@@ -78,6 +78,11 @@ def trained():
 
 
 @pytest.fixture
+def plain():
+    return adapted("plain")
+
+
+@pytest.fixture
 def path(tmp_path):
     return tmp_path / "nora_inner_weights.safetensors"
 
@@ -245,8 +250,8 @@ def test_swapped_statistics_are_refused(path, trained):
     assert_refused(path, fresh(), "plain.0: the outer factor . differs")
 
 
-def test_edited_config_is_refused(path, trained):
-    save_inner(path, {"plain": trained["plain"]})
+def test_edited_config_is_refused(path, plain):
+    save_inner(path, {"plain": plain})
     rewrite(path, change_header=lambda h: h | {"nora_config": h["nora_config"].replace('"B"', '"A"')})
     assert_refused(path, fresh("plain"), "plain.0: the outer factor . differs")
 
@@ -293,8 +298,8 @@ def with_header(**entries):
         (None, lambda h: {"format": "pt"}, "not an inner-only NoRA file"),
     ],
 )
-def test_damaged_files_are_refused(path, trained, tensors, header, message):
-    save_inner(path, {"plain": trained["plain"]})
+def test_damaged_files_are_refused(path, plain, tensors, header, message):
+    save_inner(path, {"plain": plain})
     rewrite(path, tensors or (lambda t: t), header or (lambda h: h))
     assert_refused(path, fresh("plain"), message)
 
@@ -305,14 +310,14 @@ def test_not_a_file_at_all(path):
     assert_refused(path, fresh("plain"), "not a readable safetensors file")
 
 
-def test_cut_off_file(path, trained):
-    save_inner(path, {"plain": trained["plain"]})
+def test_cut_off_file(path, plain):
+    save_inner(path, {"plain": plain})
     path.write_bytes(path.read_bytes()[:-50])
     assert_refused(path, fresh("plain"), "not a readable safetensors file")
 
 
-def test_components_that_do_not_fit(path, trained):
-    save_inner(path, {"plain": trained["plain"]})
+def test_components_that_do_not_fit(path, plain):
+    save_inner(path, {"plain": plain})
     assert_refused(path, fresh("unet", "plain"), "holds .'plain'. but the components given are")
     assert_refused(path, {"plain": nn.Sequential(nn.Linear(12, 20))}, "weights for plain.2")
     assert_refused(
@@ -326,18 +331,18 @@ def test_components_that_do_not_fit(path, trained):
     with pytest.raises(ValueError, match="plain.0 has no weight"):
         load_inner(path, {"plain": ghost})
     with pytest.raises(ValueError, match="is a PeftModel"):
-        load_inner(path, {"plain": trained["plain"]})
+        load_inner(path, {"plain": plain})
     loaded = fresh("plain")
     load_inner(path, loaded)
     with pytest.raises(ValueError, match="already has an adapter 'default'"):
         load_inner(path, loaded)
 
 
-def test_saving_refusals(path, trained):
+def test_saving_refusals(path, plain):
     with pytest.raises(ValueError, match="'plain' has no NoRA adapter 'x'"):
         save_inner(path, {"plain": plain_base()}, adapter_name="x")
     with pytest.raises(ValueError, match="format_version"):
-        save_inner(path, trained, metadata={"format_version": "2"})
+        save_inner(path, plain, metadata={"format_version": "2"})
     config = NoraConfig(r=2, outer_init="svd", target_modules=["0"], modules_to_save=["2"])
     with pytest.raises(ValueError, match="also trains modules_to_save"):
         save_inner(path, {"plain": get_peft_model(plain_base(), config)})
