@@ -14,7 +14,7 @@ from torch import nn
 
 from .basis import attach_statistic, oriented_weight
 from .config import NoraConfig
-from .model import check_layer, find_targets
+from .model import check_targets, find_targets
 
 _token_mask: ContextVar[torch.Tensor | None] = ContextVar("token_mask", default=None)
 
@@ -78,11 +78,8 @@ def preprocess_nora(
     if (run_model is None) == (stats is None):
         given = "neither" if stats is None else "both"
         raise ValueError(f"preprocess_nora got {given} of run_model and stats: pass one of them")
+    check_targets(model, config)
     targets = find_targets(model, config)
-    if not targets:
-        raise ValueError(f"target_modules={config.target_modules!r} matches no module of {type(model).__name__}")
-    for name, layer in targets.items():
-        check_layer(name, layer, config)
     if stats is None:
         measured = _measure(targets, model if hooked_model is None else hooked_model, config.awsvd_stat, run_model)
     else:

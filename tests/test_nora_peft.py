@@ -14,7 +14,7 @@ from peft.utils.peft_types import PeftType
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nora import NoraConfig, NoraLinear, calibration_mask, fold_nora, preprocess_nora
+from nora import NoraConfig, NoraLinear, calibration_mask, check_targets, fold_nora, preprocess_nora
 
 INNER = {"inner_init": "normal", "inner_std": 0.3}  # an update that is there before any training
 
@@ -769,3 +769,15 @@ def test_from_pretrained_refuses_other_statistics(saved):
     save_file(state, file)
     with pytest.raises(ValueError, match="lin0: the outer factor . differs"):
         PeftModel.from_pretrained(base, path)
+
+
+def test_check_targets_changes_nothing():
+    model, targets, _ = build_mlp()
+    modules = [type(m) for m in model.modules()]
+    config = config_for(targets)
+    check_targets(model, config)
+    with pytest.raises(ValueError, match="outer_r=20 exceeds"):
+        check_targets(model, config_for(targets, outer_r=20))
+    with pytest.raises(ValueError, match="matches no module of MLP"):
+        check_targets(model, config_for(["nothing"]))
+    assert [type(m) for m in model.modules()] == modules and config == config_for(targets)
