@@ -31,7 +31,15 @@ from dreambooth.calibration import GENERIC_PROMPTS, run_unet_passes
 from dreambooth.config import TrainConfig
 from dreambooth.data import find_images, open_image
 from dreambooth.draws import CLASS, INSTANCE, training_batch
-from dreambooth.encode import EncodedImages, EncodedPrompts, Tokens, encode_images, encode_prompts, tokenize
+from dreambooth.encode import (
+    EncodedImages,
+    EncodedPrompts,
+    Tokens,
+    check_prompts,
+    encode_images,
+    encode_prompts,
+    tokenize,
+)
 from dreambooth.loss import denoising_loss, training_scheduler, training_target
 from dreambooth.record import model_card, module_fingerprint, run_record
 from inference.cli import parse_config, quiet_libraries, run_command
@@ -279,8 +287,13 @@ def make_accelerator(config: TrainConfig, output_dir: Path) -> Accelerator:
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if config.report_to == "none" else config.report_to,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / config.logging_dir)),
-        # SDXL reads the last but one layer of its first text encoder: adapters above it get no gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.train_text_encoder)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False,  # NoRA's frozen factors are buffers, the same in every process
+                # SDXL reads the last but one layer of its first text encoder: adapters above it get no gradient.
+                find_unused_parameters=config.train_text_encoder,
+            )
+        ],
     )
     if config.enable_xformers_memory_efficient_attention:
         check_xformers(accelerator.device)
@@ -296,8 +309,8 @@ def encode(
     prompts = [config.instance_prompt, *([config.class_prompt] if config.with_prior_preservation else [])]
     tokenizers = [pipeline.tokenizer, pipeline.tokenizer_2]
     text_encoders = [pipeline.text_encoder, pipeline.text_encoder_2]
+    check_prompts(pipeline.tokenizer, [*prompts, *config.sample_prompts])
     tokens = tokenize(tokenizers, prompts)
-    tokenize(tokenizers, config.sample_prompts)  # refuses what is too long before the training, not after it
     with torch.no_grad():
         encoded_prompts = encode_prompts(text_encoders, tokens)  # (P, tokens, d), (P, d2): P = 1, 2 with class images
         unconditional = encode_prompts(text_encoders, tokenize(tokenizers, [""]))
@@ -321,10 +334,9 @@ def draw_class_images(config: TrainConfig, pipeline: StableDiffusionXLPipeline) 
     """Fill ``class_data_dir`` up to ``num_class_images`` with the base's own pictures of the class."""
     folder = Path(config.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = range(config.num_class_images)
-    drawn = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    others = len([name for name in drawn if not name.startswith("class-seed")])
-    seeds = [seed for seed in wanted[others:] if f"class-seed{seed}.png" not in drawn]
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    own = len([name for name in names if not name.startswith("class-seed")])  # the user's own pictures count
+    seeds = [seed for seed in range(config.num_class_images - own) if f"class-seed{seed}.png" not in names]
     if seeds:
         bar = tqdm(total=len(seeds), desc="class images", unit="image")
         options = {"num_inference_steps": config.num_inference_steps, "batch_size": config.sample_batch_size}

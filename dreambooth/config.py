@@ -133,6 +133,8 @@ class TrainConfig:
         for name in ("num_validation_images", "lr_warmup_steps", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 0")
+        if self.seed >= 2**32:
+            raise ValueError(f"--seed {self.seed} must be below 2**32")
         for name in (f.name for f in fields(self)):
             value = getattr(self, name)
             if isinstance(value, float) and not math.isfinite(value):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ from .data import prepare_image
 Tokens = Mapping[str, torch.Tensor]  # input_ids and attention_mask, each (P, tokens)
 
 
-class EncodedImages(NamedTuple):
+@dataclass(frozen=True)
+class EncodedImages:
     """Scaled latents of N pictures, kept as distributions: a new sample is drawn from them at every step."""
 
     mean: torch.Tensor  # (N, variants, 4, h, w) fp32
@@ -65,16 +67,20 @@ def encode_images(
     return EncodedImages(torch.stack(means), torch.stack(stds), torch.stack(time_ids))
 
 
-def tokenize(tokenizers: Sequence[CLIPTokenizer], prompts: Sequence[str]) -> list[Tokens]:
-    """Ids and masks of real tokens per tokenizer, each (P, tokens).
+def check_prompts(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> None:
+    """Refuse a prompt that is longer than what the text encoders read: its end would be lost without a word.
 
     Raises:
-        ValueError: for a prompt that is longer than what the text encoders read.
+        ValueError: with the prompt, its length and the limit.
     """
     for prompt in prompts:
-        length, limit = len(tokenizers[0](prompt).input_ids), tokenizers[0].model_max_length
+        length, limit = len(tokenizer(prompt).input_ids), tokenizer.model_max_length
         if length > limit:
             raise ValueError(f'the prompt "{prompt}" has {length} tokens and the base reads {limit}: shorten it')
+
+
+def tokenize(tokenizers: Sequence[CLIPTokenizer], prompts: Sequence[str]) -> list[Tokens]:
+    """Ids and masks of real tokens per tokenizer, each (P, tokens), padded or cut to what the text encoders read."""
     options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     return [tokenizer(list(prompts), max_length=tokenizer.model_max_length, **options) for tokenizer in tokenizers]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
@@ -27,7 +28,18 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None, 
     Abbreviated flags are refused, because a flag added later would change what an old command means.
     """
     parser = _Parser(config_class, allow_abbrev=False, **parser_options)
-    return config_class(**vars(parser.parse_args(argv)))
+    return config_class(**vars(parser.parse_args(_join_negative_numbers(sys.argv[1:] if argv is None else argv))))
+
+
+def _join_negative_numbers(argv: Sequence[str]) -> list[str]:
+    """``--flag -1e-4`` as ``--flag=-1e-4``: before Python 3.14 argparse takes -1e-4 for a flag, and says so badly."""
+    joined: list[str] = []
+    for argument in argv:
+        if re.fullmatch(r"-[\d.]+e[+-]?\d+", argument, re.IGNORECASE) and joined and joined[-1].startswith("--"):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def run_command(command: Callable[[], None]) -> None:

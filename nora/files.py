@@ -204,11 +204,15 @@ def _matching_targets(path, prefix: str, model: nn.Module, inner: InnerFile) -> 
             )
         if config.needs_statistics:
             statistic = inner.statistics.get(key)
-            if statistic is None or tuple(statistic.shape) != (n,):
-                size = "none" if statistic is None else f"one of shape {tuple(statistic.shape)}"
+            if statistic is None:
                 raise ValueError(
-                    f"{path} should have an AwSVD statistic of shape ({n},) for {key} and has {size}: save the adapter "
-                    f"again, or use the folded file {FOLDED_FILE}"
+                    f"{path} lacks the AwSVD statistic of {key}: save the adapter again, or use the folded file "
+                    f"{FOLDED_FILE}"
+                )
+            if tuple(statistic.shape) != (n,):
+                raise ValueError(
+                    f"{path} belongs to another base: {key} has {n} input channels in the given one and "
+                    f"{statistic.shape[0]} in the file; load the base that the adapter was trained on"
                 )
     return layers
 

@@ -1,0 +1,387 @@
+"""The training script, end to end on small real models."""
+
+import gc
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import weakref
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_inference_load import outputs, saved_base
+from transformers import CLIPTextModel
+
+import train_dreambooth_nora_sdxl as trainer
+from dreambooth.config import TrainConfig
+from inference.components import FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
+from inference.load import load_adapter, load_pipeline
+
+ROOT = Path(__file__).parent.parent
+CAT = ROOT / "assets" / "subjects" / "cat"
+QUICK = {
+    "instance_data_dir": str(CAT),
+    "instance_prompt": "a photo of [V] cat",
+    "rank": 4,
+    "max_train_steps": 2,
+    "train_batch_size": 2,
+    "learning_rate": 1e-2,
+    "calibration_passes": 2,
+    "num_validation_images": 0,
+    "num_inference_steps": 2,
+    "report_to": "none",
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps one state per process; a user's command has a process of its own."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def run(folder, **options) -> Path:
+    base = {"pretrained_model_name_or_path": str(saved_base()), "output_dir": str(folder)}
+    AcceleratorState._reset_state(True)
+    return trainer.train(TrainConfig(**(QUICK | base | options)))
+
+
+def losses(folder) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def nora_run(tmp_path_factory):
+    options = {"train_text_encoder": True, "num_validation_images": 2, "report_to": "tensorboard"}
+    return run(tmp_path_factory.mktemp("nora"), **options)
+
+
+# --- what a run writes ------------------------------------------------------------------------------------------------
+
+
+def test_files_of_a_run(nora_run):
+    lines = [json.loads(line) for line in (nora_run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(line["loss"] > 0 and line["learning_rate"] == 1e-2 and line["seconds"] > 0 for line in lines)
+    record = json.loads((nora_run / "run.json").read_text())
+    assert record["config"]["rank"] == 4 and record["method"] == "nora"
+    assert set(record["base_fingerprints"]) == {"unet", "text_encoder", "text_encoder_2"}
+    assert record["peak_memory_mb"] > 10 and record["timings"]["train_seconds"] > 0
+    assert record["files"] == {name: (nora_run / name).stat().st_size for name in (FOLDED_WEIGHTS, INNER_WEIGHTS)}
+    images = sorted((nora_run / "samples").glob("*.png"))
+    assert len(images) == 2 and Image.open(images[0]).size == (32, 32)
+    card = (nora_run / "README.md").read_text()
+    assert "instance_prompt: a photo of [V] cat" in card and all(f"samples/{image.name}" in card for image in images)
+    assert list((nora_run / "logs").rglob("events.out.tfevents.*"))
+    assert not [path for path in nora_run.iterdir() if path.name.startswith(".")]
+
+
+def test_folded_file_has_diffusers_keys_alone(nora_run):
+    weights = load_file(nora_run / FOLDED_WEIGHTS)
+    parts = {"unet.", "text_encoder.text_model.encoder.layers.", "text_encoder_2.text_model.encoder.layers."}
+    assert {part for part in parts if any(key.startswith(part) for key in weights)} == parts
+    assert all(re.search(r"\.lora_[AB]\.weight$", key) for key in weights)
+
+
+def test_inner_file_layout(nora_run):
+    folded, inner = load_file(nora_run / FOLDED_WEIGHTS), load_file(nora_run / INNER_WEIGHTS)
+    statistics = [key for key in inner if "awsvd_stats" in key]
+    assert {key for key in inner if key not in statistics} == set(folded)
+    for key in set(folded):
+        rank = 4
+        assert inner[key].shape[0 if "lora_A" in key else 1] == rank
+        assert inner[key].shape[1 if "lora_A" in key else 0] == 32  # 8 x rank, which is also the layers' smaller side
+    # to_q, to_k and to_v of self-attention share their input; to_k and to_v of cross-attention see the prompt's.
+    attention = "unet.down_blocks.1.attentions.0.transformer_blocks.0."
+    assert sum(key.startswith(attention + "attn1.to_") for key in statistics) == 2
+    assert len([key for key in statistics if key.startswith("unet.") and "attn2.to_k" in key]) <= 1
+    with safe_open(nora_run / INNER_WEIGHTS, "pt") as file:
+        assert set(json.loads(file.metadata()["nora_config"])) >= {"unet"} and "fingerprints" in file.metadata()
+
+
+def test_trained_parameters_are_counted(nora_run):
+    inner = load_file(nora_run / INNER_WEIGHTS)
+    count = sum(tensor.numel() for key, tensor in inner.items() if "awsvd_stats" not in key)
+    assert json.loads((nora_run / "run.json").read_text())["trainable_parameters"] == count
+
+
+# --- point 2: four ways to the same image -----------------------------------------------------------------------------
+
+
+def test_live_folded_inner_and_merged_agree(tmp_path, monkeypatch):
+    live = {}
+    save = trainer.save_adapter
+
+    def save_and_look(config, trained, folder):
+        save(config, trained, folder)
+        pipeline = load_pipeline(saved_base(), torch.float32, "cpu", **dict.fromkeys(trained))
+        pipeline.register_modules(**trained)
+        for model in trained.values():
+            model.eval()
+        live.update({name: value.float() for name, value in outputs(pipeline).items()})
+
+    monkeypatch.setattr(trainer, "save_adapter", save_and_look)
+    folder = run(tmp_path / "run", train_text_encoder=True, max_train_steps=5, learning_rate=5e-2)
+
+    def fresh():
+        return StableDiffusionXLPipeline.from_pretrained(saved_base(), torch_dtype=torch.float32)
+
+    base = outputs(fresh())
+    stock, inner, merged = fresh(), fresh(), fresh()
+    stock.load_lora_weights(str(folder))
+    load_adapter(inner, folder / INNER_WEIGHTS)
+    load_adapter(merged, folder / INNER_WEIGHTS)
+    merged.fuse_lora(components=["unet", "text_encoder", "text_encoder_2"])
+    for name, expected in live.items():
+        assert (expected - base[name]).abs().max() > 1e-2, f"the adapter leaves {name} as it was"
+        for pipeline in (stock, inner, merged):
+            assert (outputs(pipeline)[name] - expected).abs().max() < 1e-4, name
+
+
+# --- methods differ in the method alone -------------------------------------------------------------------------------
+
+
+def test_lora_and_nora_start_at_the_same_loss(tmp_path):
+    nora, lora = (losses(run(tmp_path / method, method=method)) for method in ("nora", "lora"))
+    assert nora[0] == pytest.approx(lora[0], rel=1e-5) and nora[1] != lora[1]
+
+
+def test_lora_run_has_the_folded_file_alone(tmp_path):
+    folder = run(tmp_path, method="lora", rank=None, train_text_encoder=True)
+    assert not (folder / INNER_WEIGHTS).exists()
+    weights = load_file(folder / FOLDED_WEIGHTS)
+    assert {tensor.shape[0] for key, tensor in weights.items() if "lora_A" in key} == {4}
+    StableDiffusionXLPipeline.from_pretrained(saved_base()).load_lora_weights(str(folder))
+
+
+def test_same_seed_same_run(tmp_path):
+    one, other = (load_file(run(tmp_path / name) / INNER_WEIGHTS) for name in ("one", "other"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert losses(tmp_path / "one") == losses(tmp_path / "other")
+    assert losses(run(tmp_path / "third", seed=1)) != losses(tmp_path / "one")
+
+
+@pytest.mark.parametrize("text_encoder", [False, True])
+def test_accumulation_is_a_bigger_batch(tmp_path, text_encoder):
+    options = {"train_text_encoder": text_encoder, "max_train_steps": 3, "learning_rate": 1e-3}
+    whole = run(tmp_path / "whole", train_batch_size=4, **options)
+    split = run(tmp_path / "split", train_batch_size=2, gradient_accumulation_steps=2, calibration_passes=4, **options)
+    assert losses(whole) == pytest.approx(losses(split), rel=1e-4)
+    for key, value in load_file(whole / FOLDED_WEIGHTS).items():
+        assert torch.allclose(value, load_file(split / FOLDED_WEIGHTS)[key], atol=1e-4), key
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    options = {"train_text_encoder": True, "max_train_steps": 3, "learning_rate": 1e-3}
+    plain, saving = run(tmp_path / "plain", **options), run(tmp_path / "saving", gradient_checkpointing=True, **options)
+    assert losses(plain) == pytest.approx(losses(saving), rel=1e-5)
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+def test_bf16_trains_in_fp32(tmp_path, monkeypatch):
+    dtypes = set()
+    save = trainer.save_adapter
+
+    def look(config, trained, folder):
+        dtypes.update((p.requires_grad, p.dtype) for model in trained.values() for p in model.parameters())
+        save(config, trained, folder)
+
+    monkeypatch.setattr(trainer, "save_adapter", look)
+    folder = run(tmp_path, mixed_precision="bf16", train_text_encoder=True, num_validation_images=1)
+    assert dtypes == {(False, torch.bfloat16), (True, torch.float32)}
+    assert all(0 < loss < 5 for loss in losses(folder))
+    assert len(list((folder / "samples").glob("*.png"))) == 1
+
+
+def test_velocity_base(tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(saved_base(), base)
+    path = base / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction"}))
+    velocity = losses(run(tmp_path / "v", pretrained_model_name_or_path=str(base)))
+    assert velocity[0] != losses(run(tmp_path / "epsilon"))[0]
+
+
+def test_prior_preservation_draws_what_is_missing(tmp_path):
+    classes = tmp_path / "classes"
+    classes.mkdir()
+    Image.new("RGB", (40, 30), "red").save(classes / "mine.png")
+    options = {"class_data_dir": str(classes), "class_prompt": "a photo of a cat", "num_class_images": 3}
+    folder = run(tmp_path / "run", with_prior_preservation=True, **options)
+    assert sorted(path.name for path in classes.iterdir()) == ["class-seed0.png", "class-seed1.png", "mine.png"]
+    assert losses(folder)[0] > 1.5 * losses(run(tmp_path / "plain"))[0]  # the sum of two losses near 1
+    before = {path: path.stat().st_mtime_ns for path in classes.iterdir()}
+    run(tmp_path / "again", with_prior_preservation=True, **options)
+    assert before == {path: path.stat().st_mtime_ns for path in classes.iterdir()}
+
+
+def test_validation_while_training(tmp_path):
+    options = {"validation_steps": 1, "num_validation_images": 1, "validation_prompt": ["[V] cat", "a cat in the snow"]}
+    folder = run(tmp_path / "watched", **options)
+    assert len(list((folder / "samples" / "step-000001").glob("*.png"))) == 2
+    assert len(list((folder / "samples").glob("*.png"))) == 2
+    assert losses(folder) == losses(run(tmp_path / "unwatched"))  # looking does not change the run
+
+
+def test_what_was_frozen_is_freed(tmp_path, monkeypatch):
+    seen = []
+    load = trainer.load_pipeline
+
+    def remember(*args, **kwargs):
+        pipeline = load(*args, **kwargs)
+        seen.extend(weakref.ref(model) for model in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2))
+        return pipeline
+
+    alive = []
+    preprocess = trainer.preprocess_nora
+
+    def look(*args, **kwargs):
+        gc.collect()
+        alive.append([ref() is not None for ref in seen])
+        return preprocess(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "load_pipeline", remember)
+    monkeypatch.setattr(trainer, "preprocess_nora", look)
+    run(tmp_path / "frozen")
+    assert alive == [[False, False, False]]
+
+
+def test_latents_and_prompts_are_encoded_once(tmp_path, monkeypatch):
+    calls = []
+    forward = CLIPTextModel.forward
+    monkeypatch.setattr(CLIPTextModel, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    run(tmp_path / "short", max_train_steps=1)
+    once = len(calls)
+    run(tmp_path / "long", max_train_steps=4)
+    assert len(calls) == 2 * once
+
+
+def test_base_is_left_as_it_was(tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(saved_base(), base)
+    before = {path: path.read_bytes() for path in base.rglob("*") if path.is_file()}
+    run(tmp_path / "run", pretrained_model_name_or_path=str(base), train_text_encoder=True)
+    assert before == {path: path.read_bytes() for path in base.rglob("*") if path.is_file()}
+
+
+def test_every_flag_is_read_outside_the_config():
+    sources = [ROOT / "train_dreambooth_nora_sdxl.py", *(ROOT / "dreambooth").glob("*.py")]
+    text = "\n".join(path.read_text() for path in sources if path.name != "config.py")
+    text += "".join((ROOT / "dreambooth" / "config.py").read_text().split("def sample_prompts")[1:])
+    unread = [f.name for f in fields(TrainConfig) if not re.search(rf"(config|self)\.{f.name}\b", text)]
+    assert unread == ["preset"]  # read by TrainConfig.resolved, which turns it into ranks and an init
+
+
+# --- as a command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("launcher", [[sys.executable], [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]])
+def test_both_ways_to_launch(tmp_path, launcher):
+    command = [*launcher, str(ROOT / "train_dreambooth_nora_sdxl.py")]
+    for name, value in (QUICK | {"output_dir": "run", "max_train_steps": 1}).items():
+        command += [f"--{name}", str(value)]
+    command += ["--pretrained_model_name_or_path", str(saved_base())]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / FOLDED_WEIGHTS).is_file() and "training" in done.stderr
+
+
+BASE_FLAGS = [
+    *("--pretrained_model_name_or_path", "BASE"),
+    *("--instance_data_dir", str(CAT)),
+    *("--instance_prompt", "a photo of [V] cat"),
+    *("--output_dir", "OUT"),
+]
+
+
+def without(flag):
+    place = BASE_FLAGS.index(flag)
+    return BASE_FLAGS[:place] + BASE_FLAGS[place + 2 :]
+
+
+def with_flags(*flags):
+    """Later flags win, as on any command line."""
+    return BASE_FLAGS + list(flags)
+
+
+BAD = {
+    "no such folder": (with_flags("--instance_data_dir", "nowhere"), "nowhere does not exist"),
+    "empty folder": (with_flags("--instance_data_dir", "EMPTY"), "holds no picture"),
+    "not an image": (with_flags("--instance_data_dir", "JUNK"), "notes.txt is not a picture"),
+    "cut-off image": (with_flags("--instance_data_dir", "CUT"), "cut.png is broken"),
+    "missing prompt": (without("--instance_prompt"), "--instance_prompt"),
+    "blank prompt": (with_flags("--instance_prompt", " "), "--instance_prompt is empty"),
+    "long prompt": (with_flags("--instance_prompt", "cat " * 99), "tokens and the base reads 32"),
+    "long sample prompt": (with_flags("--validation_prompt", "cat " * 99), "tokens and the base reads 32"),
+    "no base": (without("--pretrained_model_name_or_path"), "--pretrained_model_name_or_path"),
+    "base that is not there": (with_flags("--pretrained_model_name_or_path", "./none"), "none does not exist"),
+    "base without UNet": (with_flags("--pretrained_model_name_or_path", "NO_UNET"), "lacks unet"),
+    "outer rank too big": (with_flags("--outer_rank", "33"), r"unet: outer_r=33 exceeds min\(out, in\)=32 at down_bl"),
+    "rank above outer rank": (with_flags("--rank", "9", "--outer_rank", "8"), "--rank 9 exceeds --outer_rank 8"),
+    "rank above the layer": (with_flags("--rank", "33"), r"unet: r=33 exceeds min\(out, in\)=32 at down_blocks"),
+    "rank zero": (with_flags("--rank", "0"), "--rank 0 must be at least 1"),
+    "negative learning rate": (with_flags("--learning_rate", "-1e-4"), "--learning_rate -0.0001 must be above 0"),
+    "infinite learning rate": (with_flags("--learning_rate", "inf"), "--learning_rate inf must be a finite number"),
+    "zero steps": (with_flags("--max_train_steps", "0"), "--max_train_steps 0 must be at least 1"),
+    "unknown flag": (with_flags("--ranks", "4"), "unrecognized arguments: --ranks 4"),
+    "unknown method": (with_flags("--method", "dora"), "invalid choice: 'dora'"),
+    "unknown schedule": (with_flags("--lr_scheduler", "wave"), "--lr_scheduler wave is not known"),
+    "not a number": (with_flags("--train_batch_size", "four"), "--train_batch_size"),
+    "NoRA's flag for LoRA": (
+        with_flags("--method", "lora", "--outer_rank", "8"),
+        "--outer_rank 8 is an option of NoRA",
+    ),
+    "odd resolution": (with_flags("--resolution", "30"), "--resolution 30 must be a multiple of 8"),
+    "prior without class": (with_flags("--with_prior_preservation"), "needs --class_data_dir"),
+    "class without prior": (with_flags("--class_prompt", "a cat"), "--class_prompt has no effect alone"),
+    "output is a file": (with_flags("--output_dir", "FILE"), "is a file"),
+    "xformers on a CPU": (with_flags("--enable_xformers_memory_efficient_attention"), "xformers"),
+    "fp16 on a CPU": (with_flags("--mixed_precision", "fp16"), "--mixed_precision fp16 needs a GPU"),
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="two of the cases are mistakes on a CPU only")
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_writes_nothing(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "junk", "cut"):
+        Path(name).mkdir()
+    Path("junk/notes.txt").write_text("no picture")
+    Image.effect_noise((64, 64), 50).save("cut/cut.png")
+    Path("cut/cut.png").write_bytes(Path("cut/cut.png").read_bytes()[:900])
+    Path("file").write_text("")
+    shutil.copytree(saved_base(), "no_unet", ignore=shutil.ignore_patterns("unet"))
+    places = {name: name.lower() for name in ("EMPTY", "JUNK", "CUT", "FILE", "NO_UNET", "OUT")}
+    places["BASE"] = str(saved_base())
+    flags, words = BAD[case]
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(SystemExit) as exit_:
+        trainer.main([places.get(flag, flag) for flag in flags])
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert exit_.value.code == 2
+    assert len(error) == 1 and re.search(words, error[0]), error
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_adapter_of_another_base_is_refused(nora_run, tmp_path):
+    for file in (FOLDED_WEIGHTS, INNER_WEIGHTS):
+        other = load_pipeline(saved_base(48), torch.float32, "cpu")
+        with pytest.raises(ValueError, match="base"):
+            load_adapter(other, nora_run / file)
+        assert not any(
+            "lora" in key or "nora" in key for m in adapter_components(other).values() for key in m.state_dict()
+        )
