@@ -7,6 +7,9 @@ accelerate launch train_dreambooth_nora_sdxl.py \
 
 from __future__ import annotations
 
+import inference  # noqa: F401 -- before the libraries, because it quietens what they print on import
+
+# isort: split
 import json
 import tempfile
 import time

@@ -8,7 +8,9 @@ gallery     base | adapter | adapter on one page and one sheet; `python -m infer
 
 import logging
 
-# diffusers imports image processors that nothing here calls, and transformers says that torchvision is missing for them
+# Said while the libraries are imported, about what nothing here needs: transformers about image processors without
+# torchvision, xformers about a machine it has no kernels for (`check_xformers` says it to those who ask for xformers).
+logging.getLogger("xformers").setLevel(logging.ERROR)
 logging.getLogger("transformers.utils.import_utils").addFilter(
     lambda record: "requires torchvision" not in record.getMessage()
 )

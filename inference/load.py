@@ -128,6 +128,14 @@ def check_xformers(device: torch.device | str) -> None:
         raise ValueError(f"xformers' attention needs a CUDA GPU and the device is {device}: {way_out}")
     if not is_xformers_available():
         raise ValueError(f"xformers is not installed: pip install xformers, or {way_out}")
+    try:
+        from xformers.ops import memory_efficient_attention
+
+        query = torch.zeros(1, 8, 1, 64, device=device, dtype=torch.float16)  # (batch, tokens, heads, channels)
+        memory_efficient_attention(query, query, query)
+    except (ImportError, NotImplementedError, RuntimeError) as error:  # built for another PyTorch, or for other GPUs
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"xformers' attention does not run on {device} ({reason}): {way_out}") from error
 
 
 # --- adapter files ----------------------------------------------------------------------------------------------------
