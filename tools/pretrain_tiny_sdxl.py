@@ -184,7 +184,7 @@ def train(accelerator, model, ema_decay, directory, steps, peak_lr, warmup, loss
     """The loop both trainings share. ``loss_at(model, step) -> scalar``. Leaves the averaged weights in ``model``."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=peak_lr, weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
-    ema = EMAModel(parameters, decay=ema_decay, use_ema_warmup=True, power=0.75)
+    ema = EMAModel(parameters, decay=ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
     checkpoint = Checkpoint(directory, model=model, optimizer=optimizer, ema=ema)
     start = checkpoint.load()
     wrapped = accelerator.prepare_model(model)
@@ -348,10 +348,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("assets/tiny-sdxl"))
     parser.add_argument("--work_dir", type=Path, default=Path("out/pretrain"), help="checkpoints, pool, artwork")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vae_steps", type=int, default=2000)
+    parser.add_argument("--vae_steps", type=int, default=1400)
     parser.add_argument("--vae_batch_size", type=int, default=16)
     parser.add_argument("--pool_size", type=int, default=24_000)
-    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     return parser.parse_args()
