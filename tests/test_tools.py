@@ -12,8 +12,8 @@ from transformers import CLIPTokenizer
 pytest.importorskip("resvg_py", reason="the tools need resvg_py, from requirements-dev.txt")
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
-import pretrain_tiny_sdxl  # noqa: E402
-import tiny_world  # noqa: E402
+import pretrain_tiny_sdxl
+import tiny_world
 
 BASE = Path(__file__).parent.parent / "assets" / "tiny-sdxl"
 
