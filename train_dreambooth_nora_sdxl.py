@@ -11,10 +11,12 @@ import inference  # noqa: F401 -- before the libraries, because it quietens what
 
 # isort: split
 import json
+import os
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,18 +46,19 @@ from dreambooth.encode import (
     tokenize,
 )
 from dreambooth.loss import denoising_loss, training_scheduler, training_target
-from dreambooth.record import model_card, module_fingerprint, run_record
+from dreambooth.record import Clock, MetricsLog, model_card, module_fingerprint, reset_peak_memory, run_record
 from inference.cli import parse_config, quiet_libraries, run_command
 from inference.components import FOLDED_WEIGHTS, INNER_WEIGHTS, RUN_RECORD, adapter_components
 from inference.files import check_writable_target, write_atomic
 from inference.generate import generate_images, image_names, png_bytes
 from inference.load import check_base, check_xformers, load_pipeline
-from nora import NoraConfig, calibration_mask, check_targets, fold_nora, preprocess_nora, save_inner
+from nora import NoraConfig, NoraLinear, calibration_mask, check_targets, fold_nora, preprocess_nora, save_inner
 
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 METRICS = "metrics.jsonl"
+MODEL_CARD = "README.md"
 SAMPLES = "samples"
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -92,6 +95,10 @@ def train(config: TrainConfig) -> Path:
     components = ["unet", *(TEXT_ENCODERS if config.train_text_encoder else ())]
     adapter_configs = {name: adapter_config(config, name) for name in components}
     pictures = [open_image(path) for path in find_images(config.instance_data_dir, "instance_data_dir")]
+    if config.with_prior_preservation:
+        check_writable_target(config.class_data_dir, "--class_data_dir", folder=True)
+        for path in class_images(config):
+            open_image(path)
     check_base(config.pretrained_model_name_or_path)
     output_dir = Path(config.output_dir)
     check_writable_target(output_dir, "--output_dir", folder=True)
@@ -106,6 +113,12 @@ def train(config: TrainConfig) -> Path:
         model.requires_grad_(False)
     trained = {name: getattr(pipeline, name) for name in components}
     check_fits(config, trained, adapter_configs)
+    config = replace(  # what the base and accelerate decided belongs into the record
+        config,
+        resolution=config.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
+        mixed_precision=accelerator.mixed_precision,
+        validation_prompt=config.sample_prompts,
+    )
     base_fingerprints = {name: module_fingerprint(model) for name, model in trained.items()}
 
     # 3. Pictures and prompts are encoded once, and what encoded them is freed unless it is trained.
@@ -136,13 +149,19 @@ def train(config: TrainConfig) -> Path:
         eps=config.adam_epsilon,
     )
     lr_scheduler = get_scheduler(
-        config.lr_scheduler, optimizer, config.lr_warmup_steps, num_training_steps=config.max_train_steps
+        config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.max_train_steps,
     )
     models = {name: accelerator.prepare(model) for name, model in trained.items()}
     optimizer = accelerator.prepare(optimizer)
     slots_per_step = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
     prior_loss_weight = config.prior_loss_weight if config.with_prior_preservation else None
-    output_dir.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        clear_earlier_run(output_dir)
+    accelerator.wait_for_everyone()
+    reset_peak_memory()
     accelerator.init_trackers(
         "dreambooth", {k: v for k, v in asdict(config).items() if isinstance(v, (int, float, str))}
     )
@@ -194,26 +213,23 @@ def train(config: TrainConfig) -> Path:
                 and (step + 1) % config.validation_steps == 0
                 and step + 1 < config.max_train_steps
             ):
-                samples = draw_samples(config, accelerator, trained, dtype)
-                keep_samples(accelerator, samples, output_dir / SAMPLES / f"step-{step + 1:06d}", step + 1)
+                with clock.pause():  # looking is not training
+                    samples = draw_samples(config, accelerator, trained, dtype)
+                    keep_samples(accelerator, samples, output_dir / SAMPLES / f"step-{step + 1:06d}", step + 1)
     accelerator.wait_for_everyone()
     clock.lap("train_seconds")
     clock.timings["seconds_per_step"] = metrics.median_seconds
 
-    # 6. The adapter is saved before anything is drawn: running out of memory there must not lose the run.
+    # 6. Adapter and record are saved before anything is drawn: running out of memory there must not lose the run.
     if accelerator.is_main_process:
         save_adapter(config, trained, output_dir)
-    samples = draw_samples(config, accelerator, trained, dtype)
-    keep_samples(accelerator, samples, output_dir / SAMPLES, config.max_train_steps)
-    accelerator.end_training()
-    clock.lap("sample_seconds")
-    if accelerator.is_main_process:
         record = run_record(
             config,
             base_fingerprints=base_fingerprints,
             trainable_parameters={
                 name: sum(p.numel() for p in model.parameters() if p.requires_grad) for name, model in trained.items()
             },
+            outer_ranks=sorted({r for model in trained.values() for r in outer_ranks(model)}),
             timings=clock.timings | {"total_seconds": clock.total},
             files={name: (output_dir / name).stat().st_size for name in adapter_files(config)},
             device=accelerator.device,
@@ -221,8 +237,13 @@ def train(config: TrainConfig) -> Path:
             num_processes=accelerator.num_processes,
         )
         write_atomic(output_dir / RUN_RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        write_atomic(output_dir / MODEL_CARD, model_card(record, []))
+    samples = draw_samples(config, accelerator, trained, dtype)
+    keep_samples(accelerator, samples, output_dir / SAMPLES, config.max_train_steps)
+    if accelerator.is_main_process:
         card = model_card(record, [(sample.prompt, f"{SAMPLES}/{sample.file}") for sample in samples])
-        write_atomic(output_dir / "README.md", card)
+        write_atomic(output_dir / MODEL_CARD, card)
+    accelerator.end_training()
     return output_dir
 
 
@@ -256,6 +277,12 @@ def check_fits(config: TrainConfig, trained: dict[str, nn.Module], adapter_confi
                 raise ValueError(f"{name}: {error} (r is --rank, outer_r is --outer_rank)") from error
 
 
+def outer_ranks(model: nn.Module) -> set[int]:
+    """The outer ranks that the model's NoRA layers got; empty for another method."""
+    layers = [module for module in model.modules() if isinstance(module, NoraLinear)]
+    return {inner.in_features for layer in layers for inner in layer.nora_inner_A.values()}
+
+
 def adapter_files(config: TrainConfig) -> list[str]:
     return [FOLDED_WEIGHTS, INNER_WEIGHTS] if config.method == "nora" else [FOLDED_WEIGHTS]
 
@@ -285,8 +312,13 @@ def save_adapter(config: TrainConfig, trained: dict[str, nn.Module], folder: Pat
 
 
 def make_accelerator(config: TrainConfig, output_dir: Path) -> Accelerator:
+    mixed_precision = config.mixed_precision
+    if mixed_precision is None and torch.cuda.is_available():
+        # SDXL in fp32 fits few cards, and an accelerate that was never configured says "no".
+        configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        mixed_precision = "fp16" if configured == "no" else configured
     accelerator = Accelerator(
-        mixed_precision="no" if config.mixed_precision == "fp32" else config.mixed_precision,
+        mixed_precision="no" if mixed_precision == "fp32" else mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if config.report_to == "none" else config.report_to,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / config.logging_dir)),
@@ -298,6 +330,11 @@ def make_accelerator(config: TrainConfig, output_dir: Path) -> Accelerator:
             )
         ],
     )
+    if accelerator.mixed_precision not in DTYPES:
+        raise ValueError(
+            f"accelerate is configured for {accelerator.mixed_precision}, which is not supported here: add "
+            "--mixed_precision no, fp16 or bf16"
+        )
     if config.enable_xformers_memory_efficient_attention:
         check_xformers(accelerator.device)
     return accelerator
@@ -320,31 +357,36 @@ def encode(
     if pipeline.config.force_zeros_for_empty_prompt:  # SDXL's own way of saying nothing
         unconditional = EncodedPrompts(*map(torch.zeros_like, unconditional))
     if config.with_prior_preservation:
-        if accelerator.is_main_process:
-            draw_class_images(config, pipeline)
-        accelerator.wait_for_everyone()
-        class_paths = find_images(config.class_data_dir, "class_data_dir")[: config.num_class_images]
-        class_pictures = [open_image(path) for path in class_paths]
-    resolution = config.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    streams = {INSTANCE: encode_images(pipeline.vae, pictures, resolution, config.random_flip)}
+        draw_class_images(config, accelerator, pipeline)
+        class_pictures = [open_image(path) for path in class_images(config)[: config.num_class_images]]
+    streams = {INSTANCE: encode_images(pipeline.vae, pictures, config.resolution, config.random_flip)}
     if config.with_prior_preservation:
-        streams[CLASS] = encode_images(pipeline.vae, class_pictures, resolution, config.random_flip)
+        streams[CLASS] = encode_images(pipeline.vae, class_pictures, config.resolution, config.random_flip)
     calibration_tokens = tokenize(tokenizers, [*prompts, *GENERIC_PROMPTS])
     return Encoded(streams, encoded_prompts, unconditional, tokens, calibration_tokens)
 
 
-def draw_class_images(config: TrainConfig, pipeline: StableDiffusionXLPipeline) -> None:
-    """Fill ``class_data_dir`` up to ``num_class_images`` with the base's own pictures of the class."""
+def class_images(config: TrainConfig) -> list[Path]:
+    """The class images that are there already."""
     folder = Path(config.class_data_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    own = len([name for name in names if not name.startswith("class-seed")])  # the user's own pictures count
-    seeds = [seed for seed in range(config.num_class_images - own) if f"class-seed{seed}.png" not in names]
+    return find_images(folder, "class_data_dir") if folder.is_dir() and any(folder.iterdir()) else []
+
+
+def draw_class_images(config: TrainConfig, accelerator: Accelerator, pipeline: StableDiffusionXLPipeline) -> None:
+    """Fill ``class_data_dir`` up to ``num_class_images`` with the base's own pictures of the class."""
+    folder, name = Path(config.class_data_dir), "class-seed{:06d}.png"
+    names = {path.name for path in class_images(config)}
+    own = len([one for one in names if not one.startswith("class-seed")])  # the user's own pictures count
+    seeds = [seed for seed in range(config.num_class_images - own) if name.format(seed) not in names]
+    accelerator.wait_for_everyone()  # all have looked before the first writes
+    seeds = seeds[accelerator.process_index :: accelerator.num_processes]
     if seeds:
-        bar = tqdm(total=len(seeds), desc="class images", unit="image")
+        folder.mkdir(parents=True, exist_ok=True)
+        bar = tqdm(total=len(seeds), desc="class images", unit="image", disable=not accelerator.is_main_process)
         options = {"num_inference_steps": config.num_inference_steps, "batch_size": config.sample_batch_size}
         for image in generate_images(pipeline, [config.class_prompt], seeds, progress=bar, **options):
-            write_atomic(folder / f"class-seed{image.seed}.png", png_bytes(image.image))
+            write_atomic(folder / name.format(image.seed), png_bytes(image.image))
+    accelerator.wait_for_everyone()
 
 
 def unet_passes(config, accelerator, name, unet, encoded: Encoded, scheduler: DDPMScheduler):
@@ -382,47 +424,6 @@ def enable_checkpointing(model: nn.Module) -> None:
 # --- what a run shows -------------------------------------------------------------------------------------------------
 
 
-class Clock:
-    """Wall-clock seconds of a run's parts."""
-
-    def __init__(self) -> None:
-        self.started = self.last = time.perf_counter()
-        self.timings: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.timings[name], self.last = now - self.last, now
-
-    @property
-    def total(self) -> float:
-        return time.perf_counter() - self.started
-
-
-class MetricsLog:
-    """One JSON line a step, on disk at once."""
-
-    def __init__(self, path: Path, enabled: bool) -> None:
-        self.file = path.open("w", buffering=1) if enabled else None
-        self.seconds: list[float] = []
-
-    def __enter__(self) -> MetricsLog:
-        return self
-
-    def __exit__(self, *error) -> None:
-        if self.file:
-            self.file.close()
-
-    def write(self, step: int, loss: float, learning_rate: float, seconds: float) -> None:
-        self.seconds.append(seconds)
-        if self.file:
-            line = {"step": step, "loss": loss, "learning_rate": learning_rate, "seconds": round(seconds, 5)}
-            self.file.write(json.dumps(line) + "\n")
-
-    @property
-    def median_seconds(self) -> float:
-        return float(np.median(self.seconds))
-
-
 def draw_samples(
     config: TrainConfig, accelerator: Accelerator, trained: dict[str, nn.Module], dtype: torch.dtype
 ) -> list[Sample]:
@@ -438,8 +439,9 @@ def draw_samples(
     seeds = range(config.seed, config.seed + config.num_validation_images)
     bar = tqdm(total=len(names) * len(seeds), desc="samples", unit="image")
     options = {"num_inference_steps": config.num_inference_steps, "batch_size": config.sample_batch_size}
-    with accelerator.autocast():
-        drawn = list(generate_images(pipeline, config.sample_prompts, seeds, progress=bar, **options))
+    # What is trained computes in mixed precision by itself; SDXL's autoencoder overflows in fp16.
+    pipeline.vae.float()
+    drawn = list(generate_images(pipeline, config.sample_prompts, seeds, progress=bar, **options))
     return [Sample(one.prompt, f"{names[one.prompt]}-seed{one.seed}.png", one.image) for one in drawn]
 
 
@@ -452,10 +454,28 @@ def keep_samples(accelerator: Accelerator, samples: Sequence[Sample], folder: Pa
             tracker.writer.add_image(sample.file, np.asarray(sample.image), step, dataformats="HWC")
 
 
+def clear_earlier_run(folder: Path) -> None:
+    """Make the folder, and take away what an earlier run left: its record must not stand beside new weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (METRICS, FOLDED_WEIGHTS, INNER_WEIGHTS, RUN_RECORD, MODEL_CARD):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / SAMPLES, ignore_errors=True)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(TrainConfig, argv, description=__doc__.split("\n")[0])
     quiet_libraries()
-    run_command(lambda: print(f"{train(config)}: adapter, samples and record are there"))
+
+    def command() -> None:
+        try:
+            print(f"{train(config)}: adapter, samples and record are there")
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"out of memory with --train_batch_size {config.train_batch_size}: lower it, add "
+                "--gradient_checkpointing, or use --mixed_precision fp16"
+            ) from error
+
+    run_command(command)
 
 
 if __name__ == "__main__":

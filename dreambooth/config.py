@@ -16,8 +16,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"rank": 8, "outer_rank": None, "inner_init": "matched"},
 }
 LORA_RANK = 4
-NORA_OPTIONS = ("preset", "outer_rank", "outer_init", "awsvd_gamma", "sigma_side", "inner_init", "inner_std")
-NORA_DEFAULTS = {"outer_init": "awsvd", "awsvd_gamma": 0.5, "sigma_side": "B", "inner_std": 0.01}
+NORA_DEFAULTS = {
+    "outer_init": "awsvd",
+    "awsvd_gamma": 0.5,
+    "sigma_side": "B",
+    "inner_std": 0.01,
+    "calibration_passes": 32,
+}
+NORA_OPTIONS = ("preset", "outer_rank", "inner_init", *NORA_DEFAULTS)
+PRIOR_DEFAULTS = {"num_class_images": 100, "prior_loss_weight": 1.0}
+PRIOR_OPTIONS = ("class_data_dir", "class_prompt", *PRIOR_DEFAULTS)
 POSITIVE = (
     "rank",
     "outer_rank",
@@ -29,7 +37,10 @@ POSITIVE = (
     "gradient_accumulation_steps",
     "calibration_passes",
     "validation_steps",
+    "num_inference_steps",
 )
+# piecewise_constant needs rules that no flag gives.
+LR_SCHEDULES = [schedule.value for schedule in SchedulerType if schedule is not SchedulerType.PIECEWISE_CONSTANT]
 WHICH_BASE = "SDXL: a diffusers folder, a Hub id or a .safetensors file."
 
 
@@ -63,7 +74,9 @@ class TrainConfig:
         None, "NoRA's trained factors. Default: the preset's, matched."
     )
     inner_std: float | None = _option(None, "Standard deviation of --inner_init normal. Default: 0.01.")
-    calibration_passes: int = _option(32, "UNet forward passes, a batch each, that measure AwSVD's statistics.")
+    calibration_passes: int | None = _option(
+        None, "UNet forward passes, a batch each, that measure AwSVD's statistics. Default: 32."
+    )
     train_text_encoder: bool = _option(False, "Adapt the attention of both text encoders too.")
 
     resolution: int | None = _option(None, "Side of the square that is trained on, pixels. Default: the base's own.")
@@ -71,15 +84,15 @@ class TrainConfig:
     with_prior_preservation: bool = _option(False, "Train on class images too, so that the class is not forgotten.")
     class_data_dir: str | None = _option(None, "Folder with class images; what is missing is generated.")
     class_prompt: str | None = _option(None, 'What the class images show, such as "a photo of a cat".')
-    num_class_images: int = _option(100, "Class images wanted.")
-    prior_loss_weight: float = _option(1.0, "Weight of the class images' loss.")
+    num_class_images: int | None = _option(None, "Class images wanted. Default: 100.")
+    prior_loss_weight: float | None = _option(None, "Weight of the class images' loss. Default: 1.")
     sample_batch_size: int = _option(4, "Pictures at a time when class and validation images are drawn.")
 
     max_train_steps: int = _option(500, "Optimiser steps.")
     train_batch_size: int = _option(4, "Pictures per step and process.")
     gradient_accumulation_steps: int = _option(1, "Batches per optimiser step.")
     learning_rate: float = _option(1e-4, "Peak learning rate.")
-    lr_scheduler: str = _option("constant", f"One of {', '.join(s.value for s in SchedulerType)}.")
+    lr_scheduler: str = _option("constant", f"One of {', '.join(LR_SCHEDULES)}.")
     lr_warmup_steps: int = _option(0, "Warm-up steps of schedules that have one.")
     adam_beta1: float = _option(0.9, "AdamW's beta 1.")
     adam_beta2: float = _option(0.999, "AdamW's beta 2.")
@@ -87,7 +100,7 @@ class TrainConfig:
     adam_epsilon: float = _option(1e-8, "AdamW's epsilon.")
     max_grad_norm: float = _option(1.0, "Gradients are clipped to this norm.")
     mixed_precision: Literal["no", "fp32", "fp16", "bf16"] | None = _option(
-        None, "Of the frozen base; what is trained stays fp32. Default: accelerate's own configuration."
+        None, "Of the frozen base; what is trained stays fp32. Default: accelerate's configuration, or fp16 on a GPU."
     )
     gradient_checkpointing: bool = _option(False, "Trade time for memory.")
     enable_xformers_memory_efficient_attention: bool = _option(False, "xformers' attention (CUDA only).")
@@ -105,6 +118,9 @@ class TrainConfig:
         Raises:
             ValueError: for a flag of NoRA's with another method.
         """
+        if self.with_prior_preservation:
+            given = {name: getattr(self, name) for name in PRIOR_DEFAULTS if getattr(self, name) is not None}
+            self = replace(self, **{**PRIOR_DEFAULTS, **given})
         if self.method == "lora":
             for name in NORA_OPTIONS:
                 if getattr(self, name) is not None:
@@ -115,6 +131,14 @@ class TrainConfig:
         preset = self.preset or "default"
         wanted = {**NORA_DEFAULTS, **PRESETS[preset]}
         given = {name: getattr(self, name) for name in wanted if getattr(self, name) is not None}
+        outer_init, inner_init = ({**wanted, **given}[name] for name in ("outer_init", "inner_init"))
+        for name, needed, value in (
+            ("awsvd_gamma", "outer_init awsvd", outer_init),
+            ("calibration_passes", "outer_init awsvd", outer_init),
+            ("inner_std", "inner_init normal", inner_init),
+        ):
+            if name in given and not needed.endswith(f" {value}"):
+                raise ValueError(f"--{name} {given[name]} has no effect with {value}: add --{needed} or leave it out")
         return replace(self, preset=preset, **{**wanted, **given})
 
     def check(self) -> None:
@@ -143,15 +167,13 @@ class TrainConfig:
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} {getattr(self, name)} must be above 0")
         for name in ("prior_loss_weight", "adam_weight_decay"):
-            if getattr(self, name) < 0:
+            if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 0")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 0 and below 1")
-        if self.lr_scheduler not in [s.value for s in SchedulerType]:
-            raise ValueError(
-                f"--lr_scheduler {self.lr_scheduler} is not known: choose {', '.join(s.value for s in SchedulerType)}"
-            )
+        if self.lr_scheduler not in LR_SCHEDULES:
+            raise ValueError(f"--lr_scheduler {self.lr_scheduler} is not known: choose {', '.join(LR_SCHEDULES)}")
         if self.rank is not None and self.outer_rank is not None and self.rank > self.outer_rank:
             raise ValueError(
                 f"--rank {self.rank} exceeds --outer_rank {self.outer_rank}: the update lives between the outer "
@@ -163,6 +185,16 @@ class TrainConfig:
             raise ValueError("--mixed_precision fp16 needs a GPU, and this machine shows none: use bf16 or no")
         if self.validation_prompt is not None and not all(prompt.strip() for prompt in self.validation_prompt):
             raise ValueError("--validation_prompt has an empty prompt: it must say something")
+        for prompt in self.sample_prompts:
+            if self.sample_prompts.count(prompt) > 1:
+                raise ValueError(f"--validation_prompt has {prompt!r} twice: once is enough")
+        if self.num_validation_images == 0 and (self.validation_prompt or self.validation_steps):
+            raise ValueError("--num_validation_images 0 draws nothing: leave --validation_prompt and _steps out")
+        if self.lr_warmup_steps and self.lr_scheduler == "constant":
+            raise ValueError(
+                f"--lr_warmup_steps {self.lr_warmup_steps} has no effect with --lr_scheduler constant: use "
+                "constant_with_warmup"
+            )
         self._check_prior()
 
     def _check_prior(self) -> None:
@@ -171,7 +203,7 @@ class TrainConfig:
                 if not (getattr(self, name) or "").strip():
                     raise ValueError(f"--with_prior_preservation needs --{name}")
             return
-        for name in ("class_data_dir", "class_prompt"):
+        for name in PRIOR_OPTIONS:
             if getattr(self, name) is not None:
                 raise ValueError(f"--{name} has no effect alone: add --with_prior_preservation or leave it out")
 

@@ -1,11 +1,15 @@
-"""What a run leaves behind besides the weights: run.json and the model card."""
+"""What a run leaves behind besides the weights: metrics.jsonl, run.json and the model card."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import resource
-from collections.abc import Mapping, Sequence
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +26,54 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safeten
 _CARD_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 
 
+class Clock:
+    """Wall-clock seconds of a run's parts."""
+
+    def __init__(self) -> None:
+        self.started = self.last = time.perf_counter()
+        self.timings: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.timings[name], self.last = now - self.last, now
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What happens inside counts for no part, only for the total."""
+        paused = time.perf_counter()
+        yield
+        self.last += time.perf_counter() - paused
+
+    @property
+    def total(self) -> float:
+        return time.perf_counter() - self.started
+
+
+class MetricsLog:
+    """One JSON line a step, on disk at once."""
+
+    def __init__(self, path: Path, enabled: bool) -> None:
+        self.file = path.open("w", buffering=1) if enabled else None
+        self.seconds: list[float] = []
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.file:
+            self.file.close()
+
+    def write(self, step: int, loss: float, learning_rate: float, seconds: float) -> None:
+        self.seconds.append(seconds)
+        if self.file:
+            line = {"step": step, "loss": loss, "learning_rate": learning_rate, "seconds": round(seconds, 5)}
+            self.file.write(json.dumps(line) + "\n")
+
+    @property
+    def median_seconds(self) -> float:
+        return statistics.median(self.seconds)
+
+
 def module_fingerprint(module: nn.Module) -> str:
     """SHA-256 of a module's parameters: names, dtypes, shapes and bytes. Taken before anything is injected."""
     digest = hashlib.sha256()
@@ -31,12 +83,18 @@ def module_fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def peak_memory_mb() -> float:
-    """Largest memory in use so far, MiB: the GPU allocator's where there is one, else the process's resident set."""
+def reset_peak_memory() -> None:
+    """Start counting anew, so that the peak is the training's; a CPU process's resident set can't be reset."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Largest memory in use, MB (10⁶ bytes): the allocator's on a GPU, else the resident set of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if platform.system() == "Darwin" else 2**10)  # bytes there, KiB on Linux
+    return peak * (1 if platform.system() == "Darwin" else 1024) / 1e6  # bytes there, KiB on Linux
 
 
 def run_record(
@@ -44,6 +102,7 @@ def run_record(
     *,
     base_fingerprints: Mapping[str, str],
     trainable_parameters: Mapping[str, int],
+    outer_ranks: Sequence[int],
     timings: Mapping[str, float],
     files: Mapping[str, int],
     device: torch.device,
@@ -54,6 +113,7 @@ def run_record(
 
     Args:
         base_fingerprints, trainable_parameters: by component (unet, text_encoder, text_encoder_2).
+        outer_ranks: the distinct outer ranks that the layers got; empty for other methods than NoRA.
         timings: seconds.
         files: name -> bytes.
     """
@@ -65,8 +125,9 @@ def run_record(
         "base_fingerprints": dict(base_fingerprints),
         "trainable_parameters": sum(trainable_parameters.values()),
         "trainable_parameters_by_component": dict(trainable_parameters),
+        "outer_ranks": list(outer_ranks),
         "timings": {name: round(seconds, 4) for name, seconds in timings.items()},
-        "peak_memory_mb": round(peak_memory_mb(), 1),
+        "peak_memory_mb": round(peak_memory_mb(device), 1),
         "files": dict(files),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "dtype": str(dtype).removeprefix("torch."),

@@ -112,7 +112,7 @@ def adapter_figures(path: Path) -> dict[str, str]:
     values = (
         METHOD_NAMES.get(method, method),
         config.get("rank"),
-        config.get("outer_rank"),
+        _outer_rank(record.get("outer_ranks") or [config.get("outer_rank")]),
         _format(record.get("trainable_parameters"), lambda count: f"{count:,}"),
         _format(sizes.get(FOLDED_WEIGHTS), _format_bytes),
         _format(sizes.get(INNER_WEIGHTS), _format_bytes),
@@ -122,6 +122,11 @@ def adapter_figures(path: Path) -> dict[str, str]:
         _format(record.get("peak_memory_mb"), lambda megabytes: _format_bytes(megabytes * 1e6)),
     )
     return {label: UNKNOWN if value is None else str(value) for label, value in zip(FIGURES, values)}
+
+
+def _outer_rank(ranks: list[int | None]) -> str | None:
+    """Layers smaller than the outer rank get less: the range, where there is one."""
+    return f"{ranks[0]} – {ranks[-1]}" if len(ranks) > 1 else ranks[0]
 
 
 def _format(value: Any, formatter: Any) -> str | None:

@@ -308,7 +308,7 @@ class GenerateConfig(SamplingConfig):
     seeds: list[int] | None = field(
         default=None, metadata={"action": "extend", "help": "Explicit seeds, instead of --seed and --num_images."}
     )
-    output: str | None = field(default=None, metadata={"help": "Folder. Default: ADAPTER/samples, or out/images."})
+    output: str | None = field(default=None, metadata={"help": "Folder. Default: ADAPTER/images, or out/images."})
 
     def all_prompts(self) -> list[str]:
         return [*(self.prompt or []), *(read_prompts(self.prompt_file) if self.prompt_file else [])]
@@ -328,7 +328,7 @@ class GenerateConfig(SamplingConfig):
             return Path(self.output)
         if self.adapter:
             path = Path(self.adapter)
-            return (path if path.is_dir() else path.parent) / "samples"
+            return (path if path.is_dir() else path.parent) / "images"  # not samples: those are the run's own
         return Path("out/images")
 
 

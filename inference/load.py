@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import is_xformers_available
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
@@ -103,14 +104,30 @@ def load_pipeline(
         else:
             # safetensors only: a pickle from outside can run code
             pipeline = StableDiffusionXLPipeline.from_pretrained(str(base), use_safetensors=True, **options)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, SingleFileComponentError) as error:
         where = "" if Path(base).exists() else f", which is no folder in {Path.cwd()} either,"
         reason = textwrap.shorten(str(error).strip().split("\n")[0], 200, placeholder="…")
         raise ValueError(f"base {base}{where} could not be loaded: {reason}") from error
+    _check_loaded(base, pipeline, from_pretrained_options)
+    pipeline.vae.enable_slicing()  # one image at a time: decoding four at 1024 px takes more memory than the UNet
     for model in pipeline.components.values():
         if isinstance(model, nn.Module) and model.dtype != torch_dtype:
             model.to(torch_dtype)
     return pipeline.to(device)
+
+
+def _check_loaded(base: str | Path, pipeline: StableDiffusionXLPipeline, given: dict[str, Any]) -> None:
+    """Refuse relatives of SDXL that load as it: diffusers leaves out what another family lacks."""
+    missing = [part for part in BASE_PARTS if part not in given and getattr(pipeline, part) is None]
+    if missing:
+        raise ValueError(f"base {base} has no {', '.join(missing)}: SDXL is needed, and this is another model")
+    if pipeline.unet is not None:
+        config = pipeline.unet.config
+        if config.addition_embed_type != "text_time" or config.in_channels != pipeline.vae.config.latent_channels:
+            raise ValueError(
+                f"base {base} has a UNet with {config.in_channels} input channels and {config.addition_embed_type} "
+                "conditioning: SDXL's text-to-image UNet is needed, with text_time conditioning"
+            )
 
 
 def default_device() -> torch.device:
@@ -131,7 +148,7 @@ def check_xformers(device: torch.device | str) -> None:
     try:
         from xformers.ops import memory_efficient_attention
 
-        query = torch.zeros(1, 8, 1, 64, device=device, dtype=torch.float16)  # (batch, tokens, heads, channels)
+        query = torch.zeros(1, 2, 40, device=device)  # fp32, as in the trial that diffusers makes
         memory_efficient_attention(query, query, query)
     except (ImportError, NotImplementedError, RuntimeError) as error:  # built for another PyTorch, or for other GPUs
         reason = str(error).strip().split("\n")[0]

@@ -103,6 +103,8 @@ def check_layer(name: str, base_layer: nn.Module, config: NoraConfig) -> None:
             f"{name} has a weight of dtype {weight.dtype} and shape {tuple(weight.shape)}, and NoRA needs the plain "
             f"matrix to decompose: load the base without quantisation, or {leave_out}"
         )
+    if not weight.is_meta and not bool(weight.any()):
+        raise ValueError(f"{name} has a weight of zeros, and its outer factors would be zero too: {leave_out}")
     config.layer_ranks(name, tuple(oriented_weight(base_layer).shape))
 
 

@@ -181,7 +181,7 @@ def test_output_defaults_to_the_adapters_folder(tmp_path):
     weights = tmp_path / "pytorch_lora_weights.safetensors"
     weights.write_bytes((saved_lora() / weights.name).read_bytes())
     main(["--adapter", str(tmp_path), "--prompts", *PROMPTS, "--num_inference_steps", "1"])
-    assert len(read_manifest(tmp_path / "samples")) == 2
+    assert len(read_manifest(tmp_path / "images")) == 2
 
 
 def test_an_interrupted_command_lists_the_images_it_has(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from test_inference_load import outputs, saved_base
 from transformers import CLIPTextModel
 
 import train_dreambooth_nora_sdxl as trainer
-from dreambooth.config import TrainConfig
+from dreambooth.config import LR_SCHEDULES, TrainConfig
 from inference.components import FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
 from inference.load import load_adapter, load_pipeline
 
@@ -53,7 +53,8 @@ def fresh_accelerator():
 def run(folder, **options) -> Path:
     base = {"pretrained_model_name_or_path": str(saved_base()), "output_dir": str(folder)}
     AcceleratorState._reset_state(True)
-    return trainer.train(TrainConfig(**(QUICK | base | options)))
+    quick = QUICK if options.get("method") != "lora" else {k: v for k, v in QUICK.items() if k != "calibration_passes"}
+    return trainer.train(TrainConfig(**(quick | base | options)))
 
 
 def losses(folder) -> list[float]:
@@ -205,6 +206,16 @@ def test_bf16_trains_in_fp32(tmp_path, monkeypatch):
     assert len(list((folder / "samples").glob("*.png"))) == 1
 
 
+@pytest.mark.parametrize("schedule", LR_SCHEDULES)
+def test_every_schedule(tmp_path, schedule):
+    warmup = 0 if schedule == "constant" else 2
+    options = {"lr_scheduler": schedule, "lr_warmup_steps": warmup, "max_train_steps": 6, "calibration_passes": 1}
+    run(tmp_path, **options)
+    rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rates[:3] == pytest.approx([1e-2] * 3 if schedule == "constant" else [0, 5e-3, 1e-2])
+    assert (rates[-1] < 1e-2) == (schedule not in ("constant", "constant_with_warmup"))
+
+
 def test_velocity_base(tmp_path):
     base = tmp_path / "base"
     shutil.copytree(saved_base(), base)
@@ -220,7 +231,11 @@ def test_prior_preservation_draws_what_is_missing(tmp_path):
     Image.new("RGB", (40, 30), "red").save(classes / "mine.png")
     options = {"class_data_dir": str(classes), "class_prompt": "a photo of a cat", "num_class_images": 3}
     folder = run(tmp_path / "run", with_prior_preservation=True, **options)
-    assert sorted(path.name for path in classes.iterdir()) == ["class-seed0.png", "class-seed1.png", "mine.png"]
+    assert sorted(path.name for path in classes.iterdir()) == [
+        "class-seed000000.png",
+        "class-seed000001.png",
+        "mine.png",
+    ]
     assert losses(folder)[0] > 1.5 * losses(run(tmp_path / "plain"))[0]  # the sum of two losses near 1
     before = {path: path.stat().st_mtime_ns for path in classes.iterdir()}
     run(tmp_path / "again", with_prior_preservation=True, **options)
@@ -274,6 +289,29 @@ def test_base_is_left_as_it_was(tmp_path):
     before = {path: path.read_bytes() for path in base.rglob("*") if path.is_file()}
     run(tmp_path / "run", pretrained_model_name_or_path=str(base), train_text_encoder=True)
     assert before == {path: path.read_bytes() for path in base.rglob("*") if path.is_file()}
+
+
+def test_record_stands_before_the_samples(tmp_path, monkeypatch):
+    def fail(*args):
+        raise torch.OutOfMemoryError("no memory left for samples")
+
+    monkeypatch.setattr(trainer, "draw_samples", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(tmp_path)
+    assert {FOLDED_WEIGHTS, INNER_WEIGHTS, "run.json", "README.md", "metrics.jsonl"} <= set(os.listdir(tmp_path))
+
+
+def test_a_second_run_leaves_nothing_of_the_first(tmp_path):
+    run(tmp_path, num_validation_images=1)
+    run(tmp_path, method="lora")
+    assert set(os.listdir(tmp_path)) == {FOLDED_WEIGHTS, "run.json", "README.md", "metrics.jsonl"}
+
+
+def test_record_says_what_was_decided(tmp_path):
+    record = json.loads((run(tmp_path, rank=2) / "run.json").read_text())
+    decided = [record["config"][name] for name in ("resolution", "mixed_precision", "validation_prompt")]
+    assert decided == [32, "no", ["a photo of [V] cat"]]
+    assert record["outer_ranks"] == [16]
 
 
 def test_every_flag_is_read_outside_the_config():
@@ -340,6 +378,22 @@ BAD = {
     "unknown flag": (with_flags("--ranks", "4"), "unrecognized arguments: --ranks 4"),
     "unknown method": (with_flags("--method", "dora"), "invalid choice: 'dora'"),
     "unknown schedule": (with_flags("--lr_scheduler", "wave"), "--lr_scheduler wave is not known"),
+    "schedule without rules": (with_flags("--lr_scheduler", "piecewise_constant"), "piecewise_constant is not known"),
+    "warm-up for nothing": (with_flags("--lr_warmup_steps", "5"), "--lr_warmup_steps 5 has no effect"),
+    "no inference steps": (with_flags("--num_inference_steps", "0"), "--num_inference_steps 0 must be at least 1"),
+    "sample prompt twice": (with_flags("--validation_prompt", "a", "a"), "--validation_prompt has 'a' twice"),
+    "samples of none": (with_flags("--num_validation_images", "0", "--validation_steps", "5"), "draws nothing"),
+    "idle gamma": (with_flags("--awsvd_gamma", "1", "--outer_init", "svd"), "--awsvd_gamma 1.0 has no effect with svd"),
+    "idle std": (with_flags("--inner_std", "1"), "--inner_std 1.0 has no effect with matched"),
+    "idle prior weight": (with_flags("--prior_loss_weight", "2"), "--prior_loss_weight has no effect alone"),
+    "class folder is a file": (
+        with_flags("--with_prior_preservation", "--class_data_dir", "FILE", "--class_prompt", "a cat"),
+        "--class_data_dir file is a file",
+    ),
+    "junk in the class folder": (
+        with_flags("--with_prior_preservation", "--class_data_dir", "JUNK", "--class_prompt", "a cat"),
+        "notes.txt is not a picture",
+    ),
     "not a number": (with_flags("--train_batch_size", "four"), "--train_batch_size"),
     "NoRA's flag for LoRA": (
         with_flags("--method", "lora", "--outer_rank", "8"),
