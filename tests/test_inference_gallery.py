@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_inference_load import saved_base, saved_lora, saved_nora
+from tiny_sdxl import saved_base, saved_lora, saved_nora
 
 from inference.gallery import BASE_COLUMN, UNKNOWN, Column, adapter_figures, draw_sheet, main, render_page
 from inference.generate import generate_images

@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler
 from PIL import Image
-from test_inference_load import saved_base, saved_lora
+from tiny_sdxl import saved_base, saved_lora
 
 from inference.generate import encode_prompts, generate_images, image_names, main
 from inference.load import load_adapter, load_pipeline, unload_adapters

@@ -18,7 +18,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_inference_load import outputs, saved_base
+from tiny_sdxl import outputs, saved_base
 from transformers import CLIPTextModel
 
 import train_dreambooth_nora_sdxl as trainer
