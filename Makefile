@@ -5,10 +5,10 @@ PYTHON := $(VENV)/bin/python
 # The base that `make demo` trains on. To use SDXL itself, make this one line say:
 #   BASE = stabilityai/stable-diffusion-xl-base-1.0
 # (the flags behind the tiny base's name are its own; without them the defaults, the paper's run, are in force).
-BASE = assets/tiny-sdxl --learning_rate 1e-3 --max_train_steps 300
+BASE = assets/tiny-sdxl --learning_rate 1e-3 --max_train_steps 600
 
-SUBJECT = assets/subjects/cat
-PROMPT = a photo of [V] cat
+SUBJECT = assets/subjects/robot
+PROMPT = a photo of [V] robot
 OUT = out/demo
 
 .PHONY: demo test check format
@@ -23,8 +23,8 @@ demo: $(VENV)/.installed
 	done
 	@echo "--- drawing the gallery"
 	@$(PYTHON) -m inference.gallery --base $(firstword $(BASE)) --adapters lora=$(OUT)/lora nora=$(OUT)/nora \
-		--prompts "a photo of [V] cat in the jungle" "a photo of [V] cat on the beach" "a photo of [V] cat in the snow" \
-		"a photo of [V] cat on a red background" --seeds 0 1 --instance_images $(SUBJECT) --output $(OUT)/gallery.html
+		--prompts "$(PROMPT) in the jungle" "$(PROMPT) on the beach" "$(PROMPT) in the snow" \
+		"$(PROMPT) on a red background" --seeds 0 1 --instance_images $(SUBJECT) --output $(OUT)/gallery.html
 	@echo "Gallery: $(OUT)/gallery.html (page) and $(OUT)/gallery.png (sheet)"
 
 test: $(VENV)/.installed-dev
