@@ -1,6 +1,7 @@
 """Settings that every test needs."""
 
 import pytest
+from accelerate.state import AcceleratorState
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -9,3 +10,11 @@ def nora_cache_outside_home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NORA_CACHE_DIR", str(tmp_path_factory.mktemp("nora-cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps one state per process; a user's command has a process of its own."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 from benchmarks.heldout_loss import heldout_loss
@@ -16,13 +15,6 @@ ROOT = Path(__file__).parent.parent
 BASE = ROOT / "assets" / "tiny-sdxl"
 PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "dreambooth"
 SUBJECTS = ("cat", "dog", "teapot", "backpack", "rc_car", "red_cartoon")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 def config(folder, **options) -> TrainConfig:

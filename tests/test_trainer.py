@@ -42,14 +42,6 @@ QUICK = {
 }
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps one state per process; a user's command has a process of its own."""
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
-
-
 def run(folder, **options) -> Path:
     base = {"pretrained_model_name_or_path": str(saved_base()), "output_dir": str(folder)}
     AcceleratorState._reset_state(True)
