@@ -240,7 +240,7 @@ def train_vae(accelerator, world, args) -> AutoencoderKL:
         error = reconstruction - pixels
         return error.abs().mean() + error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean() + 1e-3 * kl
 
-    train(accelerator, Reconstruction(vae), 0.995, args.work_dir / "vae", args.vae_steps, 2e-3, 100, loss_at)
+    train(accelerator, Reconstruction(vae), 0.995, args.work_dir / "vae", args.vae_steps, 1e-3, 100, loss_at)
     vae.eval().requires_grad_(False)
     held_out = to_pixels([world.any_picture(args.seed + 1, i) for i in range(64)])
     with torch.no_grad():
@@ -349,7 +349,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--work_dir", type=Path, default=Path("out/pretrain"), help="checkpoints, pool, artwork")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae_steps", type=int, default=1400)
-    parser.add_argument("--vae_batch_size", type=int, default=16)
+    parser.add_argument("--vae_batch_size", type=int, default=8)
     parser.add_argument("--pool_size", type=int, default=24_000)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch_size", type=int, default=32)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import resvg_py
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 # npm package -> (words of the caption that name the style, share of the pictures)
 STYLES = {
@@ -52,7 +52,7 @@ CONCEPTS = {name: name.replace("-", " ") for name in NAMES} | {
     "soccer-ball": "football",
 }
 # The classes of the sample subjects and of usual prompts are drawn this many times as often as the others.
-FREQUENT = {"cat": 6, "dog": 5, "robot": 5, "teapot": 4, "backpack": 3, "fox": 3, "rabbit": 3, "hamburger": 2}
+FREQUENT = {"cat": 10, "dog": 8, "robot": 8, "teapot": 6, "backpack": 4, "fox": 4, "rabbit": 4, "hamburger": 3}
 
 COLORS = {
     "red": (214, 48, 49),
@@ -93,6 +93,23 @@ def rasterise(icon_set: dict, name: str, size: int) -> Image.Image:
     svg = f'<svg {namespaces} viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size))
     return Image.open(io.BytesIO(png)).convert("RGBA")
+
+
+def tint(drawing: Image.Image, color: tuple[int, int, int], strength: float = 0.8) -> Image.Image:
+    """The RGBA drawing in shades of one colour, with a little of its own left."""
+    shades = ImageOps.colorize(drawing.convert("L"), (20, 20, 24), (250, 250, 250), mid=color, midpoint=150)
+    tinted = Image.blend(drawing.convert("RGB"), shades, strength)
+    tinted.putalpha(drawing.getchannel("A"))
+    return tinted
+
+
+def rotate_hue(drawing: Image.Image, shift: int) -> Image.Image:
+    """The RGBA drawing with all hues turned by ``shift`` of 256."""
+    hue, saturation, value = drawing.convert("RGB").convert("HSV").split()
+    hue = hue.point(lambda h: (h + shift) % 256)
+    rotated = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+    rotated.putalpha(drawing.getchannel("A"))
+    return rotated
 
 
 def _vertical_gradient(size: int, top, bottom) -> Image.Image:
@@ -249,14 +266,13 @@ class TinyWorld:
             images += [rasterise(self.icon_sets[package], n, 2 * self.size) for n in names[::4]]
         return images
 
-    def compose(self, drawing: Image.Image, background: str, rng: np.random.Generator) -> Image.Image:
-        """The drawing at 70-98 % of the side, at a random place, mirrored half of the time, over a background."""
+    def compose(self, drawing: Image.Image, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        """The drawing at 70-98 % of the side, at a random place, mirrored half of the time, over ``image``."""
         side = int(self.size * rng.uniform(0.70, 0.98))
         if rng.random() < 0.5:
             drawing = drawing.transpose(Image.FLIP_LEFT_RIGHT)
         drawing = drawing.resize((side, side), Image.LANCZOS)
         x, y = rng.integers(0, self.size - side + 1, 2)
-        image = draw_background(background, rng, self.size)
         image.paste(drawing, (int(x), int(y)), drawing)
         return image
 
@@ -277,13 +293,23 @@ class TinyWorld:
         keys, weights = self._choices
         style, name = keys[rng.choice(len(keys), p=weights)]
         background = self.draw_background_name(rng)
-        image = self.compose(self.drawings[style, name], background, rng)
-        return image, caption(CONCEPTS[name], style, background, rng)
+        drawing, noun = self.drawings[style, name], CONCEPTS[name]
+        if rng.random() < 0.2:
+            color = str(rng.choice(list(COLORS)))
+            drawing, noun = tint(drawing, COLORS[color]), f"{color} {noun}"
+        image = self.compose(drawing, draw_background(background, rng, self.size), rng)
+        return image, caption(noun, style, background, rng)
 
     def any_picture(self, seed: int, index: int) -> Image.Image:
-        """A picture for the autoencoder: every second one shows a drawing that the UNet never sees."""
+        """A picture for the autoencoder: every second one shows what the UNet never sees.
+
+        Any drawing of the sets, in any hue, half of them before any two colours: a user's subject has its own colours.
+        """
         rng = np.random.default_rng((seed, index, 1))
         if index % 2:
             return self.sample(seed, index)[0]
         drawing = self.other_drawings[rng.integers(len(self.other_drawings))]
-        return self.compose(drawing, self.draw_background_name(rng), rng)
+        drawing = rotate_hue(drawing, int(rng.integers(256)))
+        if rng.random() < 0.5:
+            return self.compose(drawing, draw_background(self.draw_background_name(rng), rng, self.size), rng)
+        return self.compose(drawing, _vertical_gradient(self.size, *rng.integers(0, 256, (2, 3))), rng)
