@@ -5,7 +5,7 @@ PYTHON := $(VENV)/bin/python
 # The base that `make demo` trains on. To use SDXL itself, make this one line say:
 #   BASE = stabilityai/stable-diffusion-xl-base-1.0
 # (the flags behind the tiny base's name are its own; without them the defaults, the paper's run, are in force).
-BASE = assets/tiny-sdxl --learning_rate 1e-3 --max_train_steps 600
+BASE = assets/tiny-sdxl --learning_rate 1.5e-3 --lr_scheduler cosine --max_train_steps 800
 
 SUBJECT = assets/subjects/robot
 PROMPT = a photo of [V] robot

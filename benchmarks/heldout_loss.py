@@ -17,15 +17,24 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionXLPipeline
 
+from dreambooth.cache import EncodedCache
 from dreambooth.config import TrainConfig
-from dreambooth.data import find_images, open_image
-from dreambooth.draws import INSTANCE, training_batch
-from dreambooth.encode import encode_images, encode_prompts, tokenize
-from dreambooth.loss import denoising_loss, training_scheduler, training_target
+from dreambooth.data import folder_examples
+from dreambooth.encode import (
+    CropSettings,
+    cut_picture,
+    encode_pictures,
+    encode_prompts,
+    inspect_picture,
+    tokenize,
+)
+from dreambooth.loss import Objective
+from dreambooth.validation import validation_loss
 from inference.cli import quiet_libraries
 from inference.load import load_adapter, load_pipeline, unload_adapters
 from train_dreambooth_nora_sdxl import train
 
+BATCH = 32
 SUBJECTS = Path(__file__).parent.parent / "assets" / "subjects"
 
 
@@ -33,32 +42,14 @@ SUBJECTS = Path(__file__).parent.parent / "assets" / "subjects"
 def heldout_loss(pipeline: StableDiffusionXLPipeline, folder: Path, prompt: str, samples: int = 256) -> float:
     """Mean squared error of the noise (or velocity) prediction over ``samples`` draws from the folder's pictures."""
     resolution = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    images = encode_images(
-        pipeline.vae, [open_image(path) for path in find_images(folder, "subject")], resolution, False
-    )
+    settings = CropSettings([(resolution, resolution)], center_crop=True, variants=1)
+    examples = folder_examples(folder, prompt, flag="subject")
+    cuts = [cut_picture(inspect_picture(example), settings) for example in examples]
+    with tempfile.TemporaryDirectory() as cache:
+        pictures = encode_pictures(pipeline.vae, "", cuts, [0] * len(cuts), settings, EncodedCache(cache))
     tokens = tokenize([pipeline.tokenizer, pipeline.tokenizer_2], [prompt])
     prompts = encode_prompts([pipeline.text_encoder, pipeline.text_encoder_2], tokens)
-    scheduler, total, size = training_scheduler(pipeline.scheduler), 0.0, 32
-    pipeline.unet.eval()
-    for first in range(0, samples, size):
-        batch = training_batch(
-            {INSTANCE: images},
-            pipeline.device,
-            seed=12345,
-            step=0,
-            slots=range(first, first + size),
-            slots_per_step=samples,
-            num_train_timesteps=scheduler.config.num_train_timesteps,
-        )
-        conditioning = prompts.each(size)
-        prediction = pipeline.unet(
-            scheduler.add_noise(batch.latents, batch.noise, batch.timesteps).to(pipeline.unet.dtype),
-            batch.timesteps,
-            conditioning.prompt_embeds,
-            added_cond_kwargs={"text_embeds": conditioning.pooled_prompt_embeds, "time_ids": batch.time_ids},
-        ).sample
-        total += denoising_loss(prediction, training_target(scheduler, batch), None).item() * size
-    return total / samples
+    return validation_loss(pipeline.unet, pictures, prompts, Objective(pipeline.scheduler), BATCH, samples)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -83,10 +74,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 options = {"method": method, "seed": seed, "max_train_steps": args.steps, "num_validation_images": 0}
                 train(
                     TrainConfig(
-                        args.base,
-                        str(SUBJECTS / args.subject),
-                        prompt,
-                        folder,
+                        pretrained_model_name_or_path=args.base,
+                        instance_data_dir=str(SUBJECTS / args.subject),
+                        instance_prompt=prompt,
+                        output_dir=folder,
                         learning_rate=args.learning_rate,
                         report_to="none",
                         **options,

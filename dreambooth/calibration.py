@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from collections.abc import Sequence
 
-from .draws import CALIBRATION, training_batch
-from .encode import EncodedImages, EncodedPrompts
+import torch
+from diffusers import UNet2DConditionModel
+
+from .draws import CALIBRATION, fixed_batches
+from .encode import EncodedPicture, EncodedPrompts
+from .loss import Objective
 
 # Everyday captions beside the user's own: the text encoders' statistics should not rest on one sentence.
 GENERIC_PROMPTS = (
@@ -24,10 +27,10 @@ GENERIC_PROMPTS = (
 @torch.no_grad()
 def run_unet_passes(
     unet: UNet2DConditionModel,
-    images: EncodedImages,
+    pictures: Sequence[EncodedPicture],
     prompts: EncodedPrompts,
     unconditional: EncodedPrompts,
-    scheduler: DDPMScheduler,
+    objective: Objective,
     *,
     passes: int,
     batch_size: int,
@@ -35,35 +38,33 @@ def run_unet_passes(
     process_index: int = 0,
     num_processes: int = 1,
 ) -> None:
-    """Denoise noised pictures at stratified timesteps, half with the instance prompt and half without any.
+    """Denoise noised pictures at stratified timesteps, half with their prompt and half without any.
 
     Args:
-        prompts, unconditional: the instance prompt comes first in the one; the other has one row.
+        unconditional: one row.
         passes: of ``batch_size`` samples each, shared out among the processes.
     """
     total = passes * batch_size
-    num_train_timesteps = scheduler.config.num_train_timesteps
-    prompt_embeds = torch.cat([prompts.prompt_embeds[:1], unconditional.prompt_embeds])  # (2, tokens, d)
-    pooled_prompt_embeds = torch.cat([prompts.pooled_prompt_embeds[:1], unconditional.pooled_prompt_embeds])  # (2, d2)
+    table = EncodedPrompts(*(torch.cat(pair) for pair in zip(prompts, unconditional)))
+    nothing = len(prompts.prompt_embeds)  # the row of the empty prompt
     for number in range(process_index, passes, num_processes):
         slots = range(number * batch_size, (number + 1) * batch_size)
-        batch = training_batch(
-            {CALIBRATION: images},
-            unet.device,
+        for batch in fixed_batches(
+            pictures,
             seed=seed,
-            step=0,
+            stream=CALIBRATION,
             slots=slots,
-            slots_per_step=total,
-            num_train_timesteps=num_train_timesteps,
-        )
-        # One stratum of the schedule a sample; neighbours take turns with and without the prompt, so both see it all.
-        timesteps = torch.tensor(
-            [int((slot + 0.5) / total * num_train_timesteps) for slot in slots], device=unet.device
-        )
-        rows = torch.tensor([slot % 2 for slot in slots], device=unet.device)
-        unet(
-            scheduler.add_noise(batch.latents, batch.noise, timesteps).to(unet.dtype),
-            timesteps,
-            prompt_embeds[rows],
-            added_cond_kwargs={"text_embeds": pooled_prompt_embeds[rows], "time_ids": batch.time_ids},
-        )
+            total=total,
+            num_train_timesteps=objective.num_train_timesteps,
+        ):
+            batch = batch.to(unet.device)
+            # Neighbouring strata take turns with and without the prompt, so both see the whole schedule.
+            even = batch.timesteps * total // objective.num_train_timesteps % 2 == 0
+            text = table.rows(torch.where(even, batch.prompts, nothing))
+            noisy_latents, timesteps = objective.model_input(batch)
+            unet(
+                noisy_latents.to(unet.dtype),
+                timesteps,
+                text.prompt_embeds,
+                added_cond_kwargs={"text_embeds": text.pooled_prompt_embeds, "time_ids": batch.time_ids},
+            )

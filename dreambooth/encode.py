@@ -2,35 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from .data import prepare_image
+from storage.pictures import open_image
+
+from .buckets import nearest_bucket
+from .cache import EncodedCache
+from .data import Crop, Example, content_hash, crops
+from .draws import CROPS, generator_for
 
 Tokens = Mapping[str, torch.Tensor]  # input_ids and attention_mask, each (P, tokens)
+DEFAULT_VARIANTS = 4
 
 
 @dataclass(frozen=True)
-class EncodedImages:
-    """Scaled latents of N pictures, kept as distributions: a new sample is drawn from them at every step."""
+class CropSettings:
+    """How pictures are cut into training samples."""
 
-    mean: torch.Tensor  # (N, variants, 4, h, w) fp32
-    std: torch.Tensor  # (N, variants, 4, h, w) fp32
-    time_ids: torch.Tensor  # (N, 6)
+    buckets: Sequence[tuple[int, int]]  # height, width
+    center_crop: bool = False
+    random_flip: bool = False
+    variants: int = DEFAULT_VARIANTS
+    interpolation: str = "lanczos"
+    alpha_mask: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """A picture that was opened once and found sound; its pixels are read again when they are encoded."""
+
+    example: Example
+    digest: str  # of the file's bytes
+    size: tuple[int, int]  # height, width, upright
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A picture and the crops of it to train on."""
+
+    picture: Inspected
+    crops: tuple[Crop, ...]
 
     @property
-    def variants(self) -> int:
-        """1, or 2 where each picture is also there mirrored."""
-        return self.mean.shape[1]
+    def shape(self) -> tuple[int, int]:
+        """Height and width of the crops, pixels."""
+        return self.crops[0].height, self.crops[0].width
 
-    def __len__(self) -> int:
-        return self.mean.shape[0]
+
+@dataclass(frozen=True)
+class EncodedPicture:
+    """Scaled latents of one picture's V crops, kept as distributions: a new sample is drawn from them at every step."""
+
+    mean: torch.Tensor  # (V, 4, h, w) fp32
+    std: torch.Tensor  # (V, 4, h, w) fp32
+    time_ids: torch.Tensor  # (V, 6)
+    prompt: int  # row of the prompt in EncodedPrompts
+    repeats: int = 1
+    mask: torch.Tensor | None = None  # (V, 1, h, w), from 0 to 1: where the loss counts
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(h, w) of the latents."""
+        return tuple(self.mean.shape[-2:])
 
 
 class EncodedPrompts(NamedTuple):
@@ -39,32 +82,151 @@ class EncodedPrompts(NamedTuple):
     prompt_embeds: torch.Tensor  # (P, tokens, d1 + d2)
     pooled_prompt_embeds: torch.Tensor  # (P, d2)
 
-    def each(self, count: int) -> EncodedPrompts:
-        """Every prompt ``count`` times, in order: [a, a, b, b] for two prompts and a count of 2."""
-        return EncodedPrompts(*(embeds.repeat_interleave(count, dim=0) for embeds in self))
+    def rows(self, rows: torch.Tensor) -> EncodedPrompts:
+        """The given prompts, one for each sample of a batch."""
+        return EncodedPrompts(*(embeds[rows] for embeds in self))
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def inspect_picture(example: Example) -> Inspected:
+    """Open a picture and its mask.
+
+    Raises:
+        ValueError: naming the one that can't be read.
+    """
+    data = example.read()
+    image = open_image(data, example.name)
+    if example.mask is not None and not np.asarray(open_image(example.mask).convert("L")).any():
+        raise ValueError(f"mask {example.mask} is black all over: the loss would count nowhere")
+    return Inspected(example, content_hash(data), (image.height, image.width))
+
+
+def cut_picture(picture: Inspected, settings: CropSettings, bucket: tuple[int, int] | None = None) -> Cut:
+    """Choose a picture's crops: they depend on the seed and the picture alone.
+
+    Args:
+        bucket: (height, width) to cut for; None: the one whose shape is nearest.
+    """
+    found = crops(
+        picture.size,
+        bucket or nearest_bucket(picture.size, settings.buckets),
+        center_crop=settings.center_crop,
+        random_flip=settings.random_flip,
+        variants=settings.variants,
+        generator=generator_for(settings.seed, CROPS, int(picture.digest[:8], 16)),
+    )
+    return Cut(picture, tuple(found))
+
+
+class _CropPixels(Dataset):
+    """Pixels of single crops, (3, H, W) in [-1, 1]; read in worker processes where there are any."""
+
+    def __init__(self, wanted: Sequence[tuple[Cut, Crop]], interpolation: str) -> None:
+        self.wanted, self.interpolation = wanted, interpolation
+
+    def __len__(self) -> int:
+        return len(self.wanted)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        cut, crop = self.wanted[index]
+        image = crop.of(open_image(cut.picture.example.read(), cut.picture.example.name), self.interpolation)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 @torch.no_grad()
-def encode_images(
-    vae: AutoencoderKL, pictures: Iterable[Image.Image], resolution: int, mirrored: bool
-) -> EncodedImages:
-    """Encode one picture at a time, in fp32: SDXL's autoencoder overflows in fp16.
+def encode_pictures(
+    vae: AutoencoderKL,
+    fingerprint: str,
+    cuts: Sequence[Cut],
+    prompts: Sequence[int],
+    settings: CropSettings,
+    cache: EncodedCache,
+    *,
+    process_index: int = 0,
+    num_processes: int = 1,
+    wait: Callable[[], None] = lambda: None,
+    num_workers: int = 0,
+    progress: Callable[[int], Iterator] = lambda total: range(total),
+) -> list[EncodedPicture]:
+    """Encode what the cache lacks, one crop at a time and in fp32, because SDXL's autoencoder overflows in fp16.
 
     Args:
-        pictures: upright RGB, of any size.
-        resolution: side of the square that is cut out of each, pixels.
-        mirrored: encode each picture's mirror image as a second variant.
+        fingerprint: of the autoencoder's weights; part of every entry's key.
+        prompts: row of each picture's prompt in the run's EncodedPrompts.
+        process_index, num_processes, wait: processes share the work and then read each other's entries.
     """
-    vae = vae.float().eval()
-    means, stds, time_ids = [], [], []
-    for picture in pictures:
-        image = prepare_image(picture, resolution)
-        pixels = torch.stack([image.pixels, image.pixels.flip(-1)] if mirrored else [image.pixels])  # (V, 3, H, W)
-        posterior = vae.encode(pixels.to(vae.device)).latent_dist
-        means.append((posterior.mean * vae.config.scaling_factor).cpu())  # (V, 4, h, w)
-        stds.append((posterior.std * vae.config.scaling_factor).cpu())
-        time_ids.append(image.time_ids)
-    return EncodedImages(torch.stack(means), torch.stack(stds), torch.stack(time_ids))
+    keys = {
+        (cut.picture.digest, crop): content_hash(
+            "picture", fingerprint, cut.picture.digest, settings.interpolation, tuple(crop)
+        )
+        for cut in cuts
+        for crop in cut.crops
+    }
+    wanted = {keys[cut.picture.digest, crop]: (cut, crop) for cut in cuts for crop in cut.crops}
+    missing = [key for key in wanted if cache.read(key) is None]
+    wait()  # all have looked before the first writes
+    mine = missing[process_index::num_processes]
+    if mine:
+        vae = vae.float().eval()
+        pixels = DataLoader(
+            _CropPixels([wanted[key] for key in mine], settings.interpolation), batch_size=1, num_workers=num_workers
+        )
+        for key, crop_pixels, _ in zip(mine, pixels, progress(len(mine))):
+            posterior = vae.encode(crop_pixels.to(vae.device)).latent_dist  # (1, 3, H, W) -> (1, 4, h, w)
+            mean, std = scale_latents(vae, posterior.mean), posterior.std * vae.config.scaling_factor
+            if not bool(torch.isfinite(mean).all()):
+                raise ValueError(
+                    f"the autoencoder makes NaN or infinity of {wanted[key][0].picture.example.name}: "
+                    "name another one with --pretrained_vae_model_name_or_path"
+                )
+            latents_std = getattr(vae.config, "latents_std", None)
+            if latents_std is not None:
+                std = std / torch.tensor(latents_std, device=std.device).reshape(1, -1, 1, 1)
+            cache.write(key, {"mean": mean[0], "std": std[0]})
+    wait()
+    encoded = []
+    for cut, prompt in zip(cuts, prompts):
+        entries = [cache.read(keys[cut.picture.digest, crop]) for crop in cut.crops]
+        mean, std = (torch.stack([entry[name] for entry in entries]) for name in ("mean", "std"))
+        masks = [latent_mask(cut, crop, settings, mean.shape[-2:]) for crop in cut.crops]
+        encoded.append(
+            EncodedPicture(
+                mean,
+                std,
+                torch.stack([crop.time_ids(cut.picture.size) for crop in cut.crops]),
+                prompt,
+                cut.picture.example.repeats,
+                None if masks[0] is None else torch.stack(masks),
+            )
+        )
+    return encoded
+
+
+def scale_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Latents (B, 4, h, w) as the UNet sees them; some bases also shift them by a mean of each channel."""
+    mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
+    if mean is None or std is None:
+        return latents * vae.config.scaling_factor
+    mean, std = (torch.tensor(values, device=latents.device).reshape(1, -1, 1, 1) for values in (mean, std))
+    return (latents - mean) * vae.config.scaling_factor / std
+
+
+def latent_mask(cut: Cut, crop: Crop, settings: CropSettings, shape: torch.Size) -> torch.Tensor | None:
+    """(1, h, w) from 0 to 1: the mask file or the alpha channel, cut like the picture and averaged over each latent."""
+    example, (height, width) = cut.picture.example, cut.picture.size
+    if settings.alpha_mask:
+        mask = open_image(example.read(), example.name, keep_alpha=True).getchannel("A")
+    elif example.mask is not None:
+        mask = open_image(example.mask).convert("L").resize((width, height), Image.Resampling.BOX)
+    else:
+        return None
+    mask = crop.of(mask, "bilinear").resize((shape[1], shape[0]), Image.Resampling.BOX)
+    return torch.from_numpy(np.array(mask)).float()[None] / 255
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
 
 
 def check_prompts(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> None:
@@ -86,12 +248,52 @@ def tokenize(tokenizers: Sequence[CLIPTokenizer], prompts: Sequence[str]) -> lis
 
 
 def encode_prompts(
-    text_encoders: Sequence[CLIPTextModel | CLIPTextModelWithProjection], tokens: Sequence[Tokens]
+    text_encoders: Sequence[CLIPTextModel | CLIPTextModelWithProjection],
+    tokens: Sequence[Tokens],
+    rows: torch.Tensor | None = None,
 ) -> EncodedPrompts:
-    """Last but one hidden states of both encoders side by side, and the pooled projection of the second (SDXL, 2.1)."""
+    """Last but one hidden states of both encoders side by side, and the pooled projection of the second (SDXL, 2.1).
+
+    Args:
+        rows: (B,) which of the P prompts are wanted, each encoded once however often it is; None: all of them.
+    """
+    if rows is not None:
+        unique, places = torch.unique(rows.cpu(), return_inverse=True)
+        encoded = encode_prompts(text_encoders, [{name: ids[unique] for name, ids in one.items()} for one in tokens])
+        return encoded.rows(places.to(encoded.prompt_embeds.device))
     states = []
     for text_encoder, encoded in zip(text_encoders, tokens):
         device = next(text_encoder.parameters()).device
         output = text_encoder(encoded["input_ids"].to(device), output_hidden_states=True)
         states.append(output.hidden_states[-2])  # (P, tokens, d)
     return EncodedPrompts(torch.cat(states, dim=-1), output.text_embeds)
+
+
+@torch.no_grad()
+def encode_prompts_cached(
+    text_encoders: Sequence[CLIPTextModel | CLIPTextModelWithProjection],
+    fingerprint: str,
+    tokens: Sequence[Tokens],
+    cache: EncodedCache,
+    *,
+    is_main_process: bool = True,
+    wait: Callable[[], None] = lambda: None,
+) -> EncodedPrompts:
+    """`encode_prompts` of every prompt, read from the cache where it is there.
+
+    Prompts are encoded one by one, so that an entry does not depend on the prompts that it was encoded beside.
+    """
+    count = len(tokens[0]["input_ids"])
+    keys = [
+        content_hash("prompt", fingerprint, *(one["input_ids"][row].tolist() for one in tokens)) for row in range(count)
+    ]
+    device = next(text_encoders[0].parameters()).device
+    for row, key in enumerate(keys):
+        if is_main_process and cache.read(key) is None:
+            one = encode_prompts(text_encoders, [{"input_ids": part["input_ids"][row : row + 1]} for part in tokens])
+            cache.write(key, {name: embeds[0] for name, embeds in one._asdict().items()})
+    wait()
+    entries = [cache.read(key) for key in keys]
+    return EncodedPrompts(
+        *(torch.stack([entry[name] for entry in entries]).to(device) for name in EncodedPrompts._fields)
+    )

@@ -19,9 +19,14 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
+from storage.files import write_atomic
+
 from .config import TrainConfig
 
 RECORD_VERSION = 1
+METRICS = "metrics.jsonl"
+MODEL_CARD = "README.md"
+SAMPLES = "samples"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 _CARD_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 
@@ -50,11 +55,22 @@ class Clock:
 
 
 class MetricsLog:
-    """One JSON line a step, on disk at once."""
+    """One JSON line a step, on disk at once.
 
-    def __init__(self, path: Path, enabled: bool) -> None:
-        self.file = path.open("w", buffering=1) if enabled else None
-        self.seconds: list[float] = []
+    Args:
+        after: the step that a resumed run goes on from; lines of later steps are dropped, because they come again.
+    """
+
+    def __init__(self, path: Path, enabled: bool, after: int = 0) -> None:
+        kept = []
+        if after and path.is_file():
+            lines = path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= after]
+        self.seconds = [record["seconds"] for record in map(json.loads, kept) if "seconds" in record]
+        self.file = None
+        if enabled:
+            write_atomic(path, "".join(kept))
+            self.file = path.open("a", buffering=1)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -63,11 +79,11 @@ class MetricsLog:
         if self.file:
             self.file.close()
 
-    def write(self, step: int, loss: float, learning_rate: float, seconds: float) -> None:
-        self.seconds.append(seconds)
+    def write(self, step: int, **values: float) -> None:
+        if "seconds" in values:
+            self.seconds.append(values["seconds"])
         if self.file:
-            line = {"step": step, "loss": loss, "learning_rate": learning_rate, "seconds": round(seconds, 5)}
-            self.file.write(json.dumps(line) + "\n")
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
 
     @property
     def median_seconds(self) -> float:
@@ -120,7 +136,7 @@ def run_record(
     return {
         "record_version": RECORD_VERSION,
         "method": config.method,
-        "config": asdict(config),
+        "config": {name: value for name, value in asdict(config).items() if name != "hub_token"},
         "seed": config.seed,
         "base_fingerprints": dict(base_fingerprints),
         "trainable_parameters": sum(trainable_parameters.values()),

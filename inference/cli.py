@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import diffusers
 import transformers
+import yaml
 from transformers import HfArgumentParser
 
 Config = TypeVar("Config")
@@ -25,10 +28,50 @@ class _Parser(HfArgumentParser):
 def parse_config(config_class: type[Config], argv: Sequence[str] | None = None, **parser_options) -> Config:
     """Build `config_class` from the command line; unknown or malformed flags exit with status 2.
 
-    Abbreviated flags are refused, because a flag added later would change what an old command means.
+    ``--config run.yaml`` holds flags by name; what the command line says wins over it. Abbreviated flags are refused,
+    because a flag added later would change what an old command means.
     """
     parser = _Parser(config_class, allow_abbrev=False, **parser_options)
-    return config_class(**vars(parser.parse_args(_join_negative_numbers(sys.argv[1:] if argv is None else argv))))
+    parser.add_argument("--config", metavar="YAML", help="File of flags, by name; the command line wins over it.")
+    argv = _join_negative_numbers(sys.argv[1:] if argv is None else argv)
+    file, _ = _config_option().parse_known_args(argv)
+    if file.config is not None:
+        try:
+            argv = [*read_config_file(file.config), *argv]
+        except (ValueError, OSError) as error:
+            _exit_with(str(error))
+    options = vars(parser.parse_args(argv))
+    del options["config"]
+    return config_class(**options)
+
+
+def _config_option() -> argparse.ArgumentParser:
+    parser = _Parser([], add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    return parser
+
+
+def read_config_file(path: str | Path) -> list[str]:
+    """A YAML mapping of flag names to values, as the arguments that say the same.
+
+    Raises:
+        ValueError: if the file is no such mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path} is not YAML: {error}") from error
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ValueError(f"--config {path} must map flag names to values, such as learning_rate: 1e-4")
+    arguments = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            raise ValueError(f"--config {path}: {name} is a mapping, and flags take a value or a list of them")
+        if isinstance(value, list):
+            arguments += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            arguments.append(f"--{name}={value}")
+    return arguments
 
 
 def _join_negative_numbers(argv: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ from torch import nn
 
 FOLDED_WEIGHTS = "pytorch_lora_weights.safetensors"
 INNER_WEIGHTS = "nora_inner_weights.safetensors"
+EMBEDDINGS = "learned_embeds.safetensors"
 RUN_RECORD = "run.json"
 
 COMPONENT_NAMES = ("unet", "text_encoder", "text_encoder_2")

@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
 from inference.cli import parse_config, quiet_libraries, run_command
 from inference.components import FOLDED_WEIGHTS, INNER_WEIGHTS
-from inference.files import check_writable_target, write_atomic
-from inference.generate import SamplingConfig, choose_base, generate_images, png_bytes, warn_of_truncated_prompts
+from inference.generate import SamplingConfig, choose_base, generate_images, warn_of_truncated_prompts
 from inference.load import inspect_adapter, load_adapter, read_run_record, unload_adapters
+from storage.files import check_writable_target, write_atomic
+from storage.pictures import find_images, open_image, png_bytes
 
 BASE_COLUMN = "base"
 UNKNOWN = "–"
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 METHOD_NAMES = {"nora": "NoRA", "lora": "LoRA", "dora": "DoRA"}
 FIGURES = (
     "Method",
@@ -145,26 +145,6 @@ def _format_seconds(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s"
-
-
-def read_instance_images(folder: str | Path) -> list[tuple[str, Image.Image]]:
-    """(name, image) for each image of a folder, upright (EXIF) and in RGB, in name order."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"--instance_images {folder} is not a folder")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
-        raise ValueError(f"--instance_images {folder} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    images = []
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                rgba = ImageOps.exif_transpose(image).convert("RGBA")
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"--instance_images: {path} is not an image that can be read") from error
-        canvas = Image.new("RGBA", rgba.size, "white")
-        images.append((path.name, Image.alpha_composite(canvas, rgba).convert("RGB")))
-    return images
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -327,7 +307,8 @@ def run(config: GalleryConfig) -> tuple[Path, Path]:
     base = choose_base(config.base, str(next(iter(adapters.values()))))
     for path in (page_path, sheet_path):
         check_writable_target(path, "--output", folder=False)
-    instances = read_instance_images(config.instance_images) if config.instance_images else []
+    paths = find_images(config.instance_images, "instance_images") if config.instance_images else []
+    instances = [(path.name, open_image(path)) for path in paths]
 
     pipeline = config.load_pipeline(base)
     warn_of_truncated_prompts(pipeline, prompts)

@@ -6,7 +6,6 @@ python -m inference.generate --adapter out/cat --prompt "[V] photo of a cat in t
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import re
@@ -24,7 +23,6 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from inference.cli import parse_config, quiet_libraries, run_command
-from inference.files import check_writable_target, write_atomic
 from inference.load import (
     check_base,
     check_xformers,
@@ -34,6 +32,9 @@ from inference.load import (
     load_pipeline,
     recorded_base,
 )
+from inference.tokens import spell_out
+from storage.files import check_writable_target, write_atomic
+from storage.pictures import png_bytes
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MANIFEST = "manifest.jsonl"
@@ -67,7 +68,9 @@ def encode_prompts(
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     with evaluation_mode(pipeline), torch.no_grad():
         return {
-            prompt: dict(zip(names, pipeline.encode_prompt(prompt, negative_prompt=negative_prompt)))
+            prompt: dict(
+                zip(names, pipeline.encode_prompt(spell_out(pipeline, prompt), negative_prompt=negative_prompt))
+            )
             for prompt in prompts
         }
 
@@ -228,7 +231,7 @@ def _check_distinct(name: str, values: Sequence[Any]) -> None:
 def warn_of_truncated_prompts(pipeline: StableDiffusionXLPipeline, prompts: Sequence[str]) -> None:
     """Say which prompts are longer than the text encoders read; diffusers cuts them off."""
     for prompt in prompts:
-        tokens = len(pipeline.tokenizer(prompt).input_ids)
+        tokens = len(pipeline.tokenizer(spell_out(pipeline, prompt)).input_ids)
         limit = pipeline.tokenizer.model_max_length
         if tokens > limit:
             print(f"warning: prompt {prompt!r} has {tokens} tokens, the base reads the first {limit}", file=sys.stderr)
@@ -364,12 +367,6 @@ def image_names(prompts: Sequence[str]) -> dict[str, str]:
         prompt: slug if counts[slug] == 1 else f"{slug}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
         for prompt, slug in slugs.items()
     }
-
-
-def png_bytes(image: Image.Image) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, format="PNG")
-    return stream.getvalue()
 
 
 def read_manifest(folder: Path) -> list[dict[str, Any]]:

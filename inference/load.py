@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import is_xformers_available
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -23,7 +23,15 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 import nora
-from inference.components import COMPONENT_NAMES, FOLDED_WEIGHTS, INNER_WEIGHTS, RUN_RECORD, adapter_components
+from inference.components import (
+    COMPONENT_NAMES,
+    EMBEDDINGS,
+    FOLDED_WEIGHTS,
+    INNER_WEIGHTS,
+    RUN_RECORD,
+    adapter_components,
+)
+from inference.tokens import load_new_word, remove_new_words
 
 BASE_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -128,6 +136,42 @@ def _check_loaded(base: str | Path, pipeline: StableDiffusionXLPipeline, given: 
                 f"base {base} has a UNet with {config.in_channels} input channels and {config.addition_embed_type} "
                 "conditioning: SDXL's text-to-image UNet is needed, with text_time conditioning"
             )
+
+
+def base_geometry(base: str | Path, **download_options: Any) -> tuple[int, int]:
+    """Side of the pictures that a base was trained on, and what a side must be a multiple of; pixels.
+
+    Only configurations are read. A single file has no configuration, and is SDXL at its own size.
+    """
+    if Path(base).is_file():
+        return 1024, 32
+    options = {name: value for name, value in download_options.items() if name != "variant"}
+    try:
+        unet = UNet2DConditionModel.load_config(str(base), subfolder="unet", **options)
+        vae = AutoencoderKL.load_config(str(base), subfolder="vae", **options)
+    except (OSError, ValueError) as error:
+        reason = textwrap.shorten(str(error).strip().split("\n")[0], 200, placeholder="…")
+        raise ValueError(f"base {base} could not be loaded: {reason}") from error
+    vae_scale_factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    return unet["sample_size"] * vae_scale_factor, vae_scale_factor * 2 ** (len(unet["block_out_channels"]) - 1)
+
+
+def load_vae(path: str, device: torch.device | str) -> AutoencoderKL:
+    """An autoencoder to use instead of the base's own, in fp32.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    folder = Path(path)
+    subfolder = "vae" if (folder / "vae" / "config.json").is_file() else None
+    try:
+        if folder.is_file():
+            vae = AutoencoderKL.from_single_file(path)
+        else:
+            vae = AutoencoderKL.from_pretrained(path, subfolder=subfolder, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"autoencoder {path} could not be loaded: {str(error).strip().splitlines()[0]}") from error
+    return vae.to(device, torch.float32).requires_grad_(False)
 
 
 def default_device() -> torch.device:
@@ -330,6 +374,9 @@ def load_adapter(
         raise
     _activate(components, {prefix: [*names, name] for prefix, names in active.items()})
     set_adapter_scale(pipeline, name, scale)
+    words = file.path.parent / EMBEDDINGS
+    if words.is_file():
+        load_new_word(pipeline, words)
     return name
 
 
@@ -357,6 +404,7 @@ def unload_adapters(pipeline: StableDiffusionXLPipeline, name: str | None = None
         pipeline.delete_adapters(name)
     if name is None or not loaded_adapters(pipeline):
         pipeline.unload_lora_weights()
+        remove_new_words(pipeline)
 
 
 def _check_scale(scale: float) -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+
+from storage.files import write_safetensors
 
 from .functional import OuterFactors
 
@@ -63,25 +64,3 @@ def cached_outer_factors(
     ):  # a read-only home or a full disk must not stop a run that has its factors already
         write_safetensors(path, {"A": outer.A, "B": outer.B})
     return outer
-
-
-def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write under a temporary name, fsync, rename: a reader sees the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".partial")
-    os.close(descriptor)
-    try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata=metadata)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(partial, 0o666 & ~_umask())  # mkstemp's 0600 would keep others from reading a shared adapter
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

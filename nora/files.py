@@ -24,8 +24,9 @@ from peft import PeftModel, inject_adapter_in_model
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from storage.files import write_safetensors
+
 from .basis import FOLDED_FILE, Basis, build_basis, check_base, check_basis, oriented_weight
-from .cache import write_safetensors
 from .config import NoraConfig, plain_config
 from .layer import NoraLinear
 from .model import check_layer, find_targets, nora_layers, ready_bases

@@ -1,0 +1,196 @@
+"""The state of a run on disk: written whole or not at all, and resumed only by the same run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+STATE = "training_state.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+# What a resumed run may have otherwise: where things lie, what is looked at, and how long it goes on.
+FREE_TO_CHANGE = {
+    "output_dir", "logging_dir", "report_to", "cache_dir", "encoded_cache_dir", "dataloader_num_workers",
+    "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "max_train_steps", "num_train_epochs",
+    "validation_prompt", "num_validation_images", "validation_epochs", "validation_steps", "num_inference_steps",
+    "validation_data_dir", "validation_loss_steps", "sample_batch_size", "push_to_hub", "hub_token", "hub_model_id",
+    "output_kohya_format", "output_peft_format", "local_rank", "dry_run", "low_vram",
+    "prior_generation_precision",
+    # compared by content instead
+    "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "instance_data_dir",
+    "class_data_dir", "dataset_name", "dataset_config_name", "concepts_list", "mask_data_dir",
+}  # fmt: skip
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of the whole checkpoints in a run's folder, oldest first; anything else there is passed over."""
+    if not folder.is_dir():
+        return []
+    found = [(match, path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return sorted((int(match[1]), path) for match, path in found if (path / STATE).is_file())
+
+
+def find_checkpoint(resume_from: str | None, folder: Path) -> Path | None:
+    """What ``--resume_from_checkpoint`` names; None for "latest" where there is none yet, or without the flag.
+
+    Raises:
+        ValueError: if it names no whole checkpoint.
+    """
+    if resume_from is None:
+        return None
+    if resume_from == "latest":
+        found = checkpoints(folder)
+        return found[-1][1] if found else None
+    # diffusers takes the folder's name inside --output_dir; a path works too
+    for path in (folder / Path(resume_from).name, Path(resume_from)):
+        if (path / STATE).is_file():
+            return path
+    known = ", ".join(path.name for _, path in checkpoints(folder)) or "none"
+    raise ValueError(f"--resume_from_checkpoint {resume_from} is no whole checkpoint; {folder} has {known}")
+
+
+def save_checkpoint(
+    accelerator: Accelerator, folder: Path, step: int, identity: Mapping[str, Any], total_limit: int | None
+) -> Path:
+    """Write ``checkpoint-{step}`` under a temporary name, sync, rename; only then do the oldest go. All processes."""
+    path, partial = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.partial"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (partial / STATE).write_text(json.dumps({"step": step, **identity}, indent=1, sort_keys=True))
+        for file in partial.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        if path.exists():  # saved before a run was cut off and resumed from an older one
+            shutil.rmtree(path)
+        partial.rename(path)
+        _sync(folder)
+        if total_limit is not None:
+            for _, old in checkpoints(folder)[:-total_limit]:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return path
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def identity(config: Mapping[str, Any], **content: Any) -> dict[str, Any]:
+    """What makes two runs the same: the flags that matter, and fingerprints of what they name.
+
+    Args:
+        config: the resolved flags.
+        content: such as the base's fingerprints and the pictures' hash; JSON values.
+    """
+    flags = {name: value for name, value in config.items() if name not in FREE_TO_CHANGE}
+    return {"flags": flags, "content": content}
+
+
+def read_step(checkpoint: Path, identity: Mapping[str, Any]) -> int:
+    """The step that a checkpoint was saved after.
+
+    Raises:
+        ValueError: if it belongs to another run; every difference is named.
+    """
+    saved = json.loads((checkpoint / STATE).read_text())
+    wanted = json.loads(json.dumps(identity))  # tuples are lists there
+    differences = [
+        f"--{name} was {saved['flags'].get(name)} and is {wanted['flags'].get(name)}"
+        for name in sorted({*saved["flags"], *wanted["flags"]})
+        if saved["flags"].get(name) != wanted["flags"].get(name)
+    ]
+    differences += [
+        f"the {name.replace('_', ' ')} changed"
+        for name in sorted({*saved["content"], *wanted["content"]})
+        if saved["content"].get(name) != wanted["content"].get(name)
+    ]
+    if differences:
+        raise ValueError(f"{checkpoint} belongs to another run: {'; '.join(differences)}. Undo that, or start anew")
+    return saved["step"]
+
+
+def check_earlier_run(folder: Path, record: str) -> None:
+    """Refuse a folder with checkpoints of a run that did not finish: a new run would lose them.
+
+    Args:
+        record: name of the file that only a finished run has.
+
+    Raises:
+        ValueError: naming the newest checkpoint.
+    """
+    old = checkpoints(folder)
+    if old and not (folder / record).exists():
+        raise ValueError(
+            f"--output_dir {folder} has {old[-1][1].name} of a run that did not finish: add "
+            "--resume_from_checkpoint latest, choose another folder, or delete its checkpoints"
+        )
+
+
+def clear_earlier_run(folder: Path, results: Sequence[str], keep_state: bool) -> None:
+    """Make the folder, and take away what an earlier run left: its record must not stand beside new weights.
+
+    Args:
+        results: names of files and folders that a finished run writes.
+        keep_state: this run goes on from a checkpoint, so checkpoints stay.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not keep_state:
+        for _, path in checkpoints(folder):
+            shutil.rmtree(path)
+    for partial in folder.glob(".checkpoint-*.partial"):
+        shutil.rmtree(partial)
+    for name in results:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+class GracefulStop:
+    """SIGINT and SIGTERM ask the loop to save and leave after the step at hand; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
+
+    def __enter__(self) -> GracefulStop:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._note)
+            except ValueError:  # not in the main thread: whoever runs that handles signals
+                break
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def asked(self, accelerator: Accelerator) -> bool:
+        """Whether any process was asked; every process gets the same answer."""
+        if accelerator.num_processes == 1:
+            return self.signal is not None
+        number = torch.tensor(self.signal or 0, device=accelerator.device)
+        highest = int(accelerator.gather(number.reshape(1)).max())
+        self.signal = highest or None
+        return self.signal is not None

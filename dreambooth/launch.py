@@ -1,0 +1,108 @@
+"""The accelerator, the trackers and the hub, as the flags ask for them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import ProjectConfiguration
+from huggingface_hub import create_repo, upload_folder
+from huggingface_hub.errors import HfHubHTTPError
+from PIL import Image
+
+from .config import TrainConfig
+
+PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# What a hub repository gets; checkpoints, logs and encoded pictures stay at home.
+UPLOADED = ["*.safetensors", "README.md", "run.json", "metrics.jsonl", "samples/*.png", "peft/**"]
+
+
+def make_accelerator(config: TrainConfig, output_dir: Path) -> Accelerator:
+    """Devices, processes and precision.
+
+    Raises:
+        ValueError: for a precision or a tracker that can't be used here.
+    """
+    check_trackers(config.report_to)
+    mixed_precision = config.mixed_precision
+    if mixed_precision is None and torch.cuda.is_available():
+        # SDXL in fp32 fits few cards, and an accelerate that was never configured says "no".
+        configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        mixed_precision = "fp16" if configured == "no" else configured
+    accelerator = Accelerator(
+        mixed_precision="no" if mixed_precision == "fp32" else mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / config.logging_dir)),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False,  # NoRA's frozen factors are buffers, the same in every process
+                # SDXL reads the last but one layer of its first text encoder: adapters above it get no gradient.
+                find_unused_parameters=config.trains_text,
+            )
+        ],
+    )
+    if accelerator.mixed_precision not in PRECISIONS:
+        raise ValueError(
+            f"accelerate is configured for {accelerator.mixed_precision}, which is not supported here: add "
+            "--mixed_precision no, fp16 or bf16"
+        )
+    if config.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return accelerator
+
+
+def check_trackers(report_to: str) -> None:
+    """Refuse a tracker that accelerate does not know or whose package is missing: accelerate would pass it over."""
+    if report_to in ("all", "none"):
+        return
+    known = sorted(LOGGER_TYPE_TO_CLASS)
+    if report_to not in known:
+        raise ValueError(f"--report_to {report_to} is not known: choose none, all or {', '.join(known)}")
+    if report_to not in {str(tracker) for tracker in get_available_trackers()}:
+        raise ValueError(f"--report_to {report_to} needs its package: pip install {report_to}, or --report_to none")
+
+
+def start_trackers(accelerator: Accelerator, config: TrainConfig) -> None:
+    values = {name: value for name, value in asdict(config).items() if isinstance(value, (int, float, str))}
+    values.pop("hub_token", None)  # a secret
+    accelerator.init_trackers("dreambooth", values)
+
+
+def log_images(accelerator: Accelerator, images: Mapping[str, Image.Image], step: int) -> None:
+    batches = {name: np.asarray(image)[None] for name, image in images.items()}  # (1, H, W, 3)
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):  # TensorBoard and Weights & Biases
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images(batches, step=step, **options)
+
+
+def push_to_hub(config: TrainConfig, folder: Path) -> str:
+    """Upload the adapter, its card and its samples; returns the repository's id.
+
+    Raises:
+        ValueError: if the hub refuses.
+    """
+    name = config.hub_model_id or folder.resolve().name
+    try:
+        repository = create_repo(name, token=config.hub_token, exist_ok=True).repo_id
+        upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            token=config.hub_token,
+            allow_patterns=UPLOADED,
+            ignore_patterns=["checkpoint-*/**", "encoded/**", f"{config.logging_dir}/**"],
+            commit_message="Upload the adapter",
+        )
+    except (HfHubHTTPError, OSError) as error:
+        raise ValueError(
+            f"--push_to_hub {name}: {str(error).strip().splitlines()[0]} (the run is whole in {folder}; upload it "
+            "with huggingface-cli upload)"
+        ) from error
+    return repository

@@ -1,0 +1,98 @@
+"""How much memory a run takes: said before it takes it, and lowered where asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+
+OPTIMIZER_BYTES = 8  # two fp32 moments a parameter, as Adam keeps them
+GRADIENT_BYTES = 4
+
+
+def memory_line(
+    trained: Mapping[str, nn.Module],
+    batch_size: int,
+    shape: tuple[int, int],
+    tokens: int,
+    device: torch.device,
+) -> str:
+    """One sentence: what the run will hold, and what the device has free.
+
+    Args:
+        batch_size: samples of one forward pass.
+        shape: (h, w) of the largest latents.
+        tokens: length of a prompt.
+    """
+    weights = sum(tensor.nbytes for model in trained.values() for tensor in (*model.parameters(), *model.buffers()))
+    parameters = sum(p.numel() for model in trained.values() for p in model.parameters() if p.requires_grad)
+    learning = parameters * (OPTIMIZER_BYTES + GRADIENT_BYTES)
+    activations = saved_activation_bytes(trained["unet"], batch_size, shape, tokens)
+    total = weights + learning + activations
+    line = (
+        f"memory: about {size(total)} ({size(weights)} weights, {size(learning)} gradients and optimizer, "
+        f"{size(activations)} activations of {batch_size} samples)"
+    )
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_allocated(device)  # the weights are there already
+        line += f"; {size(free)} are free" + ("" if total < free else ", which will not do: see --low_vram")
+    return line
+
+
+def size(count: int) -> str:
+    """Bytes for people: 12 MB, 3.4 GB (powers of ten)."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def saved_activation_bytes(unet: UNet2DConditionModel, batch_size: int, shape: tuple[int, int], tokens: int) -> int:
+    """What autograd keeps for the backward pass of one batch, on tensors without storage: nothing is computed."""
+    kept: dict[int, torch.Tensor] = {}  # by storage: several operations keep the same tensor
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    config = unet.config
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    with FakeTensorMode() as mode:
+        state = {name: mode.from_tensor(t) for name, t in (*unet.named_parameters(), *unet.named_buffers())}
+        own = {tensor.untyped_storage()._cdata for tensor in state.values()}
+        options = {"device": unet.device, "dtype": unet.dtype}
+        conditioning = {
+            "text_embeds": torch.empty(batch_size, pooled, **options),
+            "time_ids": torch.empty(batch_size, 6, device=unet.device),
+        }
+        inputs = (
+            torch.empty(batch_size, config.in_channels, *shape, **options),
+            torch.zeros(batch_size, device=unet.device, dtype=torch.long),
+            torch.empty(batch_size, tokens, config.cross_attention_dim, **options),
+        )
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            functional_call(unet, state, inputs, {"added_cond_kwargs": conditioning})
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
+
+
+def quantize_frozen(model: nn.Module) -> None:
+    """Keep the frozen linear layers' weights in 8 bits; they are read back to their dtype when they are used.
+
+    After the adapter is in: NoRA's outer factors come from the whole weights.
+
+    Raises:
+        ValueError: if torchao is not installed.
+    """
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise ValueError("--quantize_base int8 needs torchao: pip install torchao, or leave it out") from error
+    quantize_(
+        model,
+        Int8WeightOnlyConfig(),
+        filter_fn=lambda module, name: (
+            isinstance(module, nn.Linear) and not module.weight.requires_grad and "nora_" not in name
+        ),
+    )

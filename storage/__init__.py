@@ -1,0 +1,1 @@
+"""Files written whole or not at all, and pictures read from them. Imports none of the other packages."""

@@ -1,0 +1,220 @@
+"""A trained adapter as files, each read back and compared with the live one before the run calls itself done."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import StableDiffusionXLPipeline
+from diffusers.utils import convert_state_dict_to_kohya
+from peft import get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from dreambooth.config import TrainConfig
+from dreambooth.optim import Average
+from inference.components import COMPONENT_NAMES, EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
+from inference.tokens import ENCODERS
+from nora import NoraLinear, fold_nora, save_inner
+from storage.files import write_atomic, write_safetensors
+
+from .methods import save_trained
+
+KOHYA_WEIGHTS = "pytorch_lora_weights_kohya.safetensors"
+PEFT_FOLDER = "peft"
+ADAPTER = "default"
+TOLERANCE = 1e-5  # relative; files hold what is live in fp32, and differ by how a product is rounded
+
+
+def save_adapter(config: TrainConfig, trained: Mapping[str, nn.Module], folder: Path) -> list[str]:
+    """Write every file that the flags ask for, each whole or not there; returns their names.
+
+    Args:
+        trained: component name -> model with the adapter inside.
+    """
+    lora = folded_lora(trained)  # diffusers' keys -> weights
+    write_diffusers_file(lora, folder / FOLDED_WEIGHTS)
+    names = [FOLDED_WEIGHTS]
+    if config.method == "nora":
+        layers = {name: model for name, model in trained.items() if nora_layers(model)}
+        save_inner(folder / INNER_WEIGHTS, adapter_components(layers))
+        names.append(INNER_WEIGHTS)
+    if config.train_text_encoder_ti:
+        write_safetensors(folder / EMBEDDINGS, new_embeddings(trained), {"word": config.token_abstraction})
+        names.append(EMBEDDINGS)
+    if config.output_kohya_format:
+        write_safetensors(folder / KOHYA_WEIGHTS, convert_state_dict_to_kohya(lora))
+        names.append(KOHYA_WEIGHTS)
+    if config.output_peft_format:
+        names += save_peft_folders(trained, folder)
+    return names
+
+
+def nora_layers(model: nn.Module) -> dict[str, NoraLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, NoraLinear)}
+
+
+def folded_lora(trained: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """The adapters as plain LoRA with alpha = rank, any scale being in lora_B; keys as in diffusers' files."""
+    lora = {}
+    for prefix, model in adapter_components(trained).items():
+        if nora_layers(model):
+            weights = fold_nora(model)
+        else:
+            weights = get_peft_model_state_dict(model)
+            for name, layer in model.named_modules():
+                if isinstance(layer, LoraLayer) and layer.scaling.get(ADAPTER, 1) != 1:
+                    weights[f"{name}.lora_B.weight"] = weights[f"{name}.lora_B.weight"] * layer.scaling[ADAPTER]
+        lora |= {f"{prefix}.{key}": weight.float() for key, weight in weights.items() if "lora_" in key}
+    return lora
+
+
+def new_embeddings(trained: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """(tokens, d) of the words that each text encoder learned, by diffusers' names for the two."""
+    embeddings = {}
+    for key, (encoder, _) in ENCODERS.items():
+        state = get_peft_model_state_dict(trained[encoder], save_embedding_layers=False)
+        embeddings[key] = next(value for name, value in state.items() if "trainable_tokens_delta" in name).float()
+    return embeddings
+
+
+def write_diffusers_file(lora: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Through diffusers' own writer, so that the file is what its trainers write."""
+    by_component = {name: {} for name in COMPONENT_NAMES}
+    for key, weight in lora.items():
+        component, _, rest = key.partition(".")
+        by_component[component][rest] = weight
+    with tempfile.TemporaryDirectory() as fresh:
+        StableDiffusionXLPipeline.save_lora_weights(
+            fresh, weight_name=path.name, **{f"{name}_lora_layers": layers for name, layers in by_component.items()}
+        )
+        write_atomic(path, (Path(fresh) / path.name).read_bytes())
+
+
+def save_peft_folders(trained: Mapping[str, nn.Module], folder: Path) -> list[str]:
+    """``peft/{component}``: adapter_config.json and adapter_model.safetensors, for PEFT's from_pretrained."""
+    names = []
+    for component, model in trained.items():
+        target, fresh = folder / PEFT_FOLDER / component, folder / PEFT_FOLDER / f".{component}.partial"
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        config = model.peft_config[ADAPTER]
+        state = {f"base_model.model.{key}": value for key, value in get_peft_model_state_dict(model).items()}
+        write_safetensors(fresh / SAFETENSORS_WEIGHTS_NAME, state, {"format": "pt"})
+        config.save_pretrained(fresh)
+        shutil.rmtree(target, ignore_errors=True)
+        fresh.rename(target)
+        names += [str(file.relative_to(folder)) for file in sorted(target.iterdir())]
+    return names
+
+
+# --- reading back -----------------------------------------------------------------------------------------------------
+
+
+def check_files(config: TrainConfig, trained: Mapping[str, nn.Module], folder: Path) -> float:
+    """Read every file back and compare each layer's ΔW with the live one; returns the largest relative error.
+
+    Raises:
+        ValueError: naming the file and the layer that differ.
+    """
+    live = live_updates(trained)
+    found = {FOLDED_WEIGHTS: updates_of(load_file(folder / FOLDED_WEIGHTS))}
+    if config.method == "nora":
+        found[INNER_WEIGHTS] = inner_updates(trained, folder / INNER_WEIGHTS)
+    if config.output_kohya_format:
+        found[KOHYA_WEIGHTS] = kohya_updates(load_file(folder / KOHYA_WEIGHTS), live)
+    if config.output_peft_format:
+        for component, model in trained.items():
+            file = folder / PEFT_FOLDER / component / SAFETENSORS_WEIGHTS_NAME
+            check_same(file, load_file(file), get_peft_model_state_dict(model))
+    largest = 0.0
+    for name, updates in found.items():
+        if missing := sorted(set(live) ^ set(updates)):
+            raise ValueError(f"{folder / name} and the adapter in memory differ in {missing[0]}: the file is not whole")
+        for layer, expected in live.items():
+            error = float((updates[layer] - expected).norm() / expected.norm().clamp(min=1e-12))
+            if not error <= TOLERANCE and float(expected.norm()) > 0:
+                raise ValueError(
+                    f"{folder / name} read back differs from the adapter in memory by {error:.1e} at {layer}"
+                )
+            largest = max(largest, error)
+    return largest
+
+
+@torch.no_grad()
+def live_updates(trained: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """ΔW of every adapted layer, fp32, by its name in diffusers' files."""
+    updates = {}
+    for prefix, model in adapter_components(trained).items():
+        for name, layer in model.named_modules():
+            if isinstance(layer, NoraLinear):
+                lora_A, lora_B = layer.fold(ADAPTER)
+                updates[f"{prefix}.{name}"] = (lora_B @ lora_A).cpu()
+            elif isinstance(layer, LoraLayer):
+                updates[f"{prefix}.{name}"] = layer.get_delta_weight(ADAPTER).float().cpu()
+    return updates
+
+
+def updates_of(lora: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """ΔW = B A of a plain LoRA's layers."""
+    layers = [key.removesuffix(".lora_A.weight") for key in lora if key.endswith(".lora_A.weight")]
+    return {layer: lora[f"{layer}.lora_B.weight"].float() @ lora[f"{layer}.lora_A.weight"].float() for layer in layers}
+
+
+def kohya_updates(lora: Mapping[str, torch.Tensor], layers: Iterable[str]) -> dict[str, torch.Tensor]:
+    """ΔW = alpha / rank · up down of the layers that are in the file under kohya's names."""
+    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+    updates = {}
+    for layer in layers:
+        component, _, rest = layer.partition(".")
+        key = f"{prefixes[component]}_{rest.replace('.', '_')}"
+        if f"{key}.alpha" in lora:
+            down, up = lora[f"{key}.lora_down.weight"].float(), lora[f"{key}.lora_up.weight"].float()
+            updates[layer] = lora[f"{key}.alpha"] / len(down) * (up @ down)
+    return updates
+
+
+def inner_updates(trained: Mapping[str, nn.Module], path: Path) -> dict[str, torch.Tensor]:
+    """ΔW of an inner-only file, with the live layers' outer factors."""
+    updates = {}
+    with safe_open(path, framework="pt") as file:
+        for prefix, model in adapter_components(trained).items():
+            for name, layer in nora_layers(model).items():
+                key, outer = f"{prefix}.{name}", layer.outer(ADAPTER)
+                inner_A, inner_B = (file.get_tensor(f"{key}.lora_{side}.weight").float() for side in "AB")
+                outer_A, outer_B = outer.A.float().cpu(), outer.B.float().cpu()
+                scale = layer.nora_alpha[ADAPTER] / layer.r[ADAPTER]
+                updates[key] = scale * (outer_B @ inner_B) @ (inner_A @ outer_A)
+    return updates
+
+
+def check_same(path: Path, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    for key, value in expected.items():
+        other = found.get(f"base_model.model.{key}")
+        if other is None or not torch.equal(other, value.detach().cpu()):
+            raise ValueError(f"{path} read back differs from the adapter in memory at {key}")
+
+
+def save_components(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    trained: Mapping[str, nn.Module],
+    average: Average,
+    models: list[nn.Module],
+    weights: list[dict[str, torch.Tensor]],
+    folder: str,
+) -> None:
+    """What a checkpoint holds of the models: the adapter alone, exact and as the files that inference reads."""
+    weights.clear()  # what accelerate would save: the whole base
+    if accelerator.is_main_process:
+        save_trained(trained, Path(folder))
+        with average.applied():
+            save_adapter(replace(config, output_kohya_format=False, output_peft_format=False), trained, Path(folder))

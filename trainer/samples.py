@@ -1,0 +1,101 @@
+"""Pictures that a run draws: of the class, before training, and of the subject, to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from tqdm.auto import tqdm
+
+from dreambooth.config import TrainConfig
+from dreambooth.data import Concept
+from dreambooth.launch import PRECISIONS, log_images
+from dreambooth.prior import class_image_name
+from inference.generate import generate_images, image_names
+from inference.load import load_pipeline, load_vae
+from storage.files import write_atomic
+from storage.pictures import png_bytes
+
+
+class Sample(NamedTuple):
+    prompt: str
+    file: str  # name of the PNG
+    image: Image.Image
+
+
+def load_base(config: TrainConfig, accelerator: Accelerator, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+    """The frozen base, maybe with another autoencoder."""
+    pipeline = load_pipeline(
+        config.pretrained_model_name_or_path, dtype, accelerator.device, **config.download_options()
+    )
+    if config.pretrained_vae_model_name_or_path:
+        pipeline.register_modules(vae=load_vae(config.pretrained_vae_model_name_or_path, accelerator.device))
+    if config.enable_xformers_memory_efficient_attention:
+        pipeline.enable_xformers_memory_efficient_attention()
+    for model in (pipeline.vae, pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
+        model.requires_grad_(False)
+    return pipeline
+
+
+def draw_class_images(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    pipeline: StableDiffusionXLPipeline,
+    concept: Concept,
+    seeds: Sequence[int],
+) -> None:
+    """The base's own pictures of a subject's class, with the given seeds, into its folder."""
+    if not seeds:
+        return
+    precision = config.prior_generation_precision
+    if precision is not None and PRECISIONS[precision] != pipeline.unet.dtype:
+        pipeline = load_base(config, accelerator, PRECISIONS[precision])
+    folder = Path(concept.class_data_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(total=len(seeds), desc="class images", unit="image", disable=not accelerator.is_main_process)
+    options = {"num_inference_steps": config.num_inference_steps, "batch_size": config.sample_batch_size}
+    for image in generate_images(pipeline, [concept.class_prompt], seeds, progress=bar, **options):
+        write_atomic(folder / class_image_name(concept.class_prompt, image.seed), png_bytes(image.image))
+
+
+def draw_samples(
+    config: TrainConfig, accelerator: Accelerator, parts: dict[str, Any], dtype: torch.dtype
+) -> list[Sample]:
+    """Pictures by the adapter as it is now: inference's own function, on the live modules. Main process only.
+
+    Args:
+        parts: of the pipeline, by name: what is trained, and the tokenizers, which may know a new word.
+    """
+    if config.num_validation_images == 0 or not accelerator.is_main_process:
+        return []
+    # What is frozen is loaded anew, because it was freed after encoding. The trained models are put in afterwards:
+    # load_pipeline casts all it holds, and their adapters must stay fp32.
+    absent = dict.fromkeys(parts)
+    pipeline = load_pipeline(
+        config.pretrained_model_name_or_path, dtype, accelerator.device, **config.download_options(), **absent
+    )
+    if config.pretrained_vae_model_name_or_path:
+        pipeline.register_modules(vae=load_vae(config.pretrained_vae_model_name_or_path, accelerator.device))
+    pipeline.register_modules(**parts)
+    names = image_names(config.validation_prompt)
+    seeds = range(config.seed, config.seed + config.num_validation_images)
+    bar = tqdm(total=len(names) * len(seeds), desc="samples", unit="image")
+    options = {"num_inference_steps": config.num_inference_steps, "batch_size": config.sample_batch_size}
+    # What is trained computes in mixed precision by itself; SDXL's autoencoder overflows in fp16.
+    pipeline.vae.float()
+    drawn = list(generate_images(pipeline, config.validation_prompt, seeds, progress=bar, **options))
+    return [Sample(one.prompt, f"{names[one.prompt]}-seed{one.seed}.png", one.image) for one in drawn]
+
+
+def keep_samples(accelerator: Accelerator, samples: Sequence[Sample], folder: Path, step: int) -> None:
+    """Write the pictures into the folder and to the trackers."""
+    for sample in samples:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / sample.file, png_bytes(sample.image))
+    if samples:
+        log_images(accelerator, {sample.file: sample.image for sample in samples}, step)
