@@ -1,122 +1,228 @@
-"""Pictures: orientation, modes, crops and SDXL's size conditioning."""
+"""Where pictures and captions come from, how pictures are cut, and SDXL's size conditioning."""
+
+import json
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dreambooth.data import find_images, open_image, prepare_image
+from dreambooth.buckets import SDXL_BUCKETS, nearest_bucket, read_buckets
+from dreambooth.config import TrainConfig
+from dreambooth.data import Crop, cover, crops, find_examples, read_concepts
+from dreambooth.encode import CropSettings, cut_picture, inspect_picture
+from dreambooth.prepare import PromptTable, read_pictures
+from dreambooth.prior import class_image_name, class_images, missing_seeds
 
 
-def corners(width=40, height=24, mode="RGB"):
-    """Black but for a red top left and a blue bottom right quarter."""
-    pixels = np.zeros((height, width, 3), np.uint8)
-    pixels[: height // 2, : width // 2, 0] = 255
-    pixels[height // 2 :, width // 2 :, 2] = 255
-    return Image.fromarray(pixels).convert(mode)
+def config(**options) -> TrainConfig:
+    given = {"pretrained_model_name_or_path": "base", "instance_prompt": "a photo of [V] cat", "resolution": 32}
+    return TrainConfig(**(given | options)).resolved()
 
 
-@settings(deadline=None, max_examples=40)
-@given(st.integers(1, 90), st.integers(1, 90), st.sampled_from([8, 32]))
-def test_square_and_conditioning_for_any_size(width, height, resolution):
-    image = prepare_image(Image.new("RGB", (width, height), (255, 0, 128)), resolution)
-    assert image.pixels.shape == (3, resolution, resolution)
-    assert np.allclose(image.pixels.amax(dim=(1, 2)), [1, -1, 128 / 127.5 - 1], atol=1e-6)
-    original_height, original_width, top, left, target_height, target_width = image.time_ids.tolist()
-    assert (original_height, original_width) == (height, width)
-    assert target_height == target_width == resolution
-    assert min(top, left) == 0  # the shorter side is kept whole
-    longer = resolution * max(width, height) / min(width, height)
-    assert abs(max(top, left) - (longer - resolution) / 2) <= 1
+def save_pictures(folder, *names, size=(40, 30)):
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        Image.new("RGB", size, (number * 20, 90, 200)).save(folder / name)
+    return folder
 
 
-def test_middle_is_cut_out():
-    pixels = np.zeros((10, 30, 3), np.uint8)
-    pixels[:, 10:20] = 255
-    image = prepare_image(Image.fromarray(pixels), 10)
-    assert (image.pixels == 1).all()
-    assert image.time_ids.tolist() == [10, 30, 0, 10, 10, 10]
+def examples(**options):
+    one = config(**options)
+    return find_examples(one, read_concepts(one))
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(tmp_path, orientation):
-    upright = corners()
-    # How a camera held that way stores the upright picture: the inverse of what a viewer does.
-    inverse = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }
-    stored = upright.transpose(inverse[orientation]) if orientation > 1 else upright
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    stored.save(tmp_path / "photo.png", exif=exif)
-    assert np.array_equal(np.asarray(open_image(tmp_path / "photo.png")), np.asarray(upright))
+# --- sources ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "1", "CMYK", "I;16", "I", "F"])
-def test_every_mode_becomes_rgb(tmp_path, mode):
-    gray = Image.fromarray(np.tile(np.linspace(0, 255, 32).astype(np.uint8), (16, 1)))
-    deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
-    image = deep if mode in ("I;16", "I") else gray.convert(mode)
-    path = tmp_path / ("photo.tiff" if mode in ("CMYK", "F") else "photo.png")
-    image.save(path)
-    opened = open_image(path)
-    assert opened.mode == "RGB" and opened.size == (32, 16)
-    error = np.abs(np.asarray(opened).astype(int) - np.asarray(gray.convert("RGB")).astype(int))
-    assert error.mean() < (128 if mode == "1" else 3)  # one bit is dithered
+def test_captions_beside_pictures_and_the_prompt_where_there_is_none(tmp_path):
+    save_pictures(tmp_path, "a.png", "b.png", "c.png")
+    (tmp_path / "a.txt").write_text("[V] cat\n  on a sofa \n")
+    (tmp_path / "b.caption").write_text("[V] cat asleep")
+    found = examples(instance_data_dir=str(tmp_path))
+    assert [one.prompt for one in found] == ["[V] cat on a sofa", "[V] cat asleep", "a photo of [V] cat"]
 
 
-def test_transparency_lies_over_white(tmp_path):
-    image = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
-    image.putpixel((0, 0), (0, 0, 255, 255))
-    image.save(tmp_path / "a.png")
-    palette = Image.new("P", (8, 8), 0)
-    palette.putpalette([255, 0, 0, 0, 0, 255])
-    palette.putpixel((0, 0), 1)
-    palette.save(tmp_path / "b.png", transparency=0)
-    for name in ("a.png", "b.png"):
-        opened = open_image(tmp_path / name)
-        assert opened.getpixel((0, 0)) == (0, 0, 255) and opened.getpixel((5, 5)) == (255, 255, 255)
-
-
-def test_folder_listing(tmp_path):
-    for name in ("b.png", "a.jpg", ".hidden", "Thumbs.db"):
-        (tmp_path / name).write_bytes(b"")
-    (tmp_path / "folder").mkdir()
-    assert [path.name for path in find_images(tmp_path, "instance_data_dir")] == ["a.jpg", "b.png"]
+def test_metadata_goes_before_everything(tmp_path):
+    save_pictures(tmp_path, "a.png", "b.png")
+    (tmp_path / "a.txt").write_text("from the text file")
+    lines = [{"file_name": "a.png", "text": "from the metadata", "other": "from its other column"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    assert examples(instance_data_dir=str(tmp_path))[0].prompt == "from the metadata"
+    other = examples(instance_data_dir=str(tmp_path), caption_column="other")
+    assert [one.prompt for one in other] == ["from its other column", "a photo of [V] cat"]
 
 
 @pytest.mark.parametrize(
-    ("prepare", "words"),
+    ("file", "content", "words"),
     [
-        (lambda folder: folder / "none", "does not exist"),
-        (lambda folder: (folder / "file").write_text("x") and folder / "file", "is not a folder"),
-        (lambda folder: folder, "holds no picture"),
+        ("a.txt", b"  \n", "a.txt is empty"),
+        ("a.txt", b"\xff\xfe\xfa", "a.txt is not UTF-8"),
+        ("metadata.jsonl", b'{"file_name": "a.png"}', "line 1: each line needs file_name and text"),
+        ("metadata.jsonl", b"\n{nonsense", "line 2"),
+        ("metadata.jsonl", b'{"file_name": "z.png", "text": "x"}', "no picture z.png"),
+        ("metadata.jsonl", b'{"file_name": "a.png", "text": " "}', "caption of a.png is empty"),
     ],
 )
-def test_wrong_folders_are_named(tmp_path, prepare, words):
-    with pytest.raises(ValueError, match=words) as error:
-        find_images(prepare(tmp_path), "instance_data_dir")
-    assert "--instance_data_dir" in str(error.value) and str(tmp_path) in str(error.value)
+def test_bad_captions_are_named(tmp_path, file, content, words):
+    save_pictures(tmp_path, "a.png")
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        examples(instance_data_dir=str(tmp_path))
 
 
-@pytest.mark.parametrize("content", [b"hello", b""])
-def test_no_picture_is_named(tmp_path, content):
-    (tmp_path / "notes.txt").write_bytes(content)
-    with pytest.raises(ValueError, match="notes.txt is not a picture"):
-        open_image(tmp_path / "notes.txt")
+def test_hugging_face_dataset_on_disk(tmp_path):
+    save_pictures(tmp_path, "a.png", "b.png")
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"file_name": "a.png", "text": "one"}\n{"file_name": "b.png", "text": "two"}\n'
+    )
+    options = {"dataset_name": str(tmp_path), "cache_dir": str(tmp_path / "cache")}
+    captioned = examples(caption_column="text", **options)
+    assert [one.prompt for one in captioned] == ["one", "two"]
+    assert [inspect_picture(one).size for one in captioned] == [(30, 40)] * 2
+    assert {one.prompt for one in examples(**options)} == {"a photo of [V] cat"}
+    with pytest.raises(ValueError, match="--image_column picture is not in"):
+        examples(image_column="picture", **options)
+    with pytest.raises(ValueError, match="--caption_column words is not in"):
+        examples(caption_column="words", **options)
 
 
-def test_cut_off_picture_is_named(tmp_path):
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "cut.jpg")
-    whole = (tmp_path / "cut.jpg").read_bytes()
-    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="cut.jpg is broken or cut off"):
-        open_image(tmp_path / "cut.jpg")
+def test_several_concepts(tmp_path):
+    save_pictures(tmp_path / "cat", "a.png")
+    save_pictures(tmp_path / "dog", "a.png", "b.png")
+    entries = [
+        {"instance_data_dir": str(tmp_path / "cat"), "instance_prompt": "a [V] cat", "class_prompt": "a cat"},
+        {"instance_data_dir": str(tmp_path / "dog"), "instance_prompt": "a [W] dog", "repeats": 3},
+    ]
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    one = config(concepts_list=str(tmp_path / "list.json"), instance_prompt=None)
+    found = find_examples(one, read_concepts(one))
+    assert [(e.prompt, e.concept, e.repeats) for e in found] == [("a [V] cat", 0, 1), *[("a [W] dog", 1, 3)] * 2]
+    table = PromptTable(read_concepts(one), [inspect_picture(example) for example in found])
+    assert table.texts == ["a [V] cat", "a [W] dog", "a cat"]
+    assert table.class_rows.tolist() == [2, 1, 2]  # a subject without a class keeps its own
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ("{", "neither JSON nor YAML"),
+        ("[]", "must be a list"),
+        ('[{"instance_prompt": "x"}]', "entry 1 lacks instance_data_dir"),
+        ('[{"instance_data_dir": "x", "instance_prompt": "y", "colour": 1}]', "entry 1 has colour"),
+        ('[{"instance_data_dir": "x", "instance_prompt": "y", "repeats": 0}]', "repeats 0"),
+    ],
+)
+def test_bad_concepts_are_named(tmp_path, entries, words):
+    (tmp_path / "list.json").write_text(entries)
+    with pytest.raises(ValueError, match=words):
+        read_concepts(config(concepts_list=str(tmp_path / "list.json"), instance_prompt=None))
+
+
+def test_dry_run_report(tmp_path):
+    save_pictures(tmp_path / "cat", "a.png", "b.png", size=(20, 16))
+    options = {"class_data_dir": str(tmp_path / "class"), "class_prompt": "a cat", "num_class_images": 7}
+    one = config(instance_data_dir=str(tmp_path / "cat"), with_prior_preservation=True, repeats=5, **options)
+    report = read_pictures(one, 8).report(one)
+    for words in (
+        "2 instance pictures",
+        "2 x a photo of [V] cat",
+        "32x32: 2",
+        "an epoch is 3 steps",
+        "a.png",
+        "7 have",
+    ):
+        assert words in report, report
+
+
+# --- shapes -----------------------------------------------------------------------------------------------------------
+
+
+def test_sdxl_buckets():
+    assert read_buckets("sdxl", 1024, 32) == SDXL_BUCKETS and len(set(SDXL_BUCKETS)) == 41
+    assert all(height % 64 == width % 64 == 0 for height, width in SDXL_BUCKETS)
+    assert all(0.85 < height * width / 1024**2 <= 1.0 for height, width in SDXL_BUCKETS)
+    assert {(width, height) for height, width in SDXL_BUCKETS} == set(SDXL_BUCKETS)
+    assert nearest_bucket((2000, 3000), SDXL_BUCKETS) == (832, 1216)
+
+
+def test_other_resolutions_and_own_buckets():
+    small = read_buckets("sdxl", 64, 16)
+    assert (64, 64) in small and all(h % 16 == w % 16 == 0 and 0.7 < h * w / 64**2 < 1.3 for h, w in small[2:-2])
+    assert read_buckets("64,64; 48,96", 64, 16) == [(64, 64), (48, 96)]
+    assert read_buckets(None, 64, 16) == [(64, 64)]
+    for text, words in (("64x64", "64x64"), ("60,64", "multiples of 16"), ("", "empty")):
+        with pytest.raises(ValueError, match=words):
+            read_buckets(text, 64, 16)
+
+
+# --- cutting ----------------------------------------------------------------------------------------------------------
+
+SIZES = st.tuples(st.integers(1, 90), st.integers(1, 90))
+
+
+@settings(deadline=None, max_examples=60)
+@given(SIZES, st.sampled_from([(32, 32), (16, 64), (64, 48)]), st.booleans(), st.booleans(), st.integers(1, 6))
+def test_every_crop_lies_inside_and_covers_its_bucket(size, target, center_crop, random_flip, variants):
+    generator = torch.Generator().manual_seed(0)
+    options = {"center_crop": center_crop, "random_flip": random_flip, "variants": variants, "generator": generator}
+    found = crops(size, target, **options)
+    assert 1 <= len(found) == len(set(found)) <= variants
+    for crop in found:
+        assert (crop.height, crop.width) == target and crop.resized == cover(size, target)
+        assert 0 <= crop.top <= crop.resized[0] - target[0] and 0 <= crop.left <= crop.resized[1] - target[1]
+        assert min(crop.resized[0] - target[0], crop.resized[1] - target[1]) == 0  # no more is cut off than needed
+        image = crop.of(Image.new("RGB", size[::-1], (1, 2, 3)), "lanczos")
+        assert image.size == target[::-1] and image.getpixel((0, 0)) == (1, 2, 3)
+    assert random_flip or not any(crop.mirrored for crop in found)
+    if random_flip and variants > 1:
+        assert {crop.mirrored for crop in found} == {True, False}
+
+
+def test_middle_is_cut_out_with_its_conditioning():
+    pixels = np.zeros((10, 30, 3), np.uint8)
+    pixels[:, 10:20] = 255
+    (crop,) = crops((10, 30), (10, 10), center_crop=True, random_flip=False, variants=4, generator=torch.Generator())
+    assert (np.asarray(crop.of(Image.fromarray(pixels), "lanczos")) == 255).all()
+    assert crop.time_ids((10, 30)).tolist() == [10, 30, 0, 10, 10, 10]
+
+
+def test_a_mirrored_crop_is_counted_from_the_other_side():
+    crop = Crop(resized=(10, 30), top=0, left=4, height=10, width=10, mirrored=True)
+    assert crop.time_ids((20, 60)).tolist() == [20, 60, 0, 16, 10, 10]
+    ramp = Image.fromarray(np.tile(np.arange(30, dtype=np.uint8), (10, 1)))
+    mirrored_whole = np.asarray(ramp)[:, ::-1]
+    assert np.array_equal(np.asarray(crop.of(ramp, "nearest")), mirrored_whole[:, 16:26])
+
+
+def test_crops_differ_between_pictures_but_not_between_runs(tmp_path):
+    save_pictures(tmp_path, "a.png", "b.png", size=(90, 30))
+    found = [inspect_picture(one) for one in examples(instance_data_dir=str(tmp_path))]
+    settings_ = CropSettings([(32, 32)], variants=3)
+    first, again = ([cut_picture(one, settings_).crops for one in found] for _ in range(2))
+    assert first == again and first[0] != first[1] and len(first[0]) == 3
+    assert [cut_picture(one, CropSettings([(32, 32)], variants=3, seed=1)).crops for one in found] != first
+
+
+def test_masks(tmp_path):
+    save_pictures(tmp_path / "cat", "a.png", "b.jpg")
+    save_pictures(tmp_path / "masks", "a.png")
+    with pytest.raises(ValueError, match="no mask for b.jpg"):
+        examples(instance_data_dir=str(tmp_path / "cat"), mask_data_dir=str(tmp_path / "masks"))
+    Image.new("L", (40, 30), 0).save(tmp_path / "masks" / "b.png")
+    found = examples(instance_data_dir=str(tmp_path / "cat"), mask_data_dir=str(tmp_path / "masks"))
+    assert [one.mask.name for one in found] == ["a.png", "b.png"]
+    with pytest.raises(ValueError, match="b.png is black all over"):
+        inspect_picture(found[1])
+
+
+# --- class images -----------------------------------------------------------------------------------------------------
+
+
+def test_class_images_of_another_prompt_do_not_count(tmp_path):
+    save_pictures(tmp_path, "mine.jpg", class_image_name("a cat", 0), class_image_name("a dog", 0))
+    assert [path.name for path in class_images(tmp_path, "a cat")] == ["mine.jpg", class_image_name("a cat", 0)]
+    assert missing_seeds(tmp_path, "a cat", 4) == [1, 2]
+    assert missing_seeds(tmp_path, "a dog", 2) == [] and missing_seeds(tmp_path / "none", "a dog", 2) == [0, 1]

@@ -68,7 +68,6 @@ def gallery(tmp_path_factory) -> Path:
     (folder / "subject").mkdir()
     Image.new("RGB", (60, 40), "red").save(folder / "subject" / "b.jpg")
     Image.new("RGBA", (40, 60), (0, 0, 255, 128)).save(folder / "subject" / "a.png")
-    (folder / "subject" / "notes.txt").write_text("not an image")
     main(
         ["--base", str(saved_base()), "--adapters", f"lora={saved_lora()}", f"nora={saved_nora()}"]
         + ["--prompts", *PROMPTS, "--seeds", "0", "1", "--num_inference_steps", "2"]
@@ -176,9 +175,9 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, monkeypa
         "no base": ([*prompts, "--adapters", f"x={tmp_path / 'record'}"], "run.json is not valid JSON"),
         "not a page": ([*good, "--output", str(tmp_path / "gallery.pdf")], "must end in .html"),
         "page is a folder": ([*good, "--output", str(tmp_path / "a.html")], "is a folder, and a file name is needed"),
-        "no such folder": ([*good, "--instance_images", "gone"], "gone is not a folder"),
-        "empty folder": ([*good, "--instance_images", str(tmp_path / "empty")], "holds no image"),
-        "not an image": ([*good, "--instance_images", str(tmp_path / "damaged")], "cat.png is not an image"),
+        "no such folder": ([*good, "--instance_images", "gone"], "gone does not exist"),
+        "empty folder": ([*good, "--instance_images", str(tmp_path / "empty")], "holds no picture"),
+        "not an image": ([*good, "--instance_images", str(tmp_path / "damaged")], "cat.png is not a picture"),
         "another base's": (
             [*base, *prompts, "--adapters", f"fine={saved_lora()}", f"x={saved_lora(hidden=64)}"],
             "belongs to another base",

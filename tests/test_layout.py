@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+ABOVE = {"trainer", "tools", "train_dreambooth_nora_sdxl"}
 FORBIDDEN = {
-    "nora": {"diffusers", "dreambooth", "inference", "tools", "train_dreambooth_nora_sdxl"},
-    "dreambooth": {"nora", "inference", "tools", "train_dreambooth_nora_sdxl"},
-    "inference": {"dreambooth", "tools", "train_dreambooth_nora_sdxl"},
+    "storage": {"nora", "diffusers", "dreambooth", "inference"} | ABOVE,
+    "nora": {"diffusers", "dreambooth", "inference"} | ABOVE,
+    "dreambooth": {"nora", "inference"} | ABOVE,
+    "inference": {"dreambooth"} | ABOVE,
+    "trainer": {"tools", "train_dreambooth_nora_sdxl"},
 }
 
 

@@ -18,11 +18,12 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_sdxl import outputs, saved_base
+from tiny_sdxl import build_pipeline, outputs, saved_base
 from transformers import CLIPTextModel
 
 import train_dreambooth_nora_sdxl as trainer
 from dreambooth.config import LR_SCHEDULES, TrainConfig
+from dreambooth.prior import class_image_name
 from inference.components import FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
 from inference.load import load_adapter, load_pipeline
 
@@ -35,6 +36,8 @@ QUICK = {
     "max_train_steps": 2,
     "train_batch_size": 2,
     "learning_rate": 1e-2,
+    "text_encoder_lr": 1e-2,
+    "center_crop": True,
     "calibration_passes": 2,
     "num_validation_images": 0,
     "num_inference_steps": 2,
@@ -45,12 +48,14 @@ QUICK = {
 def run(folder, **options) -> Path:
     base = {"pretrained_model_name_or_path": str(saved_base()), "output_dir": str(folder)}
     AcceleratorState._reset_state(True)
-    quick = QUICK if options.get("method") != "lora" else {k: v for k, v in QUICK.items() if k != "calibration_passes"}
+    lora = options.get("method") == "lora" or options.get("use_dora")
+    quick = {name: value for name, value in QUICK.items() if not (lora and name == "calibration_passes")}
     return trainer.train(TrainConfig(**(quick | base | options)))
 
 
 def losses(folder) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
 
 
 @pytest.fixture(scope="module")
@@ -116,15 +121,16 @@ def test_live_folded_inner_and_merged_agree(tmp_path, monkeypatch):
     save = trainer.save_adapter
 
     def save_and_look(config, trained, folder):
-        save(config, trained, folder)
+        names = save(config, trained, folder)
         pipeline = load_pipeline(saved_base(), torch.float32, "cpu", **dict.fromkeys(trained))
         pipeline.register_modules(**trained)
         for model in trained.values():
             model.eval()
         live.update({name: value.float() for name, value in outputs(pipeline).items()})
+        return names
 
     monkeypatch.setattr(trainer, "save_adapter", save_and_look)
-    folder = run(tmp_path / "run", train_text_encoder=True, max_train_steps=5, learning_rate=5e-2)
+    folder = run(tmp_path / "run", train_text_encoder=True, max_train_steps=5, learning_rate=5e-2, text_encoder_lr=5e-2)
 
     def fresh():
         return StableDiffusionXLPipeline.from_pretrained(saved_base(), torch_dtype=torch.float32)
@@ -166,7 +172,7 @@ def test_same_seed_same_run(tmp_path):
 
 @pytest.mark.parametrize("text_encoder", [False, True])
 def test_accumulation_is_a_bigger_batch(tmp_path, text_encoder):
-    options = {"train_text_encoder": text_encoder, "max_train_steps": 3, "learning_rate": 1e-3}
+    options = {"train_text_encoder": text_encoder, "max_train_steps": 3, "learning_rate": 1e-3, "text_encoder_lr": 1e-3}
     whole = run(tmp_path / "whole", train_batch_size=4, **options)
     split = run(tmp_path / "split", train_batch_size=2, gradient_accumulation_steps=2, calibration_passes=4, **options)
     assert losses(whole) == pytest.approx(losses(split), rel=1e-4)
@@ -175,7 +181,7 @@ def test_accumulation_is_a_bigger_batch(tmp_path, text_encoder):
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):
-    options = {"train_text_encoder": True, "max_train_steps": 3, "learning_rate": 1e-3}
+    options = {"train_text_encoder": True, "max_train_steps": 3, "learning_rate": 1e-3, "text_encoder_lr": 1e-3}
     plain, saving = run(tmp_path / "plain", **options), run(tmp_path / "saving", gradient_checkpointing=True, **options)
     assert losses(plain) == pytest.approx(losses(saving), rel=1e-5)
 
@@ -189,7 +195,7 @@ def test_bf16_trains_in_fp32(tmp_path, monkeypatch):
 
     def look(config, trained, folder):
         dtypes.update((p.requires_grad, p.dtype) for model in trained.values() for p in model.parameters())
-        save(config, trained, folder)
+        return save(config, trained, folder)
 
     monkeypatch.setattr(trainer, "save_adapter", look)
     folder = run(tmp_path, mixed_precision="bf16", train_text_encoder=True, num_validation_images=1)
@@ -223,11 +229,8 @@ def test_prior_preservation_draws_what_is_missing(tmp_path):
     Image.new("RGB", (40, 30), "red").save(classes / "mine.png")
     options = {"class_data_dir": str(classes), "class_prompt": "a photo of a cat", "num_class_images": 3}
     folder = run(tmp_path / "run", with_prior_preservation=True, **options)
-    assert sorted(path.name for path in classes.iterdir()) == [
-        "class-seed000000.png",
-        "class-seed000001.png",
-        "mine.png",
-    ]
+    drawn = [class_image_name("a photo of a cat", seed) for seed in (0, 1)]
+    assert sorted(path.name for path in classes.iterdir()) == [*drawn, "mine.png"]
     assert losses(folder)[0] > 1.5 * losses(run(tmp_path / "plain"))[0]  # the sum of two losses near 1
     before = {path: path.stat().st_mtime_ns for path in classes.iterdir()}
     run(tmp_path / "again", with_prior_preservation=True, **options)
@@ -242,25 +245,139 @@ def test_validation_while_training(tmp_path):
     assert losses(folder) == losses(run(tmp_path / "unwatched"))  # looking does not change the run
 
 
+def test_buckets_captions_and_several_subjects_in_one_run(tmp_path):
+    for name, size in (("wide.png", (80, 40)), ("tall.png", (40, 80)), ("square.png", (50, 50))):
+        (tmp_path / "cat").mkdir(exist_ok=True)
+        Image.effect_noise(size, 60).convert("RGB").save(tmp_path / "cat" / name)
+    (tmp_path / "cat" / "wide.txt").write_text("[V] cat on a sofa")
+    entries = [
+        {"instance_data_dir": str(tmp_path / "cat"), "instance_prompt": "a [V] cat", "class_prompt": "a cat"},
+        {"instance_data_dir": str(CAT), "instance_prompt": "a [W] dog", "class_prompt": "a dog", "repeats": 2},
+    ]
+    for entry in entries:
+        entry["class_data_dir"] = str(tmp_path / "class" / entry["class_prompt"])
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    folder = run(
+        tmp_path / "run",
+        instance_data_dir=None,
+        instance_prompt=None,
+        concepts_list=str(tmp_path / "list.json"),
+        aspect_ratio_buckets="32,32;48,24;24,48",
+        with_prior_preservation=True,
+        num_class_images=2,
+        max_train_steps=8,
+        num_validation_images=1,
+    )
+    assert len(losses(folder)) == 8
+    assert len(list((folder / "samples").glob("*.png"))) == 2  # one of each subject
+    assert len(list((tmp_path / "class").rglob("*.png"))) == 4
+
+
+def test_the_base_as_teacher_starts_without_a_prior_loss(tmp_path):
+    """At the first step the adapter does nothing, so it agrees with its teacher."""
+    teacher = {"with_prior_preservation": True, "prior_teacher": True, "class_prompt": "a photo of a cat"}
+    plain, taught = losses(run(tmp_path / "plain")), losses(run(tmp_path / "taught", **teacher))
+    assert plain[0] == pytest.approx(taught[0], rel=1e-5) and plain[1] != taught[1]
+    free, held = (
+        losses(run(tmp_path / name, prior_loss_weight=weight, max_train_steps=6, learning_rate=5e-2, **teacher))
+        for name, weight in (("free", 0.0), ("held", 100.0))
+    )
+    assert free[0] == pytest.approx(held[0], rel=1e-4) and max(held[1:]) > 0
+
+
+def test_masked_loss_ignores_what_is_black(tmp_path):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for path in CAT.glob("*.png"):
+        Image.new("L", (64, 64), 255).save(masks / path.name)
+    plain = losses(run(tmp_path / "plain"))
+    assert losses(run(tmp_path / "white", mask_data_dir=str(masks))) == pytest.approx(plain, rel=1e-5)
+    for path in masks.iterdir():
+        half = Image.new("L", (64, 64), 255)
+        half.paste(0, (0, 0, 32, 64))
+        half.save(path)
+    assert losses(run(tmp_path / "half", mask_data_dir=str(masks)))[0] != pytest.approx(plain[0], rel=1e-3)
+
+
+def test_validation_loss_and_gradient_norms_are_logged(tmp_path):
+    folder = run(tmp_path, validation_loss_steps=1, validation_data_dir=str(CAT), max_train_steps=3)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    watched = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    assert len(watched) == 3 and len(losses(folder)) == 3
+    assert losses(folder) == losses(run(tmp_path / "unwatched", max_train_steps=3))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    with pytest.raises(ValueError, match="the loss is nan at step 1"):
+        run(tmp_path, noise_offset=1e38, learning_rate=1e-4)
+    assert not (tmp_path / FOLDED_WEIGHTS).exists()
+
+
+def test_epochs_give_the_steps(tmp_path):
+    folder = run(tmp_path, max_train_steps=None, num_train_epochs=2, repeats=2)
+    assert len(losses(folder)) == 2 * len(list(CAT.glob("*.png"))) * 2 // 2
+
+
+def test_sampling_by_epochs_as_in_diffusers(tmp_path):
+    options = {"validation_prompt": ["[V] cat"], "validation_epochs": 1, "num_validation_images": 1}
+    folder = run(tmp_path, max_train_steps=7, **options)
+    assert sorted(path.name for path in (folder / "samples").iterdir()) == [
+        "step-000003",
+        "step-000006",
+        "v-cat-seed0.png",
+    ]
+
+
+def test_another_autoencoder_is_used_everywhere_and_gets_no_variant(tmp_path, monkeypatch):
+    base, seen = build_pipeline(seed=5), []
+    base.vae.save_pretrained(tmp_path / "vae")
+    decode = type(base.vae).decode
+    monkeypatch.setattr(type(base.vae), "decode", lambda vae, *a, **k: seen.append(vae) or decode(vae, *a, **k))
+    options = {"pretrained_vae_model_name_or_path": str(tmp_path / "vae"), "num_validation_images": 1}
+    other = run(tmp_path / "run", **options)
+    assert losses(other)[0] != losses(run(tmp_path / "plain"))[0]
+    for vae in seen:
+        assert all(torch.equal(a, b) for a, b in zip(vae.parameters(), base.vae.parameters()))
+
+
+def test_dry_run_writes_nothing(tmp_path, capsys):
+    run(tmp_path / "run", dry_run=True)
+    assert "6 instance pictures" in capsys.readouterr().out and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "prodigy", "Adafactor"])
+def test_other_optimizers_train(tmp_path, optimizer):
+    first, *_, last = losses(run(tmp_path, optimizer=optimizer, learning_rate=1.0, max_train_steps=4))
+    assert first != last
+
+
+def test_random_crops_are_trained_on(tmp_path):
+    Image.effect_noise((90, 40), 60).convert("RGB").save(tmp_path / "wide.png")
+    options = {"instance_data_dir": str(tmp_path), "max_train_steps": 3, "learning_rate": 1e-6}
+    middle = losses(run(tmp_path / "middle", center_crop=True, **options))
+    crops = losses(run(tmp_path / "crops", center_crop=False, **options))
+    assert middle != crops
+
+
 def test_what_was_frozen_is_freed(tmp_path, monkeypatch):
     seen = []
-    load = trainer.load_pipeline
+    load = trainer.load_base
 
-    def remember(*args, **kwargs):
-        pipeline = load(*args, **kwargs)
+    def remember(*args):
+        pipeline = load(*args)
         seen.extend(weakref.ref(model) for model in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2))
         return pipeline
 
     alive = []
-    preprocess = trainer.preprocess_nora
+    inject = trainer.inject
 
-    def look(*args, **kwargs):
+    def look(*args):
         gc.collect()
         alive.append([ref() is not None for ref in seen])
-        return preprocess(*args, **kwargs)
+        inject(*args)
 
-    monkeypatch.setattr(trainer, "load_pipeline", remember)
-    monkeypatch.setattr(trainer, "preprocess_nora", look)
+    monkeypatch.setattr(trainer, "load_base", remember)
+    monkeypatch.setattr(trainer, "inject", look)
     run(tmp_path / "frozen")
     assert alive == [[False, False, False]]
 
@@ -269,9 +386,12 @@ def test_latents_and_prompts_are_encoded_once(tmp_path, monkeypatch):
     calls = []
     forward = CLIPTextModel.forward
     monkeypatch.setattr(CLIPTextModel, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    shared = {"encoded_cache_dir": str(tmp_path / "encoded")}
     run(tmp_path / "short", max_train_steps=1)
     once = len(calls)
-    run(tmp_path / "long", max_train_steps=4)
+    run(tmp_path / "long", max_train_steps=4, **shared)
+    assert len(calls) == 2 * once
+    run(tmp_path / "next", **shared)  # encoded by an earlier run
     assert len(calls) == 2 * once
 
 
@@ -296,7 +416,7 @@ def test_record_stands_before_the_samples(tmp_path, monkeypatch):
 def test_a_second_run_leaves_nothing_of_the_first(tmp_path):
     run(tmp_path, num_validation_images=1)
     run(tmp_path, method="lora")
-    assert set(os.listdir(tmp_path)) == {FOLDED_WEIGHTS, "run.json", "README.md", "metrics.jsonl"}
+    assert set(os.listdir(tmp_path)) == {FOLDED_WEIGHTS, "run.json", "README.md", "metrics.jsonl", "encoded"}
 
 
 def test_record_says_what_was_decided(tmp_path):
@@ -307,11 +427,18 @@ def test_record_says_what_was_decided(tmp_path):
 
 
 def test_every_flag_is_read_outside_the_config():
-    sources = [ROOT / "train_dreambooth_nora_sdxl.py", *(ROOT / "dreambooth").glob("*.py")]
-    text = "\n".join(path.read_text() for path in sources if path.name != "config.py")
-    text += "".join((ROOT / "dreambooth" / "config.py").read_text().split("def sample_prompts")[1:])
-    unread = [f.name for f in fields(TrainConfig) if not re.search(rf"(config|self)\.{f.name}\b", text)]
-    assert unread == ["preset"]  # read by TrainConfig.resolved, which turns it into ranks and an init
+    """A flag that nothing reads does nothing. `resolved` reads those that set others."""
+    sources = [
+        ROOT / "train_dreambooth_nora_sdxl.py",
+        *(ROOT / "dreambooth").glob("*.py"),
+        *(ROOT / "trainer").glob("*"),
+    ]
+    text = "\n".join(path.read_text() for path in sources if path.is_file() and path.name != "config.py")
+    in_config = (ROOT / "dreambooth" / "config.py").read_text()
+    in_config = in_config[in_config.index("    @property") : in_config.index("    def resolved")]
+    unread = [f.name for f in fields(TrainConfig) if not re.search(rf"(config|self)\.{f.name}\b", text + in_config)]
+    # revision and variant are read by name in download_options; old launchers set local_rank, and nothing reads it.
+    assert unread == ["revision", "variant", "preset", "low_vram", "local_rank"]
 
 
 # --- as a command -----------------------------------------------------------------------------------------------------
@@ -353,7 +480,9 @@ BAD = {
     "empty folder": (with_flags("--instance_data_dir", "EMPTY"), "holds no picture"),
     "not an image": (with_flags("--instance_data_dir", "JUNK"), "notes.txt is not a picture"),
     "cut-off image": (with_flags("--instance_data_dir", "CUT"), "cut.png is broken"),
-    "missing prompt": (without("--instance_prompt"), "--instance_prompt"),
+    "missing prompt": (without("--instance_prompt"), "--instance_prompt is empty"),
+    "no pictures": (without("--instance_data_dir"), "name exactly one of --instance_data_dir"),
+    "two sources": (with_flags("--dataset_name", "x"), "--instance_data_dir and --dataset_name: name exactly one"),
     "blank prompt": (with_flags("--instance_prompt", " "), "--instance_prompt is empty"),
     "long prompt": (with_flags("--instance_prompt", "cat " * 99), "tokens and the base reads 32"),
     "long sample prompt": (with_flags("--validation_prompt", "cat " * 99), "tokens and the base reads 32"),
@@ -371,13 +500,12 @@ BAD = {
     "unknown method": (with_flags("--method", "dora"), "invalid choice: 'dora'"),
     "unknown schedule": (with_flags("--lr_scheduler", "wave"), "--lr_scheduler wave is not known"),
     "schedule without rules": (with_flags("--lr_scheduler", "piecewise_constant"), "piecewise_constant is not known"),
-    "warm-up for nothing": (with_flags("--lr_warmup_steps", "5"), "--lr_warmup_steps 5 has no effect"),
     "no inference steps": (with_flags("--num_inference_steps", "0"), "--num_inference_steps 0 must be at least 1"),
     "sample prompt twice": (with_flags("--validation_prompt", "a", "a"), "--validation_prompt has 'a' twice"),
     "samples of none": (with_flags("--num_validation_images", "0", "--validation_steps", "5"), "draws nothing"),
     "idle gamma": (with_flags("--awsvd_gamma", "1", "--outer_init", "svd"), "--awsvd_gamma 1.0 has no effect with svd"),
     "idle std": (with_flags("--inner_std", "1"), "--inner_std 1.0 has no effect with matched"),
-    "idle prior weight": (with_flags("--prior_loss_weight", "2"), "--prior_loss_weight has no effect alone"),
+    "idle prior weight": (with_flags("--prior_loss_weight", "2"), "--prior_loss_weight 2.0 has no effect"),
     "class folder is a file": (
         with_flags("--with_prior_preservation", "--class_data_dir", "FILE", "--class_prompt", "a cat"),
         "--class_data_dir file is a file",
@@ -395,6 +523,29 @@ BAD = {
     "prior without class": (with_flags("--with_prior_preservation"), "needs --class_data_dir"),
     "class without prior": (with_flags("--class_prompt", "a cat"), "--class_prompt has no effect alone"),
     "output is a file": (with_flags("--output_dir", "FILE"), "is a file"),
+    "idle class folder": (with_flags("--class_data_dir", "EMPTY"), "--class_data_dir has no effect alone"),
+    "unknown optimizer": (with_flags("--optimizer", "SGDM"), "--optimizer SGDM is not known"),
+    "optimizer that needs a closure": (with_flags("--optimizer", "LBFGS"), "can't train an adapter"),
+    "argument it does not take": (with_flags("--optimizer_args", "nesterov=1"), "--optimizer_args nesterov: AdamW"),
+    "argument without a value": (with_flags("--optimizer_args", "momentum"), "must look like momentum=0.9"),
+    "8-bit SGD": (with_flags("--use_8bit_adam", "--optimizer", "SGD"), "--use_8bit_adam is AdamW's"),
+    "two loss weights": (with_flags("--snr_gamma", "5", "--debiased_estimation"), "choose one"),
+    "EDM with min-SNR": (with_flags("--do_edm_style_training", "--snr_gamma", "5"), "weights of its own"),
+    "DoRA with NoRA": (with_flags("--use_dora", "--method", "nora"), "--use_dora is an option of LoRA"),
+    "two ways to teach text": (with_flags("--train_text_encoder", "--train_text_encoder_ti"), "choose one"),
+    "fraction above one": (with_flags("--train_text_encoder", "--train_text_encoder_frac", "2"), "must be from 0 to 1"),
+    "unknown tracker": (with_flags("--report_to", "paper"), "--report_to paper is not known"),
+    "unknown bucket": (with_flags("--aspect_ratio_buckets", "30x30"), "--aspect_ratio_buckets"),
+    "no such checkpoint": (
+        with_flags("--resume_from_checkpoint", "checkpoint-7"),
+        "checkpoint-7 is no whole checkpoint",
+    ),
+    "hub without push": (with_flags("--hub_model_id", "me/cat"), "have no effect without --push_to_hub"),
+    "config that is not there": (with_flags("--config", "none.yaml"), "none.yaml"),
+    "base of the wrong kind": (
+        with_flags("--pretrained_vae_model_name_or_path", "EMPTY"),
+        "autoencoder empty could not",
+    ),
     "xformers on a CPU": (with_flags("--enable_xformers_memory_efficient_attention"), "xformers"),
     "fp16 on a CPU": (with_flags("--mixed_precision", "fp16"), "--mixed_precision fp16 needs a GPU"),
 }

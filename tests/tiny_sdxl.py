@@ -22,23 +22,27 @@ UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
-def build_pipeline(hidden: int = 32, seed: int = 0) -> StableDiffusionXLPipeline:
-    """SDXL at 32 × 32 pixels: two text encoders, text_time conditioning, a first block without attention."""
+def build_tokenizer() -> CLIPTokenizer:
+    """CLIP's, without merges: a token a byte, 32 tokens a prompt."""
     bytes_ = sorted(ByteLevel.alphabet())
     words = [*bytes_, *(f"{byte}</w>" for byte in bytes_), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {word: index for index, word in enumerate(words)}
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=32)
+    return CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[], model_max_length=32)
+
+
+def build_pipeline(hidden: int = 32, seed: int = 0) -> StableDiffusionXLPipeline:
+    """SDXL at 32 × 32 pixels: two text encoders, text_time conditioning, a first block without attention."""
+    tokenizer = build_tokenizer()
     text_config = CLIPTextConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=len(tokenizer),
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         projection_dim=hidden,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=32,
-        bos_token_id=vocabulary["<|startoftext|>"],
-        eos_token_id=vocabulary["<|endoftext|>"],
-        pad_token_id=vocabulary["<|endoftext|>"],
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -1,0 +1,72 @@
+"""Two processes do what one process does with twice the batch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_resume import command
+from test_trainer import losses
+from tiny_sdxl import saved_base  # noqa: F401 (built before the processes race to build it)
+
+from dreambooth.prior import class_image_name
+from inference.components import FOLDED_WEIGHTS
+
+VARIANTS = {
+    "unet": ["--random_flip"],
+    "text encoders, class images": [
+        *("--train_text_encoder", "--with_prior_preservation", "--class_prompt", "a cat", "--num_class_images", "3"),
+        *("--class_data_dir", "CLASSES"),
+    ],
+    "teacher, accumulation": [
+        *("--with_prior_preservation", "--prior_teacher", "--class_prompt", "a cat"),
+        *("--gradient_accumulation_steps", "2", "--method", "lora"),
+    ],
+}
+
+
+def launch(folder: Path, processes: int, *flags: str) -> Path:
+    one = command(folder, "--max_train_steps", "4", "--learning_rate", "1e-3", *flags)
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+    launcher += ["--multi_gpu"] if processes > 1 else []  # accelerate's word for several processes of one machine
+    if "lora" in flags:  # has nothing to calibrate
+        place = one.index("--calibration_passes")
+        del one[place : place + 2]
+    done = subprocess.run(
+        [*launcher, *one[1:]],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_processes_are_one_with_twice_the_batch(tmp_path, variant):
+    ends = []
+    for processes, batch in ((1, 4), (2, 2)):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        flags = [flag.replace("CLASSES", str(folder / "classes")) for flag in VARIANTS[variant]]
+        if "lora" not in flags:  # passes are of one process's batch
+            flags += ["--calibration_passes", str(8 // batch)]
+        ends.append(launch(folder, processes, "--train_batch_size", str(batch), *flags))
+        if "--class_data_dir" in flags:
+            drawn = sorted(path.name for path in (folder / "classes").iterdir())
+            assert drawn == [class_image_name("a cat", seed) for seed in range(3)]
+    one, two = ends
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    first, second = (load_file(folder / FOLDED_WEIGHTS) for folder in ends)
+    # A' is unique up to a rotation that the factors share, so what is compared is the update.
+    for key in first:
+        if key.endswith("lora_A.weight"):
+            updates = [weights[key.replace("lora_A", "lora_B")] @ weights[key] for weights in (first, second)]
+            assert torch.allclose(*updates, atol=1e-5), key
+    assert json.loads((two / "run.json").read_text())["num_processes"] == 2
+    assert [json.loads(line)["step"] for line in (two / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]

@@ -1,0 +1,127 @@
+"""Optimizers, learning rates by part, schedules and the moving average."""
+
+import pytest
+import torch
+from torch import nn
+
+from dreambooth.config import TrainConfig
+from dreambooth.optim import (
+    Average,
+    build_optimizer,
+    build_schedule,
+    check_optimizer,
+    parameter_groups,
+    parse_optimizer_args,
+    scaled_learning_rate,
+)
+
+
+def config(**options) -> TrainConfig:
+    given = {"pretrained_model_name_or_path": "base", "instance_data_dir": "x", "instance_prompt": "y"}
+    return TrainConfig(**(given | options)).resolved()
+
+
+class Adapted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lora_A, self.lora_B = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+
+
+MODELS = {"unet": Adapted(), "text_encoder": Adapted()}
+
+
+@pytest.mark.parametrize("name", ["AdamW", "adamw", "SGD", "RMSprop", "Adagrad", "Adafactor", "prodigy", "Lion"])
+def test_classes_by_name(name):
+    if not hasattr(torch.optim, name) and name not in ("adamw", "prodigy"):
+        with pytest.raises(ValueError, match=f"--optimizer {name} is not known"):
+            check_optimizer(config(optimizer=name))
+        return
+    one = config(optimizer=name, learning_rate=1.0 if name == "prodigy" else 1e-2)
+    parameter = nn.Parameter(torch.ones(3, 3))
+    optimizer = build_optimizer(one, [{"params": [parameter]}])
+    parameter.square().sum().backward()
+    optimizer.step()
+    assert (parameter != 1).all() and type(optimizer).__name__.lower() == name.lower()
+
+
+def test_flags_and_arguments_reach_the_class():
+    parameter = [{"params": [nn.Parameter(torch.zeros(1))]}]
+    adam = build_optimizer(config(adam_beta1=0.8, adam_epsilon=1e-5), parameter)
+    assert adam.defaults["betas"] == (0.8, 0.999) and adam.defaults["eps"] == 1e-5
+    sgd = build_optimizer(config(optimizer="SGD", optimizer_args=["momentum=0.7", "nesterov=True"]), parameter)
+    assert sgd.defaults["momentum"] == 0.7 and sgd.defaults["nesterov"] is True
+    prodigy = build_optimizer(config(optimizer="prodigy", prodigy_beta3=0.5, prodigy_decouple=False), parameter)
+    assert prodigy.defaults["beta3"] == 0.5 and prodigy.defaults["decouple"] is False
+
+
+def test_arguments_are_python_values():
+    assert parse_optimizer_args(["a=1e-3", "b=(0.9, 0.99)", "c=None", "d=word"]) == {
+        "a": 1e-3,
+        "b": (0.9, 0.99),
+        "c": None,
+        "d": "word",
+    }
+
+
+def test_contradicting_arguments_are_refused():
+    with pytest.raises(ValueError, match="--optimizer SGD refuses its arguments: Nesterov"):
+        check_optimizer(config(optimizer="SGD", optimizer_args=["nesterov=True"]))
+
+
+def test_learning_rates_by_part():
+    groups = parameter_groups(config(learning_rate=1e-4, text_encoder_lr=1e-6, loraplus_lr_ratio=16.0), MODELS)
+    assert [(g["name"], g["lr"], g["weight_decay"]) for g in groups] == [
+        ("unet", 1e-4, 1e-4),
+        ("unet", 16e-4, 1e-4),
+        ("text_encoder", 1e-6, 1e-3),
+        ("text_encoder", 16e-6, 1e-3),
+    ]
+    assert groups[1]["params"][0] is MODELS["unet"].lora_B.weight
+    prodigy = parameter_groups(config(optimizer="prodigy", learning_rate=1.0), MODELS)
+    assert {group["lr"] for group in prodigy} == {1.0}
+
+
+def test_scaled_learning_rate():
+    one = config(learning_rate=1e-4, train_batch_size=2, gradient_accumulation_steps=3, scale_lr=True)
+    assert scaled_learning_rate(one, num_processes=4) == pytest.approx(24e-4)
+    assert scaled_learning_rate(config(), num_processes=4) == 1e-4
+
+
+def test_polynomial_schedule_has_its_power():
+    one = config(lr_scheduler="polynomial", lr_power=2.0, max_train_steps=10, learning_rate=1.0)
+    optimizer = build_optimizer(one, [{"params": [nn.Parameter(torch.zeros(1))]}])
+    schedule = build_schedule(one, optimizer)
+    for _ in range(5):
+        schedule.step()
+    assert schedule.get_last_lr()[0] == pytest.approx(0.25, abs=1e-4)
+
+
+def test_restarts():
+    one = config(lr_scheduler="cosine_with_restarts", lr_num_cycles=2, max_train_steps=10, learning_rate=1.0)
+    schedule = build_schedule(one, build_optimizer(one, [{"params": [nn.Parameter(torch.zeros(1))]}]))
+    rates = []
+    for _ in range(10):
+        rates.append(schedule.get_last_lr()[0])
+        schedule.step()
+    assert rates[0] == rates[5] == 1.0 and rates[4] < 0.2
+
+
+def test_average_is_applied_and_taken_away():
+    parameter = nn.Parameter(torch.zeros(1))
+    average = Average([parameter], decay=0.5)
+    for value in (1.0, 2.0, 3.0):
+        parameter.data.fill_(value)
+        average.step()
+    with average.applied():
+        inside = parameter.item()
+    assert parameter.item() == 3.0 and 1.0 < inside < 3.0
+    other = Average([parameter], decay=0.5)
+    other.load_state_dict(average.state_dict())
+    other.copy_to_parameters()
+    assert parameter.item() == inside
+    nothing = Average([parameter], decay=None)
+    nothing.step()
+    with nothing.applied():
+        assert parameter.item() == inside
+    assert nothing.state_dict() == {}

@@ -1,0 +1,148 @@
+"""Every flag of diffusers' train_dreambooth_lora_sdxl.py is a flag of ours: same name, default and meaning."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from dreambooth.config import TrainConfig
+from inference.cli import parse_config, read_config_file
+
+ROOT = Path(__file__).parent.parent
+REQUIRED = "required"
+# Read from the script's parser, version 0.42.
+NO_DEFAULT = """
+    pretrained_vae_model_name_or_path revision variant dataset_name dataset_config_name instance_data_dir cache_dir
+    caption_column class_data_dir class_prompt validation_prompt seed max_train_steps checkpoints_total_limit
+    resume_from_checkpoint snr_gamma prodigy_beta3 hub_token hub_model_id mixed_precision prior_generation_precision
+"""
+SWITCHES = """
+    do_edm_style_training with_prior_preservation output_kohya_format center_crop random_flip train_text_encoder
+    gradient_checkpointing scale_lr use_8bit_adam push_to_hub allow_tf32 enable_xformers_memory_efficient_attention
+    use_dora
+"""
+DIFFUSERS = {
+    "pretrained_model_name_or_path": REQUIRED,
+    "instance_prompt": REQUIRED,
+    **dict.fromkeys(NO_DEFAULT.split()),
+    **dict.fromkeys(SWITCHES.split(), False),
+    "prodigy_decouple": True,
+    "prodigy_use_bias_correction": True,
+    "prodigy_safeguard_warmup": True,
+    "image_column": "image",
+    "repeats": 1,
+    "num_validation_images": 4,
+    "validation_epochs": 50,
+    "prior_loss_weight": 1.0,
+    "num_class_images": 100,
+    "resolution": 1024,
+    "image_interpolation_mode": "lanczos",
+    "output_dir": "lora-dreambooth-model",
+    "logging_dir": "logs",
+    "report_to": "tensorboard",
+    "train_batch_size": 4,
+    "sample_batch_size": 4,
+    "num_train_epochs": 1,
+    "checkpointing_steps": 500,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "local_rank": -1,
+    "learning_rate": 1e-4,
+    "text_encoder_lr": 5e-6,
+    "lr_scheduler": "constant",
+    "lr_warmup_steps": 500,
+    "lr_num_cycles": 1,
+    "lr_power": 1.0,
+    "optimizer": "AdamW",
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_weight_decay": 1e-4,
+    "adam_weight_decay_text_encoder": 1e-3,
+    "adam_epsilon": 1e-8,
+    "max_grad_norm": 1.0,
+    "rank": 4,
+    "lora_dropout": 0.0,
+}
+# Ours differ on purpose: docs/flags.md says why.
+DIFFERENT = {
+    "instance_prompt": None,
+    "seed": 0,
+    "resolution": None,
+    "num_train_epochs": None,
+    "lr_warmup_steps": 0,
+    "rank": None,
+}
+TABLE = (ROOT / "docs" / "flags.md").read_text()
+
+
+@pytest.mark.parametrize("name", DIFFUSERS)
+def test_every_flag_is_there_with_its_default(name):
+    ours = {field.name: field for field in fields(TrainConfig)}
+    expected = DIFFERENT.get(name, DIFFUSERS[name])
+    default = ours[name].default
+    assert (default == expected) if expected != REQUIRED else not isinstance(default, (str, int, type(None)))
+    row = next(line for line in TABLE.splitlines() if line.startswith(f"| `{name}` |"))
+    diffusers_default, here = [cell.strip(" `") for cell in row.split("|")[2:4]]
+    assert diffusers_default == str(DIFFUSERS[name]).replace("None", "–")
+    assert (here == "the same") == (name not in DIFFERENT)
+
+
+def test_the_table_has_no_flag_that_is_not_there():
+    listed = set(re.findall(r"^\| `(\w+)` \|", TABLE, flags=re.MULTILINE))
+    ours = {field.name for field in fields(TrainConfig)}
+    assert set(DIFFUSERS) <= listed <= ours
+    assert ours - listed == set(), "flags without a row"
+
+
+COMMAND = """
+    --pretrained_model_name_or_path=base --instance_data_dir=dog --pretrained_vae_model_name_or_path=vae
+    --output_dir=out --mixed_precision=bf16 --instance_prompt=dog --resolution=1024 --train_batch_size=1
+    --gradient_accumulation_steps=4 --learning_rate=1e-4 --report_to=tensorboard --lr_scheduler=constant
+    --lr_warmup_steps=0 --max_train_steps=500 --validation_prompt=bucket --validation_epochs=25 --seed=0
+    --optimizer=prodigy --prodigy_safeguard_warmup=True --prodigy_use_bias_correction=True --snr_gamma=5.0
+    --train_text_encoder --enable_xformers_memory_efficient_attention --gradient_checkpointing --push_to_hub
+"""
+
+
+def test_diffusers_own_command_is_taken():
+    """The command of diffusers' README for SDXL, with flags of its later sections."""
+    config = parse_config(TrainConfig, COMMAND.split())
+    config.resolved().check()
+    assert config.optimizer == "prodigy" and config.validation_prompt == ["bucket"] and config.snr_gamma == 5.0
+    assert config.prodigy_decouple and config.train_text_encoder and config.train_batch_size == 1
+
+
+@pytest.mark.parametrize(("given", "value"), [("--prodigy_decouple=False", False), ("--prodigy_decouple", True)])
+def test_false_is_false(given, value):
+    """In diffusers' script the word False is true."""
+    flags = ["--pretrained_model_name_or_path", "base", given]
+    assert parse_config(TrainConfig, flags).prodigy_decouple is value
+
+
+def test_config_file_holds_the_same_names_and_the_command_line_wins(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "pretrained_model_name_or_path: base\nlearning_rate: 1e-3\nrank: 7\nrandom_flip: true\n"
+        "prodigy_decouple: false\n"
+        "validation_prompt: [a cat, a -dog]\nclass_prompt:\nadam_epsilon: 1.0e-7\n"
+    )
+    config = parse_config(TrainConfig, ["--config", str(path), "--rank", "9"])
+    assert (config.learning_rate, config.rank, config.random_flip, config.prodigy_decouple) == (1e-3, 9, True, False)
+    assert config.validation_prompt == ["a cat", "a -dog"] and config.class_prompt is None
+    assert config.adam_epsilon == 1e-7
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("- a\n", "must map"), ("a: {b: c}", "is a mapping"), ("a: [", "is not YAML"), ("ranks: 3", "--ranks=3")],
+)
+def test_bad_config_files_are_one_sentence(tmp_path, capsys, text, words):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(SystemExit) as exit_:
+        parse_config(TrainConfig, ["--pretrained_model_name_or_path", "b", "--config", str(tmp_path / "run.yaml")])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and len(error.splitlines()) == 1 and words in error
+    with pytest.raises(OSError, match="none.yaml"):
+        read_config_file(tmp_path / "none.yaml")

@@ -1,0 +1,232 @@
+"""A run stopped at any moment and resumed ends as the run that never stopped, bit for bit."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_trainer import QUICK, losses, run
+from tiny_sdxl import saved_base
+
+import train_dreambooth_nora_sdxl as trainer
+from dreambooth.checkpoints import checkpoints, find_checkpoint, save_checkpoint
+from inference.components import FOLDED_WEIGHTS, INNER_WEIGHTS
+
+ROOT = Path(__file__).parent.parent
+VARIANTS = {
+    "unet": {},
+    "lora": {"method": "lora", "random_flip": True, "lr_scheduler": "cosine"},
+    "everything": {
+        "train_text_encoder": True,
+        "gradient_accumulation_steps": 2,
+        "with_prior_preservation": True,
+        "prior_teacher": True,
+        "class_prompt": "a photo of a cat",
+        "ema_decay": 0.9,
+        "lora_dropout": 0.1,
+        "caption_dropout": 0.2,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 2,
+    },
+    "new tokens": {"train_text_encoder_ti": True, "optimizer": "prodigy", "learning_rate": 1.0},
+}
+
+
+def same_ends(one: Path, other: Path) -> None:
+    assert losses(one) == losses(other)
+    for path in sorted(one.glob("*.safetensors")):
+        first, second = load_file(path), load_file(other / path.name)
+        assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first), path.name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resumed_run_ends_like_the_whole_one(tmp_path, variant):
+    options = VARIANTS[variant] | {"max_train_steps": 5, "encoded_cache_dir": str(tmp_path / "encoded")}
+    whole = run(tmp_path / "whole", **options)
+    parts = tmp_path / "parts"
+    run(parts, checkpointing_steps=2, **options)
+    for name in ("run.json", FOLDED_WEIGHTS, INNER_WEIGHTS):  # as if it had been cut off after step 2
+        (parts / name).unlink(missing_ok=True)
+    shutil.rmtree(parts / "checkpoint-4")
+    run(parts, checkpointing_steps=2, resume_from_checkpoint="latest", **options)
+    same_ends(whole, parts)
+
+
+# --- killed for good --------------------------------------------------------------------------------------------------
+
+
+def command(folder: Path, *flags: str) -> list[str]:
+    options = QUICK | {"pretrained_model_name_or_path": str(saved_base()), "output_dir": str(folder)}
+    given = [argument for name, value in options.items() for argument in (f"--{name}", str(value))]
+    return [sys.executable, str(ROOT / "train_dreambooth_nora_sdxl.py"), *given, *flags]
+
+
+def test_killed_at_random_moments(tmp_path):
+    """SIGKILL, ten times, each a random while after a step; the last resumption ends like the run never killed."""
+    steps, environment = 60, os.environ | {"OMP_NUM_THREADS": "1"}
+    flags = ["--max_train_steps", str(steps), "--checkpointing_steps", "2", "--checkpoints_total_limit", "3"]
+    flags += ["--encoded_cache_dir", str(tmp_path / "encoded"), "--train_text_encoder", "--random_flip"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(whole, *flags), env=environment, check=True, capture_output=True)
+    chance, kills, resumed_at = random.Random(0), 0, []
+    while kills < 10:
+        process = subprocess.Popen(
+            command(killed, *flags, "--resume_from_checkpoint", "latest"),
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        before = len((killed / "metrics.jsonl").read_text().splitlines()) if (killed / "metrics.jsonl").exists() else 0
+        wanted = max(before - 1, 0) + chance.randint(1, 5)
+        while process.poll() is None:
+            lines = (killed / "metrics.jsonl").read_bytes().count(b"\n") if (killed / "metrics.jsonl").exists() else 0
+            if lines >= min(wanted, steps - 1):
+                time.sleep(chance.uniform(0, 0.25))  # also while a checkpoint is being written
+                break
+            time.sleep(0.01)
+        if process.poll() is not None:
+            break  # it finished
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+        resumed_at.append(find_checkpoint("latest", killed))
+    assert kills == 10, f"the run was over after {kills} kills: {resumed_at}"
+    done = subprocess.run(
+        command(killed, *flags, "--resume_from_checkpoint", "latest"), env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    same_ends(whole, killed)
+    assert [step for step, _ in checkpoints(killed)] == [steps - 4, steps - 2, steps]
+    assert not list(killed.glob(".checkpoint-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_it_saves_and_leaves(tmp_path, number):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command(tmp_path / "run", "--max_train_steps", "100000"), env=environment, stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "--resume_from_checkpoint latest" in error
+    (step, folder), *rest = checkpoints(tmp_path / "run")
+    assert not rest and step == len(losses(tmp_path / "run"))
+    assert (folder / FOLDED_WEIGHTS).is_file() and (folder / INNER_WEIGHTS).is_file()
+
+
+# --- what a checkpoint is ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopped")
+    run(folder, max_train_steps=3, checkpointing_steps=1)
+    (folder / "run.json").unlink()
+    return folder
+
+
+@pytest.fixture
+def copy(stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_torn_and_foreign_folders_are_passed_over(copy):
+    (copy / "checkpoint-9").mkdir()  # what diffusers would take for the latest
+    (copy / "checkpoint-x").mkdir()
+    (copy / "checkpoint-12").write_text("")
+    assert find_checkpoint("latest", copy).name == "checkpoint-3"
+    assert find_checkpoint("checkpoint-2", copy).name == find_checkpoint(str(copy / "checkpoint-2"), copy).name
+    with pytest.raises(
+        ValueError, match="checkpoint-9 is no whole checkpoint; .* has checkpoint-1, checkpoint-2, chec"
+    ):
+        find_checkpoint("checkpoint-9", copy)
+
+
+def test_latest_of_nothing_is_a_new_run(tmp_path):
+    assert losses(run(tmp_path / "run", resume_from_checkpoint="latest")) == losses(run(tmp_path / "plain"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rank": 2}, "--rank was 4 and is 2"),
+        ({"learning_rate": 1e-3, "seed": 3}, "--learning_rate was 0.01 and is 0.001; --seed was 0 and is 3"),
+        ({"train_text_encoder": True}, "--train_text_encoder was False and is True"),
+        ({"instance_prompt": "a [V] cat"}, "--instance_prompt was a photo of .* the pictures and prompts changed"),
+        ({"instance_data_dir": str(ROOT / "assets" / "subjects" / "dog")}, "the pictures and prompts changed"),
+    ],
+)
+def test_another_run_is_refused_with_the_difference(copy, changes, words):
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=words):
+        run(copy, max_train_steps=4, resume_from_checkpoint="latest", checkpointing_steps=1, **changes)
+    assert before == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file() and path in before}
+
+
+def test_another_base_is_refused(copy, tmp_path):
+    from tiny_sdxl import build_pipeline
+
+    build_pipeline(seed=9).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="the base changed"):
+        run(copy, resume_from_checkpoint="latest", pretrained_model_name_or_path=str(tmp_path / "other"))
+
+
+def test_a_run_that_did_not_finish_is_not_overwritten(copy):
+    with pytest.raises(ValueError, match="checkpoint-3 of a run that did not finish: add --resume_from_checkpoint"):
+        run(copy)
+    assert [step for step, _ in checkpoints(copy)] == [1, 2, 3]
+    (copy / "run.json").write_text("{}")  # finished: its result may be replaced
+    run(copy)
+    assert checkpoints(copy) == []
+
+
+def test_more_steps_than_before(copy):
+    resumed = run(copy, max_train_steps=5, resume_from_checkpoint="latest")
+    assert losses(resumed) == losses(run(copy.parent / "whole", max_train_steps=5))
+
+
+def test_limit_keeps_the_newest_and_deletes_only_after_writing(tmp_path, monkeypatch):
+    counts = []
+    save = trainer.save_checkpoint
+
+    def look(accelerator, folder, *rest):
+        before = {step for step, _ in checkpoints(folder)}
+        path = save(accelerator, folder, *rest)
+        counts.append((before, {step for step, _ in checkpoints(folder)}))
+        return path
+
+    monkeypatch.setattr(trainer, "save_checkpoint", look)
+    folder = run(tmp_path, max_train_steps=6, checkpointing_steps=2, checkpoints_total_limit=2)
+    assert counts == [(set(), {2}), ({2}, {2, 4}), ({2, 4}, {4, 6})]
+    assert json.loads((folder / "checkpoint-6" / "training_state.json").read_text())["step"] == 6
+
+
+def test_old_checkpoints_survive_a_failed_write(tmp_path):
+    class Failing:
+        is_main_process = True
+
+        def wait_for_everyone(self):
+            pass
+
+        def save_state(self, folder):
+            (Path(folder) / "half").write_text("")
+            raise OSError("no space left on device")
+
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "training_state.json").write_text("{}")
+    with pytest.raises(OSError, match="no space"):
+        save_checkpoint(Failing(), tmp_path, 3, {}, total_limit=1)
+    assert [step for step, _ in checkpoints(tmp_path)] == [1, 2]

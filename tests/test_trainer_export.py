@@ -1,0 +1,188 @@
+"""The files of an adapter: readable elsewhere, and compared with what is in memory before a run calls itself done."""
+
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from test_trainer import run
+from tiny_sdxl import outputs, saved_base
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+import dreambooth.launch
+import train_dreambooth_nora_sdxl as script
+from inference.components import EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS
+from inference.generate import encode_prompts
+from inference.load import load_adapter, load_pipeline, unload_adapters
+from trainer.export import KOHYA_WEIGHTS, PEFT_FOLDER, check_files
+
+FORMATS = {"output_kohya_format": True, "output_peft_format": True, "train_text_encoder": True}
+METHODS = {
+    "nora": {},
+    "lora": {"method": "lora"},
+    "lora with alpha": {"method": "lora", "lora_alpha": 8},
+    "nora with alpha": {"lora_alpha": 16},
+    "dora": {"use_dora": True, "output_kohya_format": False, "train_text_encoder": False},
+}
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def exported(request, tmp_path_factory):
+    """A run folder, and what the live modules computed at its end."""
+    folder, live = tmp_path_factory.mktemp("exported"), {}
+    save = script.save_adapter
+
+    def look(config, trained, target):
+        names = save(config, trained, target)
+        if target == folder:
+            pipeline = load_pipeline(saved_base(), torch.float32, "cpu", **dict.fromkeys(trained))
+            pipeline.register_modules(**trained)
+            for model in trained.values():
+                model.eval()
+            live.update({name: value.float() for name, value in outputs(pipeline).items()})
+        return names
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "save_adapter", look)
+        run(folder, max_train_steps=3, learning_rate=5e-2, text_encoder_lr=5e-2, **(FORMATS | METHODS[request.param]))
+    return request.param, folder, live
+
+
+def agrees(pipeline, live):
+    return max((outputs(pipeline)[name] - live[name]).abs().max().item() for name in live) < 1e-4
+
+
+def test_diffusers_file(exported):
+    _, folder, live = exported
+    pipeline = StableDiffusionXLPipeline.from_pretrained(saved_base(), torch_dtype=torch.float32)
+    base = outputs(pipeline)
+    pipeline.load_lora_weights(str(folder), weight_name=FOLDED_WEIGHTS)
+    assert agrees(pipeline, live) and not agrees_with_base(base, live)
+
+
+def agrees_with_base(base, live):
+    return all((base[name] - live[name]).abs().max().item() < 1e-3 for name in live)
+
+
+def test_kohya_file(exported):
+    method, folder, live = exported
+    if method == "dora":
+        assert not (folder / KOHYA_WEIGHTS).exists()
+        return
+    weights = load_file(folder / KOHYA_WEIGHTS)
+    assert {key.rsplit(".", 1)[-1] for key in weights} == {"weight", "alpha"}
+    assert {key.split("_")[1] for key in weights} == {"unet", "te1", "te2"}
+    assert "lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight" in weights
+    pipeline = StableDiffusionXLPipeline.from_pretrained(saved_base(), torch_dtype=torch.float32)
+    pipeline.load_lora_weights(str(folder), weight_name=KOHYA_WEIGHTS)
+    assert agrees(pipeline, live)
+
+
+def test_peft_folders(exported):
+    method, folder, live = exported
+    pipeline = StableDiffusionXLPipeline.from_pretrained(saved_base(), torch_dtype=torch.float32)
+    trained = {path.name for path in (folder / PEFT_FOLDER).iterdir()}
+    assert trained == ({"unet"} if method == "dora" else {"unet", "text_encoder", "text_encoder_2"})
+    classes = {
+        "unet": UNet2DConditionModel,
+        "text_encoder": CLIPTextModel,
+        "text_encoder_2": CLIPTextModelWithProjection,
+    }
+    for name in trained:
+        cls = classes[name]
+        model = cls.from_pretrained(saved_base(), subfolder=name, dtype=torch.float32)
+        model = PeftModel.from_pretrained(model, folder / PEFT_FOLDER / name).eval()
+        pipeline.register_modules(**{name: model.get_base_model()})
+    assert agrees(pipeline, live)
+
+
+def test_record_lists_every_file(exported):
+    method, folder, _ = exported
+    files = json.loads((folder / "run.json").read_text())["files"]
+    assert {FOLDED_WEIGHTS, *([INNER_WEIGHTS] if "nora" in method else [])} <= set(files)
+    assert all((folder / name).stat().st_size == size for name, size in files.items())
+    assert f"{PEFT_FOLDER}/unet/adapter_config.json" in files
+
+
+@pytest.mark.parametrize("file", [FOLDED_WEIGHTS, INNER_WEIGHTS, KOHYA_WEIGHTS, f"{PEFT_FOLDER}/unet/adapter_model"])
+def test_a_wrong_file_is_noticed(tmp_path, monkeypatch, file):
+    file = file if file.endswith("safetensors") else f"{file}.safetensors"
+
+    def check_after_damage(config, trained, folder):
+        from safetensors import safe_open
+
+        with safe_open(folder / file, "pt") as opened:
+            header = opened.metadata()
+        weights = load_file(folder / file)
+        key = next(key for key in sorted(weights) if key.endswith(".weight") and "stats" not in key)
+        weights[key] = weights[key] + 0.1
+        save_file(weights, folder / file, metadata=header)
+        return check_files(config, trained, folder)
+
+    monkeypatch.setattr(script, "check_files", check_after_damage)
+    with pytest.raises(ValueError, match="read back differs"):
+        run(tmp_path, output_kohya_format=True, output_peft_format=True)
+
+
+# --- new tokens -------------------------------------------------------------------------------------------------------
+
+
+def test_new_tokens_are_loaded_with_the_adapter_and_leave_with_it(tmp_path):
+    folder = run(tmp_path, train_text_encoder_ti=True, text_encoder_lr=1e-1, max_train_steps=4, token_abstraction="[V]")
+    learned = load_file(folder / EMBEDDINGS)
+    assert {key: tuple(value.shape) for key, value in learned.items()} == {"clip_l": (2, 32), "clip_g": (2, 32)}
+    pipeline = load_pipeline(saved_base(), torch.float32, "cpu")
+    before = encode_prompts(pipeline, ["a [V] cat", "a cat"])
+    name = load_adapter(pipeline, folder)
+    ids = pipeline.tokenizer("<v0><v1>").input_ids[1:-1]
+    assert torch.equal(pipeline.text_encoder.get_input_embeddings().weight[ids], learned["clip_l"])
+    after = encode_prompts(pipeline, ["a [V] cat", "a cat"])
+    assert not torch.allclose(before["a [V] cat"]["prompt_embeds"], after["a [V] cat"]["prompt_embeds"], atol=1e-2)
+    assert torch.equal(before["a cat"]["prompt_embeds"], after["a cat"]["prompt_embeds"])
+    unload_adapters(pipeline, name)
+    gone = encode_prompts(pipeline, ["a [V] cat"])
+    assert torch.equal(before["a [V] cat"]["prompt_embeds"], gone["a [V] cat"]["prompt_embeds"])
+
+
+def test_new_tokens_stop_learning_after_their_share_of_the_steps(tmp_path):
+    options = {"train_text_encoder_ti": True, "text_encoder_lr": 1e-1, "max_train_steps": 4, "checkpointing_steps": 1}
+    folder = run(tmp_path, train_text_encoder_ti_frac=0.5, **options)
+    learned = [load_file(folder / f"checkpoint-{step}" / EMBEDDINGS)["clip_l"] for step in (1, 2, 3, 4)]
+    assert not torch.equal(learned[0], learned[1]) and torch.equal(learned[1], learned[3])
+
+
+def test_text_encoders_stop_learning_after_their_share_of_the_steps(tmp_path):
+    options = {"train_text_encoder": True, "max_train_steps": 4, "checkpointing_steps": 1}
+    folder = run(tmp_path, train_text_encoder_frac=0.5, **options)
+    weights = [load_file(folder / f"checkpoint-{step}" / INNER_WEIGHTS) for step in (2, 4)]
+    changed = {key.split(".")[0] for key in weights[0] if not torch.equal(weights[0][key], weights[1][key])}
+    assert changed == {"unet"}
+
+
+# --- the hub ----------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_adapter_is_uploaded(tmp_path, monkeypatch):
+    """diffusers uploads the checkpoints too."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    uploaded = {}
+
+    def upload(folder_path, allow_patterns, ignore_patterns, token, **options):
+        files = [str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()]
+        kept = filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        uploaded.update(files=set(kept), token=token, **options)
+
+    monkeypatch.setattr(dreambooth.launch, "upload_folder", upload)
+    monkeypatch.setattr(
+        dreambooth.launch, "create_repo", lambda name, token, exist_ok: type("Url", (), {"repo_id": f"me/{name}"})
+    )
+    options = {"num_validation_images": 1, "checkpointing_steps": 1, "report_to": "tensorboard"}
+    folder = run(tmp_path / "my-cat", push_to_hub=True, hub_token="secret", **options)
+    sample = "samples/a-photo-of-v-cat-seed0.png"
+    assert uploaded["files"] == {FOLDED_WEIGHTS, INNER_WEIGHTS, "README.md", "run.json", "metrics.jsonl", sample}
+    assert uploaded["repo_id"] == "me/my-cat" and uploaded["token"] == "secret"
+    kept = [path for path in folder.rglob("*") if path.is_file() and b"secret" in path.read_bytes()]
+    assert not kept, "the token is written nowhere"
