@@ -1,0 +1,132 @@
+"""Encoding once against encoding at every step: whole-run time and peak memory of the two loop shapes.
+
+    python -m benchmarks.loop_shape --base assets/tiny-sdxl --steps 100 --repeats 3
+
+One side is the trainer as it is. The other has the shape of diffusers' train_dreambooth_lora_sdxl.py with captions: the
+autoencoder and both text encoders stay in memory and encode the batch at every step. Same base, pictures, method (LoRA
+of rank 4), steps and batch; each run is a process of its own, the two take turns, and medians are compared as ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+
+from dreambooth.config import TrainConfig
+from dreambooth.data import folder_examples
+from dreambooth.encode import CropSettings, cut_picture, encode_prompts, inspect_picture, scale_latents, tokenize
+from dreambooth.loss import Objective
+from inference.cli import quiet_libraries
+from inference.load import load_pipeline
+from storage.pictures import open_image
+from train_dreambooth_nora_sdxl import train
+from trainer.export import folded_lora, write_diffusers_file
+from trainer.methods import UNET_TARGETS
+
+SUBJECT = Path(__file__).parent.parent / "assets" / "subjects" / "robot"
+PROMPT = "a photo of [V] robot"
+BATCH = 4
+
+
+def encode_once(base: str, steps: int, folder: str) -> None:
+    train(
+        TrainConfig(
+            pretrained_model_name_or_path=base,
+            instance_data_dir=str(SUBJECT),
+            instance_prompt=PROMPT,
+            output_dir=folder,
+            method="lora",
+            train_batch_size=BATCH,
+            max_train_steps=steps,
+            num_validation_images=0,
+            mixed_precision="no",
+            report_to="none",
+        )
+    )
+
+
+def encode_every_step(base: str, steps: int, folder: str) -> None:
+    pipeline = load_pipeline(base, torch.float32)
+    for model in (pipeline.vae, pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
+        model.requires_grad_(False)
+    objective, unet, vae = Objective(pipeline.scheduler), pipeline.unet, pipeline.vae
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=UNET_TARGETS))
+    optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], lr=1e-4)
+    resolution = unet.config.sample_size * pipeline.vae_scale_factor
+    settings = CropSettings([(resolution, resolution)], variants=1)
+    cuts = [cut_picture(inspect_picture(one), settings) for one in folder_examples(SUBJECT, PROMPT)]
+    pictures = [cut.crops[0].of(open_image(cut.picture.example.read()), "lanczos") for cut in cuts]
+    pixels = torch.stack([pipeline.image_processor.preprocess(picture)[0] for picture in pictures])  # (N, 3, H, W)
+    time_ids = torch.stack([cut.crops[0].time_ids(cut.picture.size) for cut in cuts])
+    scheduler = objective.scheduler
+    for _ in range(steps):
+        rows = torch.randint(len(pixels), (BATCH,))
+        with torch.no_grad():
+            latents = scale_latents(vae, vae.encode(pixels[rows].to(vae.device)).latent_dist.sample())
+            tokens = tokenize([pipeline.tokenizer, pipeline.tokenizer_2], [PROMPT] * BATCH)
+            text = encode_prompts([pipeline.text_encoder, pipeline.text_encoder_2], tokens)
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(objective.num_train_timesteps, (BATCH,), device=latents.device)
+        added = {"text_embeds": text.pooled_prompt_embeds, "time_ids": time_ids[rows].to(latents.device)}
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        prediction = unet(noisy, timesteps, text.prompt_embeds, added_cond_kwargs=added).sample
+        (prediction - noise).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    write_diffusers_file(folded_lora({"unet": unet}), Path(folder) / "pytorch_lora_weights.safetensors")
+
+
+SHAPES = {"once": encode_once, "every_step": encode_every_step}
+
+
+def measure(shape: str, base: str, steps: int) -> tuple[float, float]:
+    """Seconds and peak MB of one run in a process of its own, imports not counted in the time."""
+    command = [sys.executable, "-m", "benchmarks.loop_shape", "--base", base, "--steps", str(steps), "--one", shape]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    return result["seconds"], result["peak_mb"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--base", default="assets/tiny-sdxl")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--one", choices=SHAPES, help=argparse.SUPPRESS)  # a single run, for `measure`
+    args = parser.parse_args(argv)
+    quiet_libraries()
+    if args.one:
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            SHAPES[args.one](args.base, args.steps, folder)
+        seconds = time.perf_counter() - started
+        peak = (
+            torch.cuda.max_memory_allocated() / 1e6
+            if torch.cuda.is_available()
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+        )
+        print(json.dumps({"seconds": seconds, "peak_mb": peak}))
+        return
+    runs = {shape: [] for shape in SHAPES}
+    for _ in range(args.repeats):
+        for shape in SHAPES:
+            runs[shape].append(measure(shape, args.base, args.steps))
+    medians = {shape: [statistics.median(column) for column in zip(*figures)] for shape, figures in runs.items()}
+    print("| loop | whole run, ratio | peak memory, ratio |\n|---|---|---|")
+    for shape, (seconds, peak) in medians.items():
+        print(f"| {shape} | {seconds / medians['every_step'][0]:.2f} | {peak / medians['every_step'][1]:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
