@@ -165,7 +165,8 @@ def encode_pictures(
         for crop in cut.crops
     }
     wanted = {keys[cut.picture.digest, crop]: (cut, crop) for cut in cuts for crop in cut.crops}
-    missing = [key for key in wanted if cache.read(key) is None]
+    entries = {key: cache.read(key) for key in wanted}
+    missing = [key for key, entry in entries.items() if entry is None]
     wait()  # all have looked before the first writes
     mine = missing[process_index::num_processes]
     if mine:
@@ -186,10 +187,11 @@ def encode_pictures(
                 std = std / torch.tensor(latents_std, device=std.device).reshape(1, -1, 1, 1)
             cache.write(key, {"mean": mean[0], "std": std[0]})
     wait()
+    entries |= {key: cache.read(key) for key in missing}
     encoded = []
     for cut, prompt in zip(cuts, prompts):
-        entries = [cache.read(keys[cut.picture.digest, crop]) for crop in cut.crops]
-        mean, std = (torch.stack([entry[name] for entry in entries]) for name in ("mean", "std"))
+        variants = [entries[keys[cut.picture.digest, crop]] for crop in cut.crops]
+        mean, std = (torch.stack([variant[name] for variant in variants]) for name in ("mean", "std"))
         masks = [latent_mask(cut, crop, settings, mean.shape[-2:]) for crop in cut.crops]
         encoded.append(
             EncodedPicture(

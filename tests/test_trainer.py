@@ -18,7 +18,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_sdxl import build_pipeline, outputs, saved_base
+from tiny_sdxl import build_pipeline, live_outputs, outputs, saved_base
 from transformers import CLIPTextModel
 
 import train_dreambooth_nora_sdxl as trainer
@@ -122,11 +122,7 @@ def test_live_folded_inner_and_merged_agree(tmp_path, monkeypatch):
 
     def save_and_look(config, trained, folder):
         names = save(config, trained, folder)
-        pipeline = load_pipeline(saved_base(), torch.float32, "cpu", **dict.fromkeys(trained))
-        pipeline.register_modules(**trained)
-        for model in trained.values():
-            model.eval()
-        live.update({name: value.float() for name, value in outputs(pipeline).items()})
+        live.update(live_outputs(trained))
         return names
 
     monkeypatch.setattr(trainer, "save_adapter", save_and_look)

@@ -8,7 +8,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_trainer import run
-from tiny_sdxl import outputs, saved_base
+from tiny_sdxl import live_outputs, outputs, saved_base
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import dreambooth.launch
@@ -37,11 +37,7 @@ def exported(request, tmp_path_factory):
     def look(config, trained, target):
         names = save(config, trained, target)
         if target == folder:
-            pipeline = load_pipeline(saved_base(), torch.float32, "cpu", **dict.fromkeys(trained))
-            pipeline.register_modules(**trained)
-            for model in trained.values():
-                model.eval()
-            live.update({name: value.float() for name, value in outputs(pipeline).items()})
+            live.update(live_outputs(trained))
         return names
 
     with pytest.MonkeyPatch.context() as patch:

@@ -17,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import nora
 from inference.components import FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
+from inference.load import load_pipeline
 
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -185,3 +186,12 @@ def outputs(pipeline: StableDiffusionXLPipeline) -> dict[str, torch.Tensor]:
 
 def max_error(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def live_outputs(trained: dict[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
+    """`outputs` of a run's own modules, adapters inside, with the rest of the base loaded beside them."""
+    pipeline = load_pipeline(saved_base(), torch.float32, "cpu", **dict.fromkeys(trained))
+    pipeline.register_modules(**trained)
+    for model in trained.values():
+        model.eval()
+    return {name: value.float() for name, value in outputs(pipeline).items()}

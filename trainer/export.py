@@ -24,6 +24,7 @@ from dreambooth.optim import Average
 from inference.components import COMPONENT_NAMES, EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
 from inference.tokens import ENCODERS
 from nora import NoraLinear, fold_nora, save_inner
+from nora.model import nora_layers
 from storage.files import write_atomic, write_safetensors
 
 from .methods import save_trained
@@ -44,7 +45,7 @@ def save_adapter(config: TrainConfig, trained: Mapping[str, nn.Module], folder: 
     write_diffusers_file(lora, folder / FOLDED_WEIGHTS)
     names = [FOLDED_WEIGHTS]
     if config.method == "nora":
-        layers = {name: model for name, model in trained.items() if nora_layers(model)}
+        layers = {name: model for name, model in trained.items() if nora_layers(model, ADAPTER)}
         save_inner(folder / INNER_WEIGHTS, adapter_components(layers))
         names.append(INNER_WEIGHTS)
     if config.train_text_encoder_ti:
@@ -58,15 +59,11 @@ def save_adapter(config: TrainConfig, trained: Mapping[str, nn.Module], folder: 
     return names
 
 
-def nora_layers(model: nn.Module) -> dict[str, NoraLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, NoraLinear)}
-
-
 def folded_lora(trained: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
     """The adapters as plain LoRA with alpha = rank, any scale being in lora_B; keys as in diffusers' files."""
     lora = {}
     for prefix, model in adapter_components(trained).items():
-        if nora_layers(model):
+        if nora_layers(model, ADAPTER):
             weights = fold_nora(model)
         else:
             weights = get_peft_model_state_dict(model)
@@ -187,7 +184,7 @@ def inner_updates(trained: Mapping[str, nn.Module], path: Path) -> dict[str, tor
     updates = {}
     with safe_open(path, framework="pt") as file:
         for prefix, model in adapter_components(trained).items():
-            for name, layer in nora_layers(model).items():
+            for name, layer in nora_layers(model, ADAPTER).items():
                 key, outer = f"{prefix}.{name}", layer.outer(ADAPTER)
                 inner_A, inner_B = (file.get_tensor(f"{key}.lora_{side}.weight").float() for side in "AB")
                 outer_A, outer_B = outer.A.float().cpu(), outer.B.float().cpu()
