@@ -48,15 +48,16 @@ from dreambooth.optim import (
 )
 from dreambooth.prepare import current_prompts, embed_prompts, encode_run, read_pictures, with_class_prompts
 from dreambooth.record import (
+    LOSS_PLOT,
     METRICS,
     MODEL_CARD,
     SAMPLES,
     Clock,
     MetricsLog,
-    model_card,
     module_fingerprint,
     reset_peak_memory,
     run_record,
+    write_card,
 )
 from dreambooth.validation import validation_loss
 from dreambooth.watch import check_gradients, check_loss, gradient_norms
@@ -81,7 +82,17 @@ from trainer.methods import (
 from trainer.samples import draw_class_images, draw_samples, keep_samples, load_base
 
 # What a finished run leaves.
-RESULTS = (RUN_RECORD, MODEL_CARD, FOLDED_WEIGHTS, INNER_WEIGHTS, KOHYA_WEIGHTS, EMBEDDINGS, PEFT_FOLDER, SAMPLES)
+RESULTS = (
+    RUN_RECORD,
+    MODEL_CARD,
+    LOSS_PLOT,
+    FOLDED_WEIGHTS,
+    INNER_WEIGHTS,
+    KOHYA_WEIGHTS,
+    EMBEDDINGS,
+    PEFT_FOLDER,
+    SAMPLES,
+)
 
 
 def train(config: TrainConfig) -> Path:
@@ -301,12 +312,11 @@ def train(config: TrainConfig) -> Path:
             num_processes=accelerator.num_processes,
         )
         write_atomic(output_dir / RUN_RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-        write_atomic(output_dir / MODEL_CARD, model_card(record, []))
+        write_card(output_dir, record)
     samples = draw_samples(config, accelerator, trained | tokenizers, dtype)
     keep_samples(accelerator, samples, output_dir / SAMPLES, config.max_train_steps)
     if accelerator.is_main_process:
-        card = model_card(record, [(sample.prompt, f"{SAMPLES}/{sample.file}") for sample in samples])
-        write_atomic(output_dir / MODEL_CARD, card)
+        write_card(output_dir, record, [(sample.prompt, f"{SAMPLES}/{sample.file}") for sample in samples])
         if config.push_to_hub:
             print(f"uploaded to {push_to_hub(config, output_dir)}")
     accelerator.end_training()

@@ -20,7 +20,7 @@ from .config import TrainConfig
 
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What a hub repository gets; checkpoints, logs and encoded pictures stay at home.
-UPLOADED = ["*.safetensors", "README.md", "run.json", "metrics.jsonl", "samples/*.png", "peft/**"]
+UPLOADED = ["*.safetensors", "README.md", "run.json", "metrics.jsonl", "loss.png", "samples/*.png", "peft/**"]
 
 
 def make_accelerator(config: TrainConfig, output_dir: Path) -> Accelerator:

@@ -22,10 +22,12 @@ from torch import nn
 from storage.files import write_atomic
 
 from .config import TrainConfig
+from .plot import loss_plot
 
 RECORD_VERSION = 1
 METRICS = "metrics.jsonl"
 MODEL_CARD = "README.md"
+LOSS_PLOT = "loss.png"
 SAMPLES = "samples"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 _CARD_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
@@ -152,11 +154,11 @@ def run_record(
     }
 
 
-def model_card(record: Mapping[str, Any], samples: Sequence[tuple[str, str]]) -> str:
-    """The adapter's README.md, with the metadata that the Hugging Face Hub reads.
+def write_card(folder: Path, record: Mapping[str, Any], samples: Sequence[tuple[str, str]] = ()) -> None:
+    """Write the adapter's README.md, with the metadata that the Hugging Face Hub reads, and its plot of the loss.
 
     Args:
-        samples: prompt and image file, relative to the card.
+        samples: prompt and image file, relative to the folder.
     """
     config = record["config"]
     data = ModelCardData(
@@ -166,4 +168,6 @@ def model_card(record: Mapping[str, Any], samples: Sequence[tuple[str, str]]) ->
         instance_prompt=config["instance_prompt"],
         widget=[{"text": prompt, "output": {"url": file}} for prompt, file in samples],
     )
-    return str(ModelCard.from_template(data, template_path=str(_CARD_TEMPLATE), record=record, samples=list(samples)))
+    options = {"template_path": str(_CARD_TEMPLATE), "record": record, "samples": samples, "loss_plot": LOSS_PLOT}
+    write_atomic(folder / LOSS_PLOT, loss_plot(folder / METRICS))
+    write_atomic(folder / MODEL_CARD, str(ModelCard.from_template(data, **options)))

@@ -79,7 +79,9 @@ def test_files_of_a_run(nora_run):
     images = sorted((nora_run / "samples").glob("*.png"))
     assert len(images) == 2 and Image.open(images[0]).size == (32, 32)
     card = (nora_run / "README.md").read_text()
-    assert "instance_prompt: a photo of [V] cat" in card and all(f"samples/{image.name}" in card for image in images)
+    assert "instance_prompt: a photo of [V] cat" in card and "![loss](loss.png)" in card
+    assert Image.open(nora_run / "loss.png").size == (960, 480)
+    assert all(f"samples/{image.name}" in card for image in images)
     assert list((nora_run / "logs").rglob("events.out.tfevents.*"))
     assert not [path for path in nora_run.iterdir() if path.name.startswith(".")]
 
@@ -412,7 +414,8 @@ def test_record_stands_before_the_samples(tmp_path, monkeypatch):
 def test_a_second_run_leaves_nothing_of_the_first(tmp_path):
     run(tmp_path, num_validation_images=1)
     run(tmp_path, method="lora")
-    assert set(os.listdir(tmp_path)) == {FOLDED_WEIGHTS, "run.json", "README.md", "metrics.jsonl", "encoded"}
+    files = {FOLDED_WEIGHTS, "run.json", "README.md", "loss.png", "metrics.jsonl"}
+    assert set(os.listdir(tmp_path)) == {*files, "encoded"}
 
 
 def test_record_says_what_was_decided(tmp_path):

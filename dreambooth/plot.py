@@ -1,0 +1,37 @@
+"""The loss of a run as a picture, for its model card."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+# A step's loss depends mostly on its timesteps: only an average over many steps shows whether the run learns.
+SMOOTHED_SHARE = 0.1
+
+
+def loss_plot(metrics: Path) -> bytes:
+    """PNG of the losses in a ``metrics.jsonl``: every step, a moving average, and the validation loss where measured.
+
+    Returns:
+        the file's bytes, 960 × 480 pixels.
+    """
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    steps, losses = np.array([(line["step"], line["loss"]) for line in lines if "loss" in line]).T
+    watched = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+    window = max(1, round(len(losses) * SMOOTHED_SHARE))
+    smoothed = np.convolve(losses, np.full(window, 1 / window), mode="valid")
+    axes = (figure := Figure(figsize=(9.6, 4.8), dpi=100, layout="constrained")).add_subplot()
+    axes.plot(steps, losses, ".", markersize=2, color="0.7", label="each step")
+    axes.plot(steps[window - 1 :], smoothed, color="C0", label=f"mean of the last {window} steps")
+    if watched:
+        axes.plot(*zip(*watched), "o-", markersize=4, color="C3", label="validation, fixed timesteps and noise")
+    axes.set(xlabel="step", ylabel="loss", ylim=(0, None), xlim=(0, steps[-1] + 1))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", metadata={"Software": None})
+    return stream.getvalue()
