@@ -11,7 +11,6 @@ import inference  # noqa: F401 -- before the libraries, because it quietens what
 
 # isort: split
 import json
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -34,7 +33,7 @@ from dreambooth.checkpoints import (
     save_checkpoint,
 )
 from dreambooth.config import TrainConfig
-from dreambooth.draws import CLASS, INSTANCE, PictureOrder, step_seed, training_batch
+from dreambooth.draws import CLASS, INSTANCE, picture_orders, step_seed, training_batch
 from dreambooth.launch import PRECISIONS, make_accelerator, push_to_hub, start_trackers
 from dreambooth.loss import Objective
 from dreambooth.memory import memory_line, quantize_frozen
@@ -60,7 +59,7 @@ from dreambooth.record import (
     write_card,
 )
 from dreambooth.validation import validation_loss
-from dreambooth.watch import check_gradients, check_loss, gradient_norms
+from dreambooth.watch import check_loss, gradient_norms
 from inference.cli import parse_config, quiet_libraries, run_command
 from inference.components import EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS, RUN_RECORD
 from inference.load import base_geometry, check_base, check_xformers
@@ -176,9 +175,7 @@ def train(config: TrainConfig) -> Path:
     parameters = [parameter for _, parameter in trained_parameters(trained)]
     if accelerator.is_main_process:
         samples = config.train_batch_size * (2 if config.with_prior_preservation else 1)
-        shape = max((picture.shape for picture in encoded.streams[INSTANCE]), key=math.prod)
-        tokens = encoded.prompts.prompt_embeds.shape[1]
-        print(memory_line(trained, samples, shape, tokens, accelerator.device))
+        print(memory_line(trained, samples, encoded.largest_shape, encoded.prompt_length, accelerator.device))
     if config.quantize_base == "int8":
         for model in trained.values():
             quantize_frozen(model)
@@ -196,11 +193,9 @@ def train(config: TrainConfig) -> Path:
     if checkpoint:
         accelerator.load_state(str(checkpoint))
     slots_per_step = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
-    schedule = {"seed": config.seed, "slots_per_step": slots_per_step, "num_steps": config.max_train_steps}
-    orders = {INSTANCE: PictureOrder(encoded.streams[INSTANCE], stream=INSTANCE, **schedule)}
-    if CLASS in encoded.streams:
-        shapes = orders[INSTANCE].shapes
-        orders[CLASS] = PictureOrder(encoded.streams[CLASS], stream=CLASS, shapes=shapes, **schedule)
+    orders = picture_orders(
+        encoded.streams, seed=config.seed, slots_per_step=slots_per_step, num_steps=config.max_train_steps
+    )
     text_frac = config.train_text_encoder_ti_frac if config.train_text_encoder_ti else config.train_text_encoder_frac
     text_steps = round(config.max_train_steps * text_frac)
     if accelerator.is_main_process:
@@ -223,9 +218,8 @@ def train(config: TrainConfig) -> Path:
             torch.manual_seed(step_seed(config.seed, step, accelerator.process_index))  # for dropout
             for micro_step in range(config.gradient_accumulation_steps):
                 with accelerator.accumulate(*models.values()):
-                    first = (
-                        micro_step * accelerator.num_processes + accelerator.process_index
-                    ) * config.train_batch_size
+                    share = micro_step * accelerator.num_processes + accelerator.process_index
+                    first = share * config.train_batch_size
                     batch = training_batch(
                         encoded.streams,
                         orders,
@@ -255,8 +249,7 @@ def train(config: TrainConfig) -> Path:
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         if step == 0:
-                            norms = gradient_norms(trained)
-                            check_gradients(norms, config.mixed_precision)
+                            norms = gradient_norms(trained, config.mixed_precision)
                             accelerator.log({f"gradient_norm/{name}": norm for name, norm in norms.items()}, step=1)
                         accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
                     step_loss += accelerator.reduce(loss.detach(), "mean").item() / config.gradient_accumulation_steps
@@ -300,13 +293,12 @@ def train(config: TrainConfig) -> Path:
         check_files(config, trained, output_dir)
         record = run_record(
             config,
+            trained=trained,
             base_fingerprints=base_fingerprints,
-            trainable_parameters={
-                name: sum(p.numel() for p in model.parameters() if p.requires_grad) for name, model in trained.items()
-            },
             outer_ranks=outer_ranks(trained),
-            timings=clock.timings | {"total_seconds": clock.total},
-            files={name: (output_dir / name).stat().st_size for name in files},
+            clock=clock,
+            folder=output_dir,
+            files=files,
             device=accelerator.device,
             dtype=dtype,
             num_processes=accelerator.num_processes,

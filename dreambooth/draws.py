@@ -101,6 +101,18 @@ class PictureOrder:
         return members[shuffled_place(self.seed, self.stream, position, len(members))]
 
 
+def picture_orders(streams: Mapping[int, Sequence[EncodedPicture]], **schedule: int) -> dict[int, PictureOrder]:
+    """The order of every stream's pictures; class images have the shape of the instance images that they stand beside.
+
+    Args:
+        schedule: seed, slots_per_step and num_steps.
+    """
+    orders = {INSTANCE: PictureOrder(streams[INSTANCE], stream=INSTANCE, **schedule)}
+    if CLASS in streams:
+        orders[CLASS] = PictureOrder(streams[CLASS], stream=CLASS, shapes=orders[INSTANCE].shapes, **schedule)
+    return orders
+
+
 def draw_sample(
     picture: EncodedPicture,
     *,

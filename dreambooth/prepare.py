@@ -102,6 +102,16 @@ class Encoded:
     tokens: list[Tokens]  # of the prompts, per text encoder, for encoding anew where these are trained
     calibration_tokens: list[Tokens]
 
+    @property
+    def largest_shape(self) -> tuple[int, int]:
+        """(h, w) of the largest latents that are trained on."""
+        return max((picture.shape for picture in self.streams[INSTANCE]), key=math.prod)
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of a prompt as the UNet gets it, padding counted."""
+        return self.prompts.prompt_embeds.shape[1]
+
 
 class PromptTable:
     """Rows of the prompts of a run: a prompt of two subjects has two, because their classes may differ."""

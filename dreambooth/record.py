@@ -118,11 +118,12 @@ def peak_memory_mb(device: torch.device) -> float:
 def run_record(
     config: TrainConfig,
     *,
+    trained: Mapping[str, nn.Module],
     base_fingerprints: Mapping[str, str],
-    trainable_parameters: Mapping[str, int],
     outer_ranks: Sequence[int],
-    timings: Mapping[str, float],
-    files: Mapping[str, int],
+    clock: Clock,
+    folder: Path,
+    files: Sequence[str],
     device: torch.device,
     dtype: torch.dtype,
     num_processes: int,
@@ -130,23 +131,25 @@ def run_record(
     """run.json: what is needed to understand, compare and repeat the run.
 
     Args:
-        base_fingerprints, trainable_parameters: by component (unet, text_encoder, text_encoder_2).
+        trained, base_fingerprints: by component (unet, text_encoder, text_encoder_2).
         outer_ranks: the distinct outer ranks that the layers got; empty for other methods than NoRA.
-        timings: seconds.
-        files: name -> bytes.
     """
+    parameters = {
+        name: sum(p.numel() for p in model.parameters() if p.requires_grad) for name, model in trained.items()
+    }
     return {
         "record_version": RECORD_VERSION,
         "method": config.method,
         "config": {name: value for name, value in asdict(config).items() if name != "hub_token"},
         "seed": config.seed,
         "base_fingerprints": dict(base_fingerprints),
-        "trainable_parameters": sum(trainable_parameters.values()),
-        "trainable_parameters_by_component": dict(trainable_parameters),
+        "trainable_parameters": sum(parameters.values()),
+        "trainable_parameters_by_component": parameters,
         "outer_ranks": list(outer_ranks),
-        "timings": {name: round(seconds, 4) for name, seconds in timings.items()},
+        "timings": {name: round(seconds, 4) for name, seconds in clock.timings.items()}
+        | {"total_seconds": round(clock.total, 4)},
         "peak_memory_mb": round(peak_memory_mb(device), 1),
-        "files": dict(files),
+        "files": {name: (folder / name).stat().st_size for name in files},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "dtype": str(dtype).removeprefix("torch."),
         "num_processes": num_processes,

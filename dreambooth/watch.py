@@ -28,23 +28,19 @@ def check_loss(loss: float, step: int, mixed_precision: str, learning_rate: floa
     raise TrainingFailure(f"the loss is {loss} at step {step}: {cause}; nothing after the last checkpoint was saved")
 
 
-def gradient_norms(models: Mapping[str, nn.Module]) -> dict[str, float]:
-    """Norm of the gradient of each component's adapter."""
-    return {
-        name: math.sqrt(sum(float(p.grad.float().square().sum()) for p in model.parameters() if p.grad is not None))
-        for name, model in models.items()
-    }
-
-
-def check_gradients(norms: Mapping[str, float], mixed_precision: str) -> None:
-    """Stop at the first step if a component that should learn gets no gradient: it would stay as it is, silently.
+def gradient_norms(models: Mapping[str, nn.Module], mixed_precision: str) -> dict[str, float]:
+    """Norm of the gradient of each component's adapter, at the first step.
 
     Raises:
-        TrainingFailure: naming the component.
+        TrainingFailure: if a component that should learn gets no gradient; it would stay as it is, silently.
     """
-    for name, norm in norms.items():
-        if norm == 0:
+    norms = {}
+    for name, model in models.items():
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        norms[name] = math.sqrt(sum(float(gradient.float().square().sum()) for gradient in gradients))
+        if norms[name] == 0:
             raise TrainingFailure(
                 f"{name} gets no gradient at the first step (mixed precision {mixed_precision}): nothing of it would "
                 "be trained; leave it out, or report this as a bug"
             )
+    return norms
