@@ -60,9 +60,9 @@ from dreambooth.record import (
 )
 from dreambooth.validation import validation_loss
 from dreambooth.watch import check_loss, gradient_norms
+from inference.base import base_geometry, check_base, check_xformers
 from inference.cli import parse_config, quiet_libraries, run_command
 from inference.components import EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS, RUN_RECORD
-from inference.load import base_geometry, check_base, check_xformers
 from inference.tokens import spell_out
 from storage.files import check_writable_target, write_atomic
 from trainer.export import KOHYA_WEIGHTS, PEFT_FOLDER, check_files, save_adapter, save_components

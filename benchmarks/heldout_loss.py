@@ -30,8 +30,9 @@ from dreambooth.encode import (
 )
 from dreambooth.loss import Objective
 from dreambooth.validation import validation_loss
+from inference.base import load_pipeline
 from inference.cli import quiet_libraries
-from inference.load import load_adapter, load_pipeline, unload_adapters
+from inference.load import load_adapter, unload_adapters
 from train_dreambooth_nora_sdxl import train
 
 BATCH = 32

@@ -36,8 +36,8 @@ from dreambooth.config import TrainConfig
 from dreambooth.data import folder_examples
 from dreambooth.encode import CropSettings, cut_picture, encode_prompts, inspect_picture, scale_latents, tokenize
 from dreambooth.loss import Objective
+from inference.base import load_pipeline
 from inference.cli import quiet_libraries
-from inference.load import load_pipeline
 from storage.pictures import open_image
 from train_dreambooth_nora_sdxl import train
 from trainer.export import folded_lora, write_diffusers_file

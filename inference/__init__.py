@@ -1,9 +1,12 @@
 """Look at an adapter: load it onto SDXL, sample from it, and set several side by side.
 
-components  which modules carry adapters, their key prefixes, and the file names of a run
-load        a base pipeline; adapters on and off it
-generate    prompts × seeds -> images, one generator per image; `python -m inference.generate`
-gallery     base | adapter | adapter on one page and one sheet; `python -m inference.gallery`
+components     which modules carry adapters, their key prefixes, and the file names of a run
+base           SDXL from a folder, a file or the Hub
+adapter_files  what kind of adapter a file or folder holds, and whether it fits a base
+load           adapters on and off a pipeline
+tokens         new words that come with an adapter
+generate       prompts × seeds -> images, one generator per image; `python -m inference.generate`
+gallery        base | adapter | adapter on one page and one sheet; `python -m inference.gallery`
 """
 
 import logging
@@ -15,14 +18,10 @@ logging.getLogger("transformers.utils.import_utils").addFilter(
     lambda record: "requires torchvision" not in record.getMessage()
 )
 
+from inference.adapter_files import inspect_adapter  # noqa: E402
+from inference.base import load_pipeline  # noqa: E402
 from inference.components import FOLDED_WEIGHTS, INNER_WEIGHTS, RUN_RECORD, adapter_components  # noqa: E402
-from inference.load import (  # noqa: E402
-    inspect_adapter,
-    load_adapter,
-    load_pipeline,
-    set_adapter_scale,
-    unload_adapters,
-)
+from inference.load import load_adapter, set_adapter_scale, unload_adapters  # noqa: E402
 
 __all__ = [
     "FOLDED_WEIGHTS",

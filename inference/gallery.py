@@ -16,10 +16,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
+from inference.adapter_files import inspect_adapter, read_run_record
 from inference.cli import parse_config, quiet_libraries, run_command
 from inference.components import FOLDED_WEIGHTS, INNER_WEIGHTS
 from inference.generate import SamplingConfig, choose_base, generate_images, warn_of_truncated_prompts
-from inference.load import inspect_adapter, load_adapter, read_run_record, unload_adapters
+from inference.load import load_adapter, unload_adapters
 from storage.files import check_writable_target, write_atomic
 from storage.pictures import find_images, open_image, png_bytes
 

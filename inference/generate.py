@@ -22,16 +22,10 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
+from inference.adapter_files import inspect_adapter, recorded_base
+from inference.base import check_base, check_xformers, default_device, load_pipeline
 from inference.cli import parse_config, quiet_libraries, run_command
-from inference.load import (
-    check_base,
-    check_xformers,
-    default_device,
-    inspect_adapter,
-    load_adapter,
-    load_pipeline,
-    recorded_base,
-)
+from inference.load import load_adapter
 from inference.tokens import spell_out
 from storage.files import check_writable_target, write_atomic
 from storage.pictures import png_bytes

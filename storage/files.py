@@ -1,14 +1,17 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and what can be read of them without loading them."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 
@@ -63,3 +66,24 @@ def check_writable_target(path: str | Path, flag: str, folder: bool) -> None:
         raise ValueError(f"{flag} {path} can't be made, because {parent} is a file: name another place")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ValueError(f"{flag} {path} can't be made, because {parent} is not writable: name another place")
+
+
+def read_safetensors_header(path: Path, role: str) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """Metadata, and key -> shape, of a safetensors file; `role` names the file in the error."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            # not a mapping: it can't be iterated without keys()
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            return dict(file.metadata() or {}), shapes
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{role} {path} is not a readable safetensors file: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} holds a JSON {type(record).__name__}, and an object is expected")
+    return record

@@ -19,9 +19,10 @@ import torch
 from PIL import Image
 from tiny_sdxl import saved_base, saved_lora, saved_nora
 
+from inference.base import load_pipeline
 from inference.gallery import BASE_COLUMN, UNKNOWN, Column, adapter_figures, draw_sheet, main, render_page
 from inference.generate import generate_images
-from inference.load import load_adapter, load_pipeline
+from inference.load import load_adapter
 
 PROMPTS = ["[V] photo of a cat", 'a <b>"dog"</b> & a cat on the beach']
 VOID = {"meta", "img", "col", "br", "link", "input"}

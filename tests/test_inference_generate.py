@@ -16,8 +16,9 @@ from diffusers import EulerAncestralDiscreteScheduler
 from PIL import Image
 from tiny_sdxl import saved_base, saved_lora
 
+from inference.base import load_pipeline
 from inference.generate import encode_prompts, generate_images, image_names, main
-from inference.load import load_adapter, load_pipeline, unload_adapters
+from inference.load import load_adapter, unload_adapters
 
 PROMPTS = ["[V] photo of a cat", "[V] photo of a cat in the jungle"]
 

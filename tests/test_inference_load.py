@@ -20,18 +20,10 @@ from tiny_sdxl import (
 )
 from transformers import CLIPTextModel
 
+from inference.adapter_files import inspect_adapter, recorded_base
+from inference.base import check_base, check_xformers, load_pipeline
 from inference.components import FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
-from inference.load import (
-    check_base,
-    check_xformers,
-    inspect_adapter,
-    load_adapter,
-    load_pipeline,
-    loaded_adapters,
-    recorded_base,
-    set_adapter_scale,
-    unload_adapters,
-)
+from inference.load import load_adapter, loaded_adapters, set_adapter_scale, unload_adapters
 
 
 @pytest.fixture(scope="module")

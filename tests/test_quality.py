@@ -8,7 +8,8 @@ from PIL import Image
 
 from benchmarks.heldout_loss import heldout_loss
 from dreambooth.config import TrainConfig
-from inference.load import load_adapter, load_pipeline
+from inference.base import load_pipeline
+from inference.load import load_adapter
 from train_dreambooth_nora_sdxl import train
 
 ROOT = Path(__file__).parent.parent

@@ -24,8 +24,9 @@ from transformers import CLIPTextModel
 import train_dreambooth_nora_sdxl as trainer
 from dreambooth.config import LR_SCHEDULES, TrainConfig
 from dreambooth.prior import class_image_name
+from inference.base import load_pipeline
 from inference.components import FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
-from inference.load import load_adapter, load_pipeline
+from inference.load import load_adapter
 
 ROOT = Path(__file__).parent.parent
 CAT = ROOT / "assets" / "subjects" / "cat"

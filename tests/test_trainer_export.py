@@ -13,9 +13,10 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import dreambooth.launch
 import train_dreambooth_nora_sdxl as script
+from inference.base import load_pipeline
 from inference.components import EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS
 from inference.generate import encode_prompts
-from inference.load import load_adapter, load_pipeline, unload_adapters
+from inference.load import load_adapter, unload_adapters
 from trainer.export import KOHYA_WEIGHTS, PEFT_FOLDER, check_files
 
 FORMATS = {"output_kohya_format": True, "output_peft_format": True, "train_text_encoder": True}

@@ -16,8 +16,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import nora
+from inference.base import load_pipeline
 from inference.components import FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
-from inference.load import load_pipeline
 
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]

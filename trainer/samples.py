@@ -16,8 +16,8 @@ from dreambooth.config import TrainConfig
 from dreambooth.data import Concept
 from dreambooth.launch import PRECISIONS, log_images
 from dreambooth.prior import class_image_name
+from inference.base import load_pipeline, load_vae
 from inference.generate import generate_images, image_names
-from inference.load import load_pipeline, load_vae
 from storage.files import write_atomic
 from storage.pictures import png_bytes
 

@@ -1,0 +1,177 @@
+"""The base: SDXL from a folder, a file or the Hub, with another autoencoder, scheduler or a refiner if asked for."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import SingleFileComponentError
+from diffusers.utils import is_xformers_available
+from safetensors import SafetensorError
+from torch import nn
+
+from storage.files import read_json, read_safetensors_header
+
+BASE_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_CHECKPOINT_UNET = "model.diffusion_model."  # how single-file checkpoints spell the UNet's keys
+
+
+def check_base(base: str | Path) -> None:
+    """Raise ValueError unless `base` is a whole SDXL folder, a `.safetensors` file, or could be a Hub id."""
+    path = Path(base)
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise ValueError(
+                f"base {base} is a file, but not a .safetensors one: name a diffusers folder or such a file"
+            )
+        _, keys = read_safetensors_header(path, "base")
+        if not any(key.startswith(_CHECKPOINT_UNET) for key in keys):
+            raise ValueError(f"base {base} holds no UNet ({_CHECKPOINT_UNET}…): a whole SDXL checkpoint is needed")
+        return
+    if not path.exists():
+        if _HUB_ID.fullmatch(str(base)) and path.suffix != ".safetensors" and not path.parent.is_dir():
+            return
+        raise ValueError(
+            f"base {base} does not exist (looked from {Path.cwd()}): "
+            "name a diffusers folder, a .safetensors file or a Hub id"
+        )
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"base folder {base} has no model_index.json: it is not a diffusers pipeline folder")
+    class_name = read_json(index).get("_class_name")
+    if not str(class_name).startswith("StableDiffusionXL"):
+        raise ValueError(f"base folder {base} holds a {class_name}, and SDXL (StableDiffusionXLPipeline) is needed")
+    missing = [part for part in BASE_PARTS if not _part_is_there(path / part)]
+    if missing:
+        raise ValueError(f"base folder {base} lacks {', '.join(missing)}: copy or download the whole pipeline folder")
+
+
+def _part_is_there(folder: Path) -> bool:
+    if folder.name.startswith("tokenizer"):
+        return (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
+    if folder.name == "scheduler":
+        return (folder / "scheduler_config.json").is_file()
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+def load_pipeline(
+    base: str | Path,
+    torch_dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    **from_pretrained_options: Any,
+) -> StableDiffusionXLPipeline:
+    """Load SDXL from a diffusers folder, a Hub id or a single `.safetensors` file.
+
+    Args:
+        torch_dtype: of every model in the pipeline, text encoders stored in another dtype included.
+            None: float16 on a GPU, float32 on a CPU.
+        device: None: a GPU where there is one.
+        from_pretrained_options: passed on, such as `variant="fp16"` or `local_files_only=True`.
+
+    Raises:
+        ValueError: the base is missing, incomplete, not SDXL, or can't be fetched.
+    """
+    check_base(base)
+    device = torch.device(device or default_device())
+    torch_dtype = torch_dtype or default_dtype(device)
+    options = {
+        "dtype": torch_dtype,
+        "add_watermarker": False,  # an invisible watermark would differ between machines with and without its package
+        **from_pretrained_options,
+    }
+    try:
+        if Path(base).is_file():
+            pipeline = StableDiffusionXLPipeline.from_single_file(str(base), **options)
+        else:
+            # safetensors only: a pickle from outside can run code
+            pipeline = StableDiffusionXLPipeline.from_pretrained(str(base), use_safetensors=True, **options)
+    except (OSError, SafetensorError, SingleFileComponentError) as error:
+        where = "" if Path(base).exists() else f", which is no folder in {Path.cwd()} either,"
+        reason = textwrap.shorten(str(error).strip().split("\n")[0], 200, placeholder="…")
+        raise ValueError(f"base {base}{where} could not be loaded: {reason}") from error
+    _check_loaded(base, pipeline, from_pretrained_options)
+    pipeline.vae.enable_slicing()  # one image at a time: decoding four at 1024 px takes more memory than the UNet
+    for model in pipeline.components.values():
+        if isinstance(model, nn.Module) and model.dtype != torch_dtype:
+            model.to(torch_dtype)
+    return pipeline.to(device)
+
+
+def _check_loaded(base: str | Path, pipeline: StableDiffusionXLPipeline, given: dict[str, Any]) -> None:
+    """Refuse relatives of SDXL that load as it: diffusers leaves out what another family lacks."""
+    missing = [part for part in BASE_PARTS if part not in given and getattr(pipeline, part) is None]
+    if missing:
+        raise ValueError(f"base {base} has no {', '.join(missing)}: SDXL is needed, and this is another model")
+    if pipeline.unet is not None:
+        config = pipeline.unet.config
+        if config.addition_embed_type != "text_time" or config.in_channels != pipeline.vae.config.latent_channels:
+            raise ValueError(
+                f"base {base} has a UNet with {config.in_channels} input channels and {config.addition_embed_type} "
+                "conditioning: SDXL's text-to-image UNet is needed, with text_time conditioning"
+            )
+
+
+def base_geometry(base: str | Path, **download_options: Any) -> tuple[int, int]:
+    """Side of the pictures that a base was trained on, and what a side must be a multiple of; pixels.
+
+    Only configurations are read. A single file has no configuration, and is SDXL at its own size.
+    """
+    if Path(base).is_file():
+        return 1024, 32
+    options = {name: value for name, value in download_options.items() if name != "variant"}
+    try:
+        unet = UNet2DConditionModel.load_config(str(base), subfolder="unet", **options)
+        vae = AutoencoderKL.load_config(str(base), subfolder="vae", **options)
+    except (OSError, ValueError) as error:
+        reason = textwrap.shorten(str(error).strip().split("\n")[0], 200, placeholder="…")
+        raise ValueError(f"base {base} could not be loaded: {reason}") from error
+    vae_scale_factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    return unet["sample_size"] * vae_scale_factor, vae_scale_factor * 2 ** (len(unet["block_out_channels"]) - 1)
+
+
+def load_vae(path: str, device: torch.device | str) -> AutoencoderKL:
+    """An autoencoder to use instead of the base's own, in fp32.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    folder = Path(path)
+    subfolder = "vae" if (folder / "vae" / "config.json").is_file() else None
+    try:
+        if folder.is_file():
+            vae = AutoencoderKL.from_single_file(path)
+        else:
+            vae = AutoencoderKL.from_pretrained(path, subfolder=subfolder, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"autoencoder {path} could not be loaded: {str(error).strip().splitlines()[0]}") from error
+    return vae.to(device, torch.float32).requires_grad_(False)
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def check_xformers(device: torch.device | str) -> None:
+    """Raise ValueError, with the way out, where xformers' attention can't serve."""
+    way_out = "leave --enable_xformers_memory_efficient_attention out, PyTorch's own attention is used then"
+    if torch.device(device).type != "cuda":
+        raise ValueError(f"xformers' attention needs a CUDA GPU and the device is {device}: {way_out}")
+    if not is_xformers_available():
+        raise ValueError(f"xformers is not installed: pip install xformers, or {way_out}")
+    try:
+        from xformers.ops import memory_efficient_attention
+
+        query = torch.zeros(1, 2, 40, device=device)  # fp32, as in the trial that diffusers makes
+        memory_efficient_attention(query, query, query)
+    except (ImportError, NotImplementedError, RuntimeError) as error:  # built for another PyTorch, or for other GPUs
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"xformers' attention does not run on {device} ({reason}): {way_out}") from error
