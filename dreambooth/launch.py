@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 
 from .config import TrainConfig
+from .sharding import accelerator_class
 
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What a hub repository gets; checkpoints, logs and encoded pictures stay at home.
@@ -27,7 +28,7 @@ def make_accelerator(config: TrainConfig, output_dir: Path) -> Accelerator:
     """Devices, processes and precision.
 
     Raises:
-        ValueError: for a precision or a tracker that can't be used here.
+        ValueError: for a precision, a tracker or a configuration of accelerate that can't be used here.
     """
     check_trackers(config.report_to)
     mixed_precision = config.mixed_precision
@@ -35,7 +36,7 @@ def make_accelerator(config: TrainConfig, output_dir: Path) -> Accelerator:
         # SDXL in fp32 fits few cards, and an accelerate that was never configured says "no".
         configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         mixed_precision = "fp16" if configured == "no" else configured
-    accelerator = Accelerator(
+    accelerator = accelerator_class(config)(
         mixed_precision="no" if mixed_precision == "fp32" else mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if config.report_to == "none" else config.report_to,

@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_resume import command
-from test_trainer import losses
+from test_trainer import losses, run
 from tiny_sdxl import saved_base  # noqa: F401 (built before the processes race to build it)
 
 from dreambooth.prior import class_image_name
 from inference.components import FOLDED_WEIGHTS
+from trainer.methods import TRAINED_STATE
 
+CONFIGS = Path(__file__).parent.parent / "configs" / "accelerate"
 VARIANTS = {
     "unet": ["--random_flip"],
     "text encoders, class images": [
@@ -29,10 +31,14 @@ VARIANTS = {
 }
 
 
-def launch(folder: Path, processes: int, *flags: str) -> Path:
+def launch(folder: Path, processes: int, *flags: str, config: str | None = None) -> Path:
+    folder.mkdir(exist_ok=True)
     one = command(folder, "--max_train_steps", "4", "--learning_rate", "1e-3", *flags)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
-    launcher += ["--multi_gpu"] if processes > 1 else []  # accelerate's word for several processes of one machine
+    if config:
+        launcher += ["--config_file", str(CONFIGS / config)]
+    elif processes > 1:
+        launcher += ["--multi_gpu"]  # accelerate's word for several processes of one machine
     if "lora" in flags:  # has nothing to calibrate
         place = one.index("--calibration_passes")
         del one[place : place + 2]
@@ -44,6 +50,7 @@ def launch(folder: Path, processes: int, *flags: str) -> Path:
         cwd=folder,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    (folder / "stdout").write_text(done.stdout)
     return folder
 
 
@@ -52,7 +59,6 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, variant):
     ends = []
     for processes, batch in ((1, 4), (2, 2)):
         folder = tmp_path / str(processes)
-        folder.mkdir()
         flags = [flag.replace("CLASSES", str(folder / "classes")) for flag in VARIANTS[variant]]
         if "lora" not in flags:  # passes are of one process's batch
             flags += ["--calibration_passes", str(8 // batch)]
@@ -70,3 +76,38 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, variant):
             assert torch.allclose(*updates, atol=1e-5), key
     assert json.loads((two / "run.json").read_text())["num_processes"] == 2
     assert [json.loads(line)["step"] for line in (two / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_a_split_base_trains_the_same_adapter(tmp_path):
+    flags = ["--gradient_checkpointing", "--ema_decay", "0.9", "--checkpointing_steps", "2"]
+    flags += ["--num_validation_images", "1", "--calibration_passes", "2"]
+    whole, split = (
+        launch(tmp_path / config, 2, *flags, config=config) for config in ("cpu_processes.yaml", "fsdp.yaml")
+    )
+    assert losses(split) == pytest.approx(losses(whole), abs=1e-5)
+    assert "holds 0.5 MB of the UNet's 1.1 MB" in (split / "stdout").read_text()
+    assert len(list((split / "samples").glob("*.png"))) == 1
+    names = sorted(path.name for path in (whole / "checkpoint-2").iterdir())
+    assert sorted(path.name for path in (split / "checkpoint-2").iterdir()) == names  # the adapter alone
+    for file in (FOLDED_WEIGHTS, f"checkpoint-2/{TRAINED_STATE}"):
+        first, second = load_file(whole / file), load_file(split / file)
+        assert first.keys() == second.keys()
+        for key in first:
+            assert torch.allclose(first[key], second[key], atol=1e-5), key
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "words"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed, which is not supported"),
+        ({"ACCELERATE_USE_FSDP": "true"}, {"low_vram": True}, "--quantize_base int8 .* can't be split"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, {}, "fsdp_version 1, and only 2"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}, {}, "fsdp_offload_params true"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(tmp_path, monkeypatch, environment, options, words):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=words):
+        run(tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()

@@ -16,6 +16,7 @@ from dreambooth.config import TrainConfig
 from dreambooth.data import Concept
 from dreambooth.launch import PRECISIONS, log_images
 from dreambooth.prior import class_image_name
+from dreambooth.sharding import SplittingAccelerator
 from inference.base import load_pipeline, load_vae
 from inference.generate import generate_images, image_names
 from storage.files import write_atomic
@@ -66,12 +67,13 @@ def draw_class_images(
 def draw_samples(
     config: TrainConfig, accelerator: Accelerator, parts: dict[str, Any], dtype: torch.dtype
 ) -> list[Sample]:
-    """Pictures by the adapter as it is now: inference's own function, on the live modules. Main process only.
+    """Pictures by the adapter as it is now: inference's own function, on the live modules. For the main process only.
 
     Args:
         parts: of the pipeline, by name: what is trained, and the tokenizers, which may know a new word.
     """
-    if config.num_validation_images == 0 or not accelerator.is_main_process:
+    everyone_draws = isinstance(accelerator, SplittingAccelerator)  # each has a part of the base that the others need
+    if config.num_validation_images == 0 or not (accelerator.is_main_process or everyone_draws):
         return []
     # What is frozen is loaded anew, because it was freed after encoding. The trained models are put in afterwards:
     # load_pipeline casts all it holds, and their adapters must stay fp32.
@@ -84,11 +86,13 @@ def draw_samples(
     pipeline.register_modules(**parts)
     names = image_names(config.validation_prompt)
     seeds = range(config.seed, config.seed + config.num_validation_images)
-    bar = tqdm(total=len(names) * len(seeds), desc="samples", unit="image")
+    bar = tqdm(total=len(names) * len(seeds), desc="samples", unit="image", disable=not accelerator.is_main_process)
     options = {"num_inference_steps": config.num_inference_steps, "batch_size": config.sample_batch_size}
     # What is trained computes in mixed precision by itself; SDXL's autoencoder overflows in fp16.
     pipeline.vae.float()
     drawn = list(generate_images(pipeline, config.validation_prompt, seeds, progress=bar, **options))
+    if not accelerator.is_main_process:
+        return []
     return [Sample(one.prompt, f"{names[one.prompt]}-seed{one.seed}.png", one.image) for one in drawn]
 
 
