@@ -105,14 +105,20 @@ def read_run_record(path: str | Path) -> dict[str, Any]:
     return read_json(record) if record.is_file() else {}
 
 
+def recorded_config(path: str | Path) -> dict[str, Any]:
+    """The flags of the run that made an adapter; {} where they are not known."""
+    config = read_run_record(path).get("config")
+    return config if isinstance(config, dict) else {}
+
+
 def recorded_base(path: str | Path) -> str:
     """The base that an adapter was trained on, as its `run.json` names it.
 
     Raises:
         ValueError: there is no record, or the base it names is not here.
     """
-    base = (read_run_record(path).get("config") or {}).get("pretrained_model_name_or_path")
-    if not base:
+    base = recorded_config(path).get("pretrained_model_name_or_path")
+    if not isinstance(base, str) or not base:
         raise ValueError(f"adapter {path} has no {RUN_RECORD} that names its base: name it with --base")
     try:
         check_base(base)
@@ -145,6 +151,10 @@ def check_lora_fits(path: Path, shapes: Mapping[str, tuple[int, ...]], component
         if weight is None:
             raise ValueError(
                 f"adapter {path} belongs to another base: this one has no layer {layer}; use the base it was trained on"
+            )
+        if not all(len(shape) == weight.ndim and min(shape) > 0 for shape in pair.values()):
+            raise ValueError(
+                f"adapter {path}: {layer} has lora_A {pair['A']} and lora_B {pair['B']}, the file is damaged"
             )
         (rank, in_features), (out_features, rank_out) = pair["A"][:2], pair["B"][:2]
         if rank != rank_out:

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    SchedulerMixin,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import is_xformers_available
 from safetensors import SafetensorError
@@ -135,7 +141,7 @@ def base_geometry(base: str | Path, **download_options: Any) -> tuple[int, int]:
 
 
 def load_vae(path: str, device: torch.device | str) -> AutoencoderKL:
-    """An autoencoder to use instead of the base's own, in fp32.
+    """An autoencoder to use instead of the base's own, in fp32, because SDXL's overflows in fp16.
 
     Raises:
         ValueError: if there is none.
@@ -150,6 +156,68 @@ def load_vae(path: str, device: torch.device | str) -> AutoencoderKL:
     except (OSError, ValueError) as error:
         raise ValueError(f"autoencoder {path} could not be loaded: {str(error).strip().splitlines()[0]}") from error
     return vae.to(device, torch.float32).requires_grad_(False)
+
+
+def make_scheduler(name: str, current: SchedulerMixin) -> SchedulerMixin:
+    """Another of diffusers' schedulers, with the noise schedule and the prediction of the base's own.
+
+    Args:
+        name: of the class, with or without "Scheduler" at its end, upper or lower case.
+
+    Raises:
+        ValueError: listing those that go with the base.
+    """
+    known = {cls.__name__.removesuffix("Scheduler").lower(): cls for cls in current.compatibles}
+    wanted = known.get(name.lower().removesuffix("scheduler"))
+    if wanted is None:
+        names = ", ".join(sorted(cls.__name__.removesuffix("Scheduler") for cls in known.values()))
+        raise ValueError(f"--scheduler {name} is none that goes with this base: choose one of {names}")
+    try:
+        return wanted.from_config(current.config)
+    except ImportError as error:  # one of them needs torchsde
+        raise ValueError(f"--scheduler {name}: {str(error).strip().splitlines()[0]}") from error
+
+
+def load_refiner(
+    path: str, base: StableDiffusionXLPipeline, torch_dtype: torch.dtype, device: str | torch.device | None
+) -> StableDiffusionXLImg2ImgPipeline:
+    """SDXL's refiner; it shares the base's autoencoder, because it goes on with the base's latents.
+
+    Raises:
+        ValueError: if there is none, or if it is of another family.
+    """
+    options = {"dtype": torch_dtype, "vae": base.vae, "add_watermarker": False}
+    try:
+        if Path(path).is_file():
+            refiner = StableDiffusionXLImg2ImgPipeline.from_single_file(path, **options)
+        else:
+            refiner = StableDiffusionXLImg2ImgPipeline.from_pretrained(path, use_safetensors=True, **options)
+    except (OSError, ValueError, SafetensorError, SingleFileComponentError) as error:
+        raise ValueError(f"--refiner {path} could not be loaded: {str(error).strip().splitlines()[0]}") from error
+    if refiner.unet.config.in_channels != base.unet.config.in_channels:
+        raise ValueError(
+            f"--refiner {path} has {refiner.unet.config.in_channels} input channels: another base's refiner"
+        )
+    return refiner.to(device or default_device())
+
+
+def check_device(name: str | None) -> torch.device:
+    """The device of a --device flag; None: a GPU where there is one.
+
+    Raises:
+        ValueError: if it is none, or not here.
+    """
+    try:
+        device = torch.device(name) if name is not None else default_device()
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        gpus = torch.cuda.device_count()
+        raise ValueError(
+            f"--device {name} can't be used (this machine has {gpus} CUDA GPUs): say cpu or cuda"
+        ) from error
+    if device.type == "meta":
+        raise ValueError("--device meta computes nothing: say cpu or cuda")
+    return device
 
 
 def default_device() -> torch.device:

@@ -320,7 +320,7 @@ def run(config: GalleryConfig) -> tuple[Path, Path]:
         for column in columns:
             bar.set_description(column.name)
             if column.path is not None:
-                load_adapter(pipeline, column.path, scale=config.scale)
+                load_adapter(pipeline, column.path, scale=config.scales[0])
             for drawn in generate_images(pipeline, prompts, seeds, progress=bar, **config.sampling_options()):
                 images[column.name, drawn.prompt, drawn.seed] = drawn.image
             unload_adapters(pipeline)
@@ -329,7 +329,7 @@ def run(config: GalleryConfig) -> tuple[Path, Path]:
     settings = {
         "base": base,
         "sampling": f"{config.num_inference_steps} steps, guidance {config.guidance_scale:g}, {width}×{height} pixels"
-        + (f", adapter scale {config.scale:g}" if config.scale != 1 else "")
+        + (f", adapter scale {config.scales[0]:g}" if config.scales[0] != 1 else "")
         + (f", negative prompt “{config.negative_prompt}”" if config.negative_prompt else ""),
     }
     page = render_page(columns, images, prompts, seeds, settings, instances)

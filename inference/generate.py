@@ -9,23 +9,35 @@ import hashlib
 import json
 import math
 import re
+import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
 from inference.adapter_files import inspect_adapter, recorded_base
-from inference.base import check_base, check_xformers, default_device, load_pipeline
+from inference.base import (
+    check_base,
+    check_device,
+    check_xformers,
+    default_device,
+    default_dtype,
+    load_pipeline,
+    load_refiner,
+    load_vae,
+    make_scheduler,
+)
 from inference.cli import parse_config, quiet_libraries, run_command
-from inference.load import load_adapter
+from inference.load import adapted_components, load_adapter, set_adapter_scale
 from inference.tokens import spell_out
 from storage.files import check_writable_target, write_atomic
 from storage.pictures import png_bytes
@@ -34,6 +46,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MANIFEST = "manifest.jsonl"
 SIZE_MULTIPLE = 8  # diffusers' SDXL pipeline refuses other heights and widths
 MAX_SEED = 2**63 - 1
+MAX_SCALE = 100  # beyond it a picture is noise, and in fp16 an overflow
 
 
 @dataclass(frozen=True)
@@ -46,11 +59,21 @@ class GeneratedImage:
 PromptEmbeds = dict[str, torch.Tensor]  # keyword arguments of the pipeline, one prompt's
 
 
+@dataclass(frozen=True)
+class Refiner:
+    """SDXL's second model, which takes over for the last steps (SDXL, arXiv 2307.01952, section 2.5)."""
+
+    pipeline: StableDiffusionXLImg2ImgPipeline
+    start: float = 0.8  # share of the steps that the base takes
+
+
 # --- sampling ---------------------------------------------------------------------------------------------------------
 
 
 def encode_prompts(
-    pipeline: StableDiffusionXLPipeline, prompts: Sequence[str], negative_prompt: str | None = None
+    pipeline: StableDiffusionXLPipeline | StableDiffusionXLImg2ImgPipeline,
+    prompts: Sequence[str],
+    negative_prompt: str | None = None,
 ) -> dict[str, PromptEmbeds]:
     """Each prompt's embeddings, for `generate_images` on a pipeline whose text encoders will be gone by then.
 
@@ -100,6 +123,7 @@ def generate_images(
     height: int | None = None,
     width: int | None = None,
     batch_size: int = 1,
+    refiner: Refiner | None = None,
     output_type: Literal["pil", "np", "pt", "latent"] = "pil",
     progress: bool | tqdm = True,
 ) -> Iterator[GeneratedImage]:
@@ -113,6 +137,7 @@ def generate_images(
         encoded_prompts: of `encode_prompts`, for a pipeline without text encoders; the negative prompt is in it.
         height, width: in pixels, multiples of 8. None: the size the base was trained at.
         batch_size: images at a time; a memory setting, without effect on the images.
+        refiner: draws the last steps; it has text encoders of its own, which know no adapter and no new word.
         progress: show a bar over all images, or count them on a bar of the caller's.
 
     Raises:
@@ -140,6 +165,8 @@ def generate_images(
         lambda: encoded_prompts or encode_prompts(pipeline, prompts, negative_prompt),
         batch_size,
         progress,
+        refiner,
+        lambda: encode_prompts(refiner.pipeline, prompts, negative_prompt) if refiner else {},
     )
 
 
@@ -150,27 +177,41 @@ def _generate_batches(
     encode: Callable[[], Mapping[str, PromptEmbeds]],
     batch_size: int,
     progress: bool | tqdm,
+    refiner: Refiner | None,
+    encode_for_refiner: Callable[[], Mapping[str, PromptEmbeds]],
 ) -> Iterator[GeneratedImage]:
     own_bar = isinstance(progress, bool)
     bar = tqdm(total=len(requests), unit="image", disable=not progress) if own_bar else progress
     scale = pipeline.vae_scale_factor
     latents_shape = (pipeline.unet.config.in_channels, call_options["height"] // scale, call_options["width"] // scale)
     pipeline.set_progress_bar_config(disable=True)  # one bar over the images, not one over the steps of each batch
+    base_options = call_options
+    if refiner:
+        refiner.pipeline.set_progress_bar_config(disable=True)
+        base_options = call_options | {"output_type": "latent", "denoising_end": refiner.start}
     try:
-        encoded = encode()
+        encoded, encoded_for_refiner = encode(), encode_for_refiner()
         for start in range(0, len(requests), batch_size):
             batch = requests[start : start + batch_size]
             generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in batch]
             # (B, 4, H/8, W/8): drawn in fp32 and then cast, so that fp16 and fp32 runs start from the same noise
             latents = torch.stack([torch.randn(latents_shape, generator=generator) for generator in generators])
-            embeds = [encoded[prompt] for prompt, _ in batch]
             try:
                 with evaluation_mode(pipeline):
                     images = pipeline(
-                        **{name: torch.cat([one[name] for one in embeds]) for name in embeds[0]},
+                        **_stack([encoded[prompt] for prompt, _ in batch]),
                         generator=generators,
                         latents=latents.to(pipeline.unet.dtype),
-                        **call_options,
+                        **base_options,
+                    ).images
+                if refiner:
+                    names = ("num_inference_steps", "guidance_scale", "output_type")  # the size is the latents'
+                    images = refiner.pipeline(
+                        **_stack([encoded_for_refiner[prompt] for prompt, _ in batch]),
+                        image=images,
+                        denoising_start=refiner.start,
+                        generator=generators,
+                        **{name: call_options[name] for name in names},
                     ).images
             except torch.OutOfMemoryError as error:
                 raise ValueError(
@@ -183,6 +224,13 @@ def _generate_batches(
     finally:
         if own_bar:
             bar.close()
+
+
+def _stack(embeds: Sequence[PromptEmbeds]) -> PromptEmbeds:
+    """One batch of several prompts' embeddings; SDXL's refiner has none of a first encoder, and diffusers says None."""
+    return {
+        name: None if value is None else torch.cat([one[name] for one in embeds]) for name, value in embeds[0].items()
+    }
 
 
 def check_sampling(
@@ -217,8 +265,8 @@ def check_sampling(
 
 
 def _check_distinct(name: str, values: Sequence[Any]) -> None:
-    repeated = next((value for value in values if list(values).count(value) > 1), None)
-    if repeated is not None:
+    if len(set(values)) < len(values):
+        repeated = next(value for value, count in Counter(values).items() if count > 1)
         raise ValueError(f"{name} {repeated!r} is given twice, which would draw the same images twice")
 
 
@@ -242,7 +290,14 @@ class SamplingConfig:
         default=None,
         metadata={"help": "SDXL: a diffusers folder, a .safetensors file or a Hub id. Default: the adapter's own."},
     )
-    scale: float = field(default=1.0, metadata={"help": "Factor on the adapter's update; 0 is the base."})
+    scale: list[float] | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--scales"],
+            "action": "extend",
+            "help": "Factor on the adapters' update; 0 is the base. Several: every image at each of them. Default: 1.",
+        },
+    )
     negative_prompt: str | None = field(default=None, metadata={"help": "What to steer away from."})
     num_inference_steps: int = field(default=50, metadata={"help": "Denoising steps per image."})
     guidance_scale: float = field(default=5.0, metadata={"help": "Classifier-free guidance."})
@@ -253,6 +308,21 @@ class SamplingConfig:
         default=None, metadata={"help": "Of all models. Default: fp16 on a GPU, fp32 on a CPU."}
     )
     device: str | None = field(default=None, metadata={"help": "Such as cuda:1. Default: a GPU where there is one."})
+    scheduler: str | None = field(
+        default=None, metadata={"help": "Class of diffusers, such as DPMSolverMultistep. Default: the base's own."}
+    )
+    vae: str | None = field(default=None, metadata={"help": "Another autoencoder: a folder, a file or a Hub id."})
+    refiner: str | None = field(
+        default=None, metadata={"help": "SDXL's refiner for the last steps: a folder, a file or a Hub id."}
+    )
+    refiner_start: float = field(default=0.8, metadata={"help": "Share of the steps before the refiner takes over."})
+    fuse: bool = field(
+        default=False, metadata={"help": "Merge the adapters into the base's weights: no cost per step."}
+    )
+    offload: Literal["none", "model", "sequential"] = field(
+        default="none",
+        metadata={"help": "Keep what is not computing in main memory: model by model, or layer by layer (slow)."},
+    )
     enable_xformers_memory_efficient_attention: bool = field(
         default=False, metadata={"help": "xformers' attention instead of PyTorch's (CUDA only)."}
     )
@@ -267,22 +337,56 @@ class SamplingConfig:
             self.width,
             self.batch_size,
         )
-        if not math.isfinite(self.scale):
-            raise ValueError(f"--scale {self.scale} must be a finite number; 1 is the adapter as trained")
-        try:
-            device = torch.device(self.device or default_device())
-        except RuntimeError as error:
-            raise ValueError(f"--device {self.device} is no device: say cpu, cuda or cuda:1") from error
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"--device {self.device}: this machine has {torch.cuda.device_count()} CUDA GPUs")
+        for scale in self.scales:
+            if not abs(scale) <= MAX_SCALE:
+                raise ValueError(f"--scale {scale:g} must be from -{MAX_SCALE} to {MAX_SCALE}; 1 is as trained")
+        _check_distinct("--scale", self.scales)
+        if self.fuse and len(self.scales) > 1:
+            raise ValueError("--fuse merges the adapters at one scale: give one --scale, or leave --fuse out")
+        if not 0 < self.refiner_start < 1:
+            raise ValueError(f"--refiner_start {self.refiner_start:g} must be between 0 and 1, such as 0.8")
+        device = check_device(self.device)
+        if self.offload != "none" and device.type == "cpu":
+            raise ValueError(
+                f"--offload {self.offload} moves models between a GPU and main memory: leave it out on a CPU"
+            )
         if self.enable_xformers_memory_efficient_attention:
             check_xformers(device)
 
+    @property
+    def scales(self) -> list[float]:
+        return self.scale or [1.0]
+
     def load_pipeline(self, base: str) -> StableDiffusionXLPipeline:
-        pipeline = load_pipeline(base, torch_dtype=DTYPES[self.dtype] if self.dtype else None, device=self.device)
+        """The base as the flags want it, in main memory still if it is to be offloaded: see `settle`."""
+        device = "cpu" if self.offload != "none" else self.device
+        pipeline = load_pipeline(base, torch_dtype=self.torch_dtype, device=device)
+        if self.vae:
+            pipeline.register_modules(vae=load_vae(self.vae, pipeline.device))
+        if self.scheduler:
+            pipeline.scheduler = make_scheduler(self.scheduler, pipeline.scheduler)
         if self.enable_xformers_memory_efficient_attention:
             pipeline.enable_xformers_memory_efficient_attention()
         return pipeline
+
+    def load_refiner(self, pipeline: StableDiffusionXLPipeline) -> Refiner | None:
+        if not self.refiner:
+            return None
+        device = "cpu" if self.offload != "none" else self.device
+        return Refiner(load_refiner(self.refiner, pipeline, self.torch_dtype, device), self.refiner_start)
+
+    def settle(self, pipeline: StableDiffusionXLPipeline | StableDiffusionXLImg2ImgPipeline) -> None:
+        """What has to wait until the adapters are on: hooks on a module don't follow it into an adapter's layer."""
+        if self.fuse and (parts := adapted_components(pipeline)):
+            pipeline.fuse_lora(components=parts)
+        if self.offload == "model":
+            pipeline.enable_model_cpu_offload(device=self.device or default_device())
+        elif self.offload == "sequential":
+            pipeline.enable_sequential_cpu_offload(device=self.device or default_device())
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype] if self.dtype else default_dtype(check_device(self.device))
 
     def sampling_options(self) -> dict[str, Any]:
         """The keyword arguments of `generate_images` that these flags set."""
@@ -294,7 +398,17 @@ class SamplingConfig:
 class GenerateConfig(SamplingConfig):
     """Flags of `python -m inference.generate`."""
 
-    adapter: str | None = field(default=None, metadata={"help": "Run folder or adapter file. Default: the base alone."})
+    adapter: list[str] | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--adapters"],
+            "action": "extend",
+            "help": "Run folders, LoRA files of diffusers or kohya, PEFT folders; together. Default: the base alone.",
+        },
+    )
+    adapter_weights: list[float] | None = field(
+        default=None, metadata={"action": "extend", "help": "One for each --adapter, times --scale. Default: 1 each."}
+    )
     prompt: list[str] | None = field(
         default=None,
         metadata={"aliases": ["--prompts"], "action": "extend", "help": "One or several; the flag may be repeated."},
@@ -310,6 +424,17 @@ class GenerateConfig(SamplingConfig):
     def all_prompts(self) -> list[str]:
         return [*(self.prompt or []), *(read_prompts(self.prompt_file) if self.prompt_file else [])]
 
+    def weighted_adapters(self) -> dict[str, float]:
+        """Path -> weight."""
+        paths, weights = self.adapter or [], self.adapter_weights
+        _check_distinct("--adapter", paths)
+        if weights is not None and len(weights) != len(paths):
+            raise ValueError(f"--adapter_weights has {len(weights)} numbers for {len(paths)} adapters: give one each")
+        for weight in weights or []:
+            if not abs(weight) <= MAX_SCALE:
+                raise ValueError(f"--adapter_weights {weight:g} must be from -{MAX_SCALE} to {MAX_SCALE}")
+        return dict(zip(paths, weights or [1.0] * len(paths)))
+
     def all_seeds(self) -> list[int]:
         if self.seeds:
             if self.seed is not None or self.num_images is not None:
@@ -320,11 +445,26 @@ class GenerateConfig(SamplingConfig):
         first = self.seed or 0
         return list(range(first, first + (self.num_images or 1)))
 
+    def record(self, base: str, pipeline: StableDiffusionXLPipeline, scale: float) -> dict[str, Any]:
+        """What an image depends on besides its prompt, seed and size, under the names of the flags."""
+        names = ("adapter", "adapter_weights", "negative_prompt", "num_inference_steps", "guidance_scale", "vae")
+        dtype = next(name for name, dtype in DTYPES.items() if dtype == pipeline.unet.dtype)
+        return {
+            "base": base,
+            **{name: getattr(self, name) for name in names},
+            "scale": scale,
+            "scheduler": type(pipeline.scheduler).__name__,
+            "refiner": self.refiner,
+            "refiner_start": self.refiner_start if self.refiner else None,
+            "fuse": self.fuse,
+            "dtype": dtype,
+        }
+
     def output_folder(self) -> Path:
         if self.output:
             return Path(self.output)
         if self.adapter:
-            path = Path(self.adapter)
+            path = Path(self.adapter[0])
             return (path if path.is_dir() else path.parent) / "images"  # not samples: those are the run's own
         return Path("out/images")
 
@@ -392,40 +532,52 @@ def write_manifest(folder: Path, records: Sequence[dict[str, Any]]) -> None:
 def run(config: GenerateConfig) -> Path:
     """Draw, save and list the images; returns the folder. Everything is checked before the pipeline is loaded."""
     prompts, seeds, folder = config.all_prompts(), config.all_seeds(), config.output_folder()
+    adapters = config.weighted_adapters()
     config.check_sampling(prompts, seeds)
-    if config.adapter:
-        inspect_adapter(config.adapter)
-    elif config.scale != 1:
-        raise ValueError(f"--scale {config.scale:g} needs an adapter to scale: name one with --adapter")
-    base = choose_base(config.base, config.adapter)
+    for path in adapters:
+        inspect_adapter(path)
+    if config.scale and config.scales != [1] and not adapters:
+        raise ValueError(f"--scale {config.scales[0]:g} needs an adapter to scale: name one with --adapter")
+    base = choose_base(config.base, next(iter(adapters), None))
     check_writable_target(folder, "--output", folder=True)
     read_manifest(folder)
 
     pipeline = config.load_pipeline(base)
-    if config.adapter:
-        load_adapter(pipeline, config.adapter, scale=config.scale)
+    names = {load_adapter(pipeline, path, scale=weight * config.scales[0]): path for path, weight in adapters.items()}
+    refiner = config.load_refiner(pipeline)
+    for one in (pipeline, *([refiner.pipeline] if refiner else [])):
+        config.settle(one)
     warn_of_truncated_prompts(pipeline, prompts)
-
-    shared = asdict(config)
-    kept = ("adapter", "scale", "negative_prompt", "num_inference_steps", "guidance_scale")
-    shared = {
-        "base": base,
-        **{name: shared[name] for name in kept},
-        "dtype": str(pipeline.dtype).removeprefix("torch."),
-    }
-    names, records = image_names(prompts), []
+    stems, records = image_names(prompts), []
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        for drawn in generate_images(pipeline, prompts, seeds, **config.sampling_options()):
-            name = f"{names[drawn.prompt]}-seed{drawn.seed}.png"
-            write_atomic(folder / name, png_bytes(drawn.image))
-            width, height = drawn.image.size
-            records.append(
-                {"file": name, "prompt": drawn.prompt, "seed": drawn.seed, "width": width, "height": height, **shared}
-            )
+        for scale in config.scales:
+            if not config.fuse:
+                for name, path in names.items():
+                    set_adapter_scale(pipeline, name, adapters[path] * scale)
+            suffix = f"-scale{scale:g}" if len(config.scales) > 1 else ""
+            for drawn in generate_images(pipeline, prompts, seeds, refiner=refiner, **config.sampling_options()):
+                name = f"{stems[drawn.prompt]}-seed{drawn.seed}{suffix}.png"
+                width, height = drawn.image.size
+                one = {"prompt": drawn.prompt, "seed": drawn.seed, "width": width, "height": height}
+                record = {"file": name, **one, **config.record(base, pipeline, scale)}
+                text = {"parameters": json.dumps(record, ensure_ascii=False), "command": remake_command(record)}
+                write_atomic(folder / name, png_bytes(drawn.image, text))
+                records.append(record)
     finally:
         write_manifest(folder, records)  # also when interrupted: the images drawn so far are listed
     return folder
+
+
+def remake_command(record: Mapping[str, Any]) -> str:
+    """The command that draws one image of a manifest again."""
+    command = ["python", "-m", "inference.generate"]
+    for name, value in record.items():
+        if name == "file" or value is None or value is False or (name == "scale" and not record["adapter"]):
+            continue
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        command += [f"--{name}", *map(str, values)]
+    return shlex.join(command)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from diffusers import StableDiffusionXLPipeline
+from diffusers.utils.state_dict_utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 from peft import PeftConfig, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -76,8 +77,11 @@ def _check_fits(pipeline: StableDiffusionXLPipeline, file: AdapterFile, componen
     if file.kind == "folded":
         check_lora_fits(file.path, file.shapes, components)
     elif file.kind == "kohya":
-        # the names say nothing of the layer until diffusers has translated them
+        # the names say nothing of the layer until diffusers has translated them, which it does in two steps
         weights, _ = pipeline.lora_state_dict(str(file.path), unet_config=pipeline.unet.config)
+        text = {key: weight for key, weight in weights.items() if key.startswith("text_encoder")}
+        unet = {key: weight for key, weight in weights.items() if key not in text}
+        weights = convert_unet_state_dict_to_peft(unet) | (convert_state_dict_to_peft(text) if text else {})
         check_lora_fits(file.path, {key: tuple(weight.shape) for key, weight in weights.items()}, components)
     elif file.kind == "inner":
         if absent := [prefix for prefix in nora.inner_prefixes(file.path) if prefix not in components]:
@@ -107,6 +111,12 @@ def loaded_adapters(pipeline: StableDiffusionXLPipeline) -> list[str]:
     """Names of the adapters on any part of the pipeline, in the order they were loaded."""
     components = adapter_components(pipeline).values()
     return list(dict.fromkeys(name for module in components for name in getattr(module, "peft_config", None) or {}))
+
+
+def adapted_components(pipeline: StableDiffusionXLPipeline) -> list[str]:
+    """Names of the parts that carry an adapter."""
+    parts = {name: getattr(pipeline, name, None) for name in COMPONENT_NAMES}
+    return [name for name, module in parts.items() if module is not None and _tuner_layers(module)]
 
 
 def set_adapter_scale(pipeline: StableDiffusionXLPipeline, name: str, scale: float) -> None:

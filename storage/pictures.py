@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 # What file managers leave behind without being asked.
 LITTER = {"thumbs.db", "desktop.ini"}
@@ -69,7 +71,15 @@ def open_image(source: Path | bytes, name: str | None = None, keep_alpha: bool =
     return image
 
 
-def png_bytes(image: Image.Image) -> bytes:
+def png_bytes(image: Image.Image, text: Mapping[str, str] | None = None) -> bytes:
+    """A PNG file's bytes.
+
+    Args:
+        text: metadata, by keyword; what tools show as the picture's parameters.
+    """
+    info = PngInfo()
+    for keyword, value in (text or {}).items():
+        info.add_itxt(keyword, value)
     stream = io.BytesIO()
-    image.save(stream, format="PNG")
+    image.save(stream, format="PNG", pnginfo=info)
     return stream.getvalue()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerAncestralDiscreteScheduler
+from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
 from PIL import Image
-from tiny_sdxl import saved_base, saved_lora
+from tiny_sdxl import build_pipeline, saved_base, saved_lora, saved_refiner
 
-from inference.base import load_pipeline
-from inference.generate import encode_prompts, generate_images, image_names, main
+from inference.base import load_pipeline, make_scheduler
+from inference.generate import Refiner, encode_prompts, generate_images, image_names, main
 from inference.load import load_adapter, unload_adapters
 
 PROMPTS = ["[V] photo of a cat", "[V] photo of a cat in the jungle"]
@@ -154,7 +155,7 @@ def test_command_writes_images_and_a_manifest(tmp_path, pipeline, capsys):
     assert sorted(record["file"] for record in records) == sorted(path.name for path in output.glob("*.png"))
     assert "v-photo-of-a-cat-seed7.png" in {record["file"] for record in records}
     expected = {"num_inference_steps": 2, "guidance_scale": 5.0, "scale": 0.5, "negative_prompt": None}
-    expected |= {"adapter": str(adapter), "base": str(saved_base()), "dtype": "float32", "width": 32, "height": 32}
+    expected |= {"adapter": [str(adapter)], "base": str(saved_base()), "dtype": "fp32", "width": 32, "height": 32}
     assert all(record.items() >= expected.items() for record in records)
     assert not [path for path in output.iterdir() if path.suffix not in (".png", ".jsonl")]
 
@@ -173,8 +174,113 @@ def test_command_writes_images_and_a_manifest(tmp_path, pipeline, capsys):
     records = {record["file"]: record for record in read_manifest(output)}
     assert len(records) == 7
     assert records["v-photo-of-a-cat-seed7.png"]["adapter"] is None
-    assert records["v-photo-of-a-cat-seed8.png"]["adapter"] == str(adapter)
+    assert records["v-photo-of-a-cat-seed8.png"]["adapter"] == [str(adapter)]
     assert "8 images" not in capsys.readouterr().out
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image, np.int16)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--scale", "0.5", "--negative_prompt", "blurry, it's", "--guidance_scale", "3"],
+        ["--scheduler", "eulerancestraldiscrete", "--fuse", "--height", "40"],
+        ["--adapter", "OTHER", "--adapter_weights", "0.7", "-0.4", "--refiner", "REFINER", "--refiner_start", "0.5"],
+    ],
+)
+def test_the_command_in_an_image_draws_it_again(tmp_path, flags):
+    places = {"OTHER": str(saved_lora(seed=2)), "REFINER": str(saved_refiner())}
+    command = ["--adapter", str(saved_lora()), "--prompt", PROMPTS[0], "--seed", "3", "--num_inference_steps", "4"]
+    main([*command, *(places.get(flag, flag) for flag in flags), "--output", str(tmp_path / "one")])
+    [file] = (tmp_path / "one").glob("*.png")
+    with Image.open(file) as image:
+        text = image.text
+    assert json.loads(text["parameters"]) == read_manifest(tmp_path / "one")[0]
+    python, *again = shlex.split(text["command"])
+    assert again[:2] == ["-m", "inference.generate"]
+    main([*again[2:], "--output", str(tmp_path / "again")])
+    assert np.array_equal(pixels(tmp_path / "again" / file.name), pixels(file))
+
+
+def test_a_sweep_of_scales_draws_each(tmp_path):
+    command = ["--adapter", str(saved_lora()), "--prompt", "a", "--num_inference_steps", "2"]
+    main([*command, "--scales", "0", "0.5", "1", "--output", str(tmp_path / "sweep")])
+    for scale in ("0", "0.5", "1"):
+        main([*command, "--scale", scale, "--output", str(tmp_path / scale)])
+        assert np.array_equal(
+            pixels(tmp_path / "sweep" / f"a-seed0-scale{scale}.png"), pixels(tmp_path / scale / "a-seed0.png")
+        )
+    assert [record["scale"] for record in read_manifest(tmp_path / "sweep")] == [0, 0.5, 1]
+
+
+def test_several_adapters_add_up(pipeline, tmp_path):
+    one, two = saved_lora(), saved_lora(seed=2)
+    main(
+        ["--adapters", str(one), str(two), "--adapter_weights", "0.7", "0.4", "--scale", "0.5", "--prompt", "a"]
+        + ["--num_inference_steps", "2", "--output", str(tmp_path)]
+    )
+    for path, weight in ((one, 0.35), (two, 0.2)):
+        load_adapter(pipeline, path, scale=weight)
+    [drawn] = generate_images(pipeline, ["a"], [0], num_inference_steps=2, progress=False)
+    unload_adapters(pipeline)
+    assert np.abs(pixels(tmp_path / "a-seed0.png") - np.asarray(drawn.image, np.int16)).max() <= 1
+
+
+def test_merged_weights_draw_the_same_and_cost_nothing_per_step(tmp_path, monkeypatch):
+    command = ["--adapter", str(saved_lora()), "--prompt", "a", "--num_inference_steps", "2"]
+    main([*command, "--output", str(tmp_path / "live")])
+    main([*command, "--fuse", "--output", str(tmp_path / "fused")])
+    assert np.abs(pixels(tmp_path / "fused" / "a-seed0.png") - pixels(tmp_path / "live" / "a-seed0.png")).max() <= 1
+    products = []
+    forward = torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: products.append(1) or forward(self, x))
+    counts = []
+    for flags in ([], ["--fuse"]):
+        products.clear()
+        main([*command, *flags, "--output", str(tmp_path / "again")])
+        counts.append(len(products))
+    products.clear()
+    main(["--base", str(saved_base()), *command[2:], "--output", str(tmp_path / "again")])
+    assert counts[1] == len(products) < counts[0]
+
+
+def test_another_autoencoder_decodes(tmp_path):
+    other = build_pipeline(seed=5).vae
+    other.save_pretrained(tmp_path / "vae")
+    command = ["--base", str(saved_base()), "--prompt", "a", "--num_inference_steps", "1"]
+    main([*command, "--output", str(tmp_path / "own")])
+    main([*command, "--vae", str(tmp_path / "vae"), "--output", str(tmp_path / "other")])
+    pipeline = load_pipeline(saved_base(), torch.float32, "cpu", vae=other)
+    [drawn] = generate_images(pipeline, ["a"], [0], num_inference_steps=1, progress=False)
+    assert np.array_equal(pixels(tmp_path / "other" / "a-seed0.png"), np.asarray(drawn.image, np.int16))
+    assert not np.array_equal(pixels(tmp_path / "other" / "a-seed0.png"), pixels(tmp_path / "own" / "a-seed0.png"))
+
+
+def test_refiner_goes_on_where_the_base_stops(pipeline):
+    """Against diffusers' own two calls; and an image does not depend on its batch here either."""
+    refiner = StableDiffusionXLImg2ImgPipeline.from_pretrained(saved_refiner(), vae=pipeline.vae)
+    refiner.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 10, "guidance_scale": 4.0}
+    both = Refiner(refiner, 0.6)
+    drawn = draw(pipeline, refiner=both, batch_size=3, **options)
+    latents = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(7))
+    latents = pipeline(PROMPTS[1], latents=latents, denoising_end=0.6, output_type="latent", **options).images
+    expected = refiner(PROMPTS[1], image=latents, denoising_start=0.6, output_type="np", **options).images[0]
+    assert np.abs(drawn[PROMPTS[1], 7] - expected).max() < 1e-4
+    assert np.abs(drawn[PROMPTS[1], 7] - draw(pipeline, **options)[PROMPTS[1], 7]).max() > 1e-2
+    alone = draw(pipeline, PROMPTS[1:], [7], refiner=both, **options)
+    assert np.abs(drawn[PROMPTS[1], 7] - alone[PROMPTS[1], 7]).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["DDIM", "dpmsolvermultistep", "EulerAncestralDiscreteScheduler", "UniPCMultistep"])
+def test_schedulers_by_name_keep_the_bases_noise(pipeline, name):
+    scheduler = make_scheduler(name, pipeline.scheduler)
+    assert type(scheduler).__name__.lower().removesuffix("scheduler") == name.lower().removesuffix("scheduler")
+    assert torch.allclose(scheduler.alphas_cumprod, pipeline.scheduler.alphas_cumprod)
 
 
 def test_output_defaults_to_the_adapters_folder(tmp_path):
@@ -228,7 +334,7 @@ def bad_commands(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
     return {
         "unknown flag": ([*base, *prompt, "--stepz", "3"], "unrecognized arguments: --stepz"),
         "abbreviated flag": ([*base, *prompt, "--num_inf", "3"], "unrecognized arguments: --num_inf"),
-        "not a number": ([*base, *prompt, "--scale", "much"], "--scale: invalid float value: 'much'"),
+        "not a number": ([*base, *prompt, "--scale", "much"], "--scale/--scales: invalid float value: 'much'"),
         "unknown dtype": ([*base, *prompt, "--dtype", "fp8"], "--dtype"),
         "no prompt": (base, "no prompt"),
         "no base": (prompt, "no base: name one with --base"),
@@ -244,11 +350,20 @@ def bad_commands(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "no images": ([*base, *prompt, "--num_images", "0"], "--num_images 0 must be at least 1"),
         "zero steps": ([*base, *prompt, "--num_inference_steps", "0"], "must be at least 1"),
         "negative seed": ([*base, *prompt, "--seed", "-3"], "seed=-3"),
-        "infinite scale": ([*base, *prompt, *adapter, "--scale", "inf"], "--scale inf must be a finite number"),
+        "infinite scale": ([*base, *prompt, *adapter, "--scale", "inf"], "--scale inf must be from -100 to 100"),
         "scale of nothing": ([*base, *prompt, "--scale", "0.5"], "--scale 0.5 needs an adapter"),
+        "weights of nobody": ([*base, *prompt, *adapter, "--adapter_weights", "1", "2"], "2 numbers for 1 adapters"),
+        "huge weight": ([*base, *prompt, *adapter, "--adapter_weights", "1e9"], "--adapter_weights 1e+09 must be from"),
+        "one adapter twice": ([*base, *prompt, *adapter, *adapter], "is given twice"),
+        "unknown scheduler": ([*base, *prompt, "--scheduler", "best"], "--scheduler best is none that goes with"),
+        "no such refiner": ([*base, *prompt, "--refiner", str(tmp_path / "empty")], "could not be loaded"),
+        "refiner from nowhere": ([*base, *prompt, "--refiner_start", "1"], "--refiner_start 1 must be between 0 and 1"),
+        "no such autoencoder": ([*base, *prompt, "--vae", str(tmp_path / "empty")], "could not be loaded"),
+        "merged at two scales": ([*base, *prompt, *adapter, "--fuse", "--scales", "0", "1"], "give one --scale"),
+        "offload from a CPU": ([*base, *prompt, "--device", "cpu", "--offload", "model"], "leave it out on a CPU"),
         "odd size": ([*base, *prompt, "--height", "100"], "height=100 must be a positive multiple of 8"),
-        "no such device": ([*base, *prompt, "--device", "toaster"], "--device toaster is no device"),
-        "no such GPU": ([*base, *prompt, "--device", "cuda:99"], "--device cuda:99: this machine has"),
+        "no such device": ([*base, *prompt, "--device", "toaster"], "--device toaster can't be used"),
+        "no such GPU": ([*base, *prompt, "--device", "cuda:99"], "--device cuda:99 can't be used (this machine has"),
         "xformers on a CPU": (
             [*base, *prompt, "--device", "cpu", "--enable_xformers_memory_efficient_attention"],
             "needs a CUDA GPU",

@@ -7,19 +7,25 @@ import shutil
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from diffusers.utils import convert_state_dict_to_kohya
+from peft import LoHaConfig, LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from tiny_sdxl import (
+    TEXT_TARGETS,
+    UNET_TARGETS,
     build_pipeline,
     inject_nora,
     max_error,
     outputs,
+    randomise_adapter,
     saved_base,
     saved_lora,
     saved_nora,
 )
 from transformers import CLIPTextModel
 
+import nora
 from inference.adapter_files import inspect_adapter, recorded_base
 from inference.base import check_base, check_xformers, load_pipeline
 from inference.components import FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
@@ -135,6 +141,55 @@ def test_folder_and_file_load_the_same_as_diffusers_does(pipeline):
         unload_adapters(pipeline, name)
     effects = {part: (stock[part] - base[part]).abs().max() for part in base}
     assert min(effects.values()) > 1e-2, effects  # both text encoders and the UNet are adapted
+
+
+def test_kohya_files_load_the_same(pipeline, tmp_path):
+    weights = load_file(saved_lora() / FOLDED_WEIGHTS)
+    save_file(convert_state_dict_to_kohya(weights), tmp_path / "from_civitai.safetensors")
+    load_adapter(pipeline, saved_lora())
+    expected = outputs(pipeline)
+    unload_adapters(pipeline)
+    for path in (tmp_path, tmp_path / "from_civitai.safetensors"):  # a folder with one LoRA file, too
+        assert inspect_adapter(path).kind == "kohya"
+        load_adapter(pipeline, path)
+        assert max_error(outputs(pipeline), expected) < 1e-5
+        unload_adapters(pipeline)
+    with pytest.raises(ValueError, match="belongs to another base"):
+        load_adapter(load_pipeline(saved_base(64), torch.float32, "cpu"), tmp_path)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "loha", "nora"])
+def test_peft_folders_of_any_method(pipeline, tmp_path, method):
+    """Written by PEFT's own save_pretrained, component by component, and read as one adapter."""
+    config = {
+        "lora": LoraConfig(r=4, target_modules=UNET_TARGETS + TEXT_TARGETS),
+        "dora": LoraConfig(r=4, use_dora=True, target_modules=UNET_TARGETS),
+        "loha": LoHaConfig(r=4, target_modules=UNET_TARGETS),
+        "nora": nora.NoraConfig(r=4, outer_r=8, target_modules=UNET_TARGETS),
+    }[method]
+    own = build_pipeline()
+    parts = ("unet", "text_encoder") if method == "lora" else ("unet",)
+    for part in parts:
+        model = getattr(own, part)
+        if method == "nora":
+            nora.preprocess_nora(model, config, lambda *_: outputs(own))
+        wrapped = get_peft_model(model, config)
+        randomise_adapter(wrapped, seed=4)
+        wrapped.save_pretrained(tmp_path / part)
+    expected = outputs(own)
+    base = outputs(pipeline)
+    name = load_adapter(pipeline, tmp_path)
+    assert max_error(outputs(pipeline), expected) < 1e-4 and max_error(base, expected) > 1e-3
+    if method != "dora":  # whose magnitudes stay at scale 0
+        set_adapter_scale(pipeline, name, 0.0)
+        assert max_error(outputs(pipeline), base) < 1e-5
+    unload_adapters(pipeline)
+    assert max_error(outputs(pipeline), base) == 0
+    if method == "lora":
+        with pytest.raises(ValueError, match="belongs to another base"):
+            load_adapter(load_pipeline(saved_base(64), torch.float32, "cpu"), tmp_path)
+    load_adapter(pipeline, tmp_path / "unet")  # a single PEFT folder
+    assert max_error(outputs(pipeline), base) > 1e-3
 
 
 def test_the_kind_is_in_the_header_and_not_in_the_name(tmp_path):

@@ -8,7 +8,13 @@ import tempfile
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -106,6 +112,31 @@ def randomise_adapter(module: torch.nn.Module, seed: int, std: float = 0.2) -> N
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data = torch.randn(parameter.shape, generator=generator) * std
+
+
+@functools.cache
+def saved_refiner() -> Path:
+    """SDXL's refiner in small: the second text encoder alone, an aesthetic score among the size conditions."""
+    base = build_pipeline(seed=7)
+    config = dict(base.unet.config)
+    width = base.text_encoder_2.config.hidden_size
+    config |= {"cross_attention_dim": width, "projection_class_embeddings_input_dim": 5 * 8 + width}
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        unet = UNet2DConditionModel.from_config(config)
+    parts = {name: base.components[name] for name in ("vae", "text_encoder_2", "tokenizer_2", "scheduler")}
+    refiner = StableDiffusionXLImg2ImgPipeline(
+        **parts,
+        unet=unet,
+        text_encoder=None,
+        tokenizer=None,
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
+    folder = work_folder() / "refiner"
+    refiner.save_pretrained(folder)
+    return folder
 
 
 @functools.cache
