@@ -316,13 +316,6 @@ class SamplingConfig:
         default=None, metadata={"help": "SDXL's refiner for the last steps: a folder, a file or a Hub id."}
     )
     refiner_start: float = field(default=0.8, metadata={"help": "Share of the steps before the refiner takes over."})
-    fuse: bool = field(
-        default=False, metadata={"help": "Merge the adapters into the base's weights: no cost per step."}
-    )
-    offload: Literal["none", "model", "sequential"] = field(
-        default="none",
-        metadata={"help": "Keep what is not computing in main memory: model by model, or layer by layer (slow)."},
-    )
     enable_xformers_memory_efficient_attention: bool = field(
         default=False, metadata={"help": "xformers' attention instead of PyTorch's (CUDA only)."}
     )
@@ -341,8 +334,6 @@ class SamplingConfig:
             if not abs(scale) <= MAX_SCALE:
                 raise ValueError(f"--scale {scale:g} must be from -{MAX_SCALE} to {MAX_SCALE}; 1 is as trained")
         _check_distinct("--scale", self.scales)
-        if self.fuse and len(self.scales) > 1:
-            raise ValueError("--fuse merges the adapters at one scale: give one --scale, or leave --fuse out")
         if not 0 < self.refiner_start < 1:
             raise ValueError(f"--refiner_start {self.refiner_start:g} must be between 0 and 1, such as 0.8")
         device = check_device(self.device)
@@ -358,9 +349,7 @@ class SamplingConfig:
         return self.scale or [1.0]
 
     def load_pipeline(self, base: str) -> StableDiffusionXLPipeline:
-        """The base as the flags want it, in main memory still if it is to be offloaded: see `settle`."""
-        device = "cpu" if self.offload != "none" else self.device
-        pipeline = load_pipeline(base, torch_dtype=self.torch_dtype, device=device)
+        pipeline = load_pipeline(base, torch_dtype=self.torch_dtype, device=self.first_device)
         if self.vae:
             pipeline.register_modules(vae=load_vae(self.vae, pipeline.device))
         if self.scheduler:
@@ -372,21 +361,34 @@ class SamplingConfig:
     def load_refiner(self, pipeline: StableDiffusionXLPipeline) -> Refiner | None:
         if not self.refiner:
             return None
-        device = "cpu" if self.offload != "none" else self.device
-        return Refiner(load_refiner(self.refiner, pipeline, self.torch_dtype, device), self.refiner_start)
+        refiner = load_refiner(self.refiner, pipeline, self.torch_dtype, self.first_device)
+        return Refiner(refiner, self.refiner_start)
 
-    def settle(self, pipeline: StableDiffusionXLPipeline | StableDiffusionXLImg2ImgPipeline) -> None:
-        """What has to wait until the adapters are on: hooks on a module don't follow it into an adapter's layer."""
-        if self.fuse and (parts := adapted_components(pipeline)):
-            pipeline.fuse_lora(components=parts)
-        if self.offload == "model":
-            pipeline.enable_model_cpu_offload(device=self.device or default_device())
-        elif self.offload == "sequential":
-            pipeline.enable_sequential_cpu_offload(device=self.device or default_device())
+    @property
+    def first_device(self) -> str | None:
+        """Where models go when they are loaded."""
+        return self.device
 
     @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype] if self.dtype else default_dtype(check_device(self.device))
+
+    def record(
+        self, base: str, pipeline: StableDiffusionXLPipeline, adapters: Mapping[str, float], scale: float
+    ) -> dict[str, Any]:
+        """What an image depends on besides its prompt, seed and size, under the names of generate's flags."""
+        names = ("negative_prompt", "num_inference_steps", "guidance_scale", "vae")
+        return {
+            "base": base,
+            "adapter": list(adapters) or None,
+            "adapter_weights": list(adapters.values()) if set(adapters.values()) - {1.0} else None,
+            "scale": scale,
+            **{name: getattr(self, name) for name in names},
+            "scheduler": type(pipeline.scheduler).__name__,
+            "refiner": self.refiner,
+            "refiner_start": self.refiner_start if self.refiner else None,
+            "dtype": next(name for name, dtype in DTYPES.items() if dtype == pipeline.unet.dtype),
+        }
 
     def sampling_options(self) -> dict[str, Any]:
         """The keyword arguments of `generate_images` that these flags set."""
@@ -408,6 +410,13 @@ class GenerateConfig(SamplingConfig):
     )
     adapter_weights: list[float] | None = field(
         default=None, metadata={"action": "extend", "help": "One for each --adapter, times --scale. Default: 1 each."}
+    )
+    fuse: bool = field(
+        default=False, metadata={"help": "Merge the adapters into the base's weights: no cost per step."}
+    )
+    offload: Literal["none", "model", "sequential"] = field(
+        default="none",
+        metadata={"help": "Keep what is not computing in main memory: model by model, or layer by layer (slow)."},
     )
     prompt: list[str] | None = field(
         default=None,
@@ -445,20 +454,28 @@ class GenerateConfig(SamplingConfig):
         first = self.seed or 0
         return list(range(first, first + (self.num_images or 1)))
 
-    def record(self, base: str, pipeline: StableDiffusionXLPipeline, scale: float) -> dict[str, Any]:
-        """What an image depends on besides its prompt, seed and size, under the names of the flags."""
-        names = ("adapter", "adapter_weights", "negative_prompt", "num_inference_steps", "guidance_scale", "vae")
-        dtype = next(name for name, dtype in DTYPES.items() if dtype == pipeline.unet.dtype)
-        return {
-            "base": base,
-            **{name: getattr(self, name) for name in names},
-            "scale": scale,
-            "scheduler": type(pipeline.scheduler).__name__,
-            "refiner": self.refiner,
-            "refiner_start": self.refiner_start if self.refiner else None,
-            "fuse": self.fuse,
-            "dtype": dtype,
-        }
+    def check(self, prompts: Sequence[str], seeds: Sequence[int]) -> None:
+        self.check_sampling(prompts, seeds)
+        if self.fuse and len(self.scales) > 1:
+            raise ValueError("--fuse merges the adapters at one scale: give one --scale, or leave --fuse out")
+        if (self.fuse or self.scales != [1]) and not self.adapter:
+            flag = "--fuse" if self.fuse else f"--scale {self.scales[0]:g}"
+            raise ValueError(f"{flag} needs an adapter: name one with --adapter")
+        if self.offload != "none" and check_device(self.device).type == "cpu":
+            raise ValueError(f"--offload {self.offload} takes models off a GPU: leave it out on a CPU")
+
+    @property
+    def first_device(self) -> str | None:
+        return "cpu" if self.offload != "none" else self.device
+
+    def settle(self, pipeline: StableDiffusionXLPipeline | StableDiffusionXLImg2ImgPipeline) -> None:
+        """Merge and offload, once the adapters are on: hooks on a module don't follow it into an adapter's layer."""
+        if self.fuse and (parts := adapted_components(pipeline)):
+            pipeline.fuse_lora(components=parts)
+        if self.offload == "model":
+            pipeline.enable_model_cpu_offload(device=self.device or default_device())
+        elif self.offload == "sequential":
+            pipeline.enable_sequential_cpu_offload(device=self.device or default_device())
 
     def output_folder(self) -> Path:
         if self.output:
@@ -529,15 +546,24 @@ def write_manifest(folder: Path, records: Sequence[dict[str, Any]]) -> None:
     write_atomic(folder / MANIFEST, "".join(lines))
 
 
+def describe(drawn: GeneratedImage, file: str) -> dict[str, Any]:
+    width, height = drawn.image.size
+    return {"file": file, "prompt": drawn.prompt, "seed": drawn.seed, "width": width, "height": height}
+
+
+def write_image(folder: Path, record: Mapping[str, Any], image: Image.Image) -> None:
+    """A PNG that says what it was made with: its line of the manifest, and the command that draws it again."""
+    text = {"parameters": json.dumps(record, ensure_ascii=False), "command": remake_command(record)}
+    write_atomic(folder / record["file"], png_bytes(image, text))
+
+
 def run(config: GenerateConfig) -> Path:
     """Draw, save and list the images; returns the folder. Everything is checked before the pipeline is loaded."""
     prompts, seeds, folder = config.all_prompts(), config.all_seeds(), config.output_folder()
     adapters = config.weighted_adapters()
-    config.check_sampling(prompts, seeds)
+    config.check(prompts, seeds)
     for path in adapters:
         inspect_adapter(path)
-    if config.scale and config.scales != [1] and not adapters:
-        raise ValueError(f"--scale {config.scales[0]:g} needs an adapter to scale: name one with --adapter")
     base = choose_base(config.base, next(iter(adapters), None))
     check_writable_target(folder, "--output", folder=True)
     read_manifest(folder)
@@ -558,11 +584,8 @@ def run(config: GenerateConfig) -> Path:
             suffix = f"-scale{scale:g}" if len(config.scales) > 1 else ""
             for drawn in generate_images(pipeline, prompts, seeds, refiner=refiner, **config.sampling_options()):
                 name = f"{stems[drawn.prompt]}-seed{drawn.seed}{suffix}.png"
-                width, height = drawn.image.size
-                one = {"prompt": drawn.prompt, "seed": drawn.seed, "width": width, "height": height}
-                record = {"file": name, **one, **config.record(base, pipeline, scale)}
-                text = {"parameters": json.dumps(record, ensure_ascii=False), "command": remake_command(record)}
-                write_atomic(folder / name, png_bytes(drawn.image, text))
+                record = describe(drawn, name) | config.record(base, pipeline, adapters, scale) | {"fuse": config.fuse}
+                write_image(folder, record, drawn.image)
                 records.append(record)
     finally:
         write_manifest(folder, records)  # also when interrupted: the images drawn so far are listed
@@ -573,7 +596,12 @@ def remake_command(record: Mapping[str, Any]) -> str:
     """The command that draws one image of a manifest again."""
     command = ["python", "-m", "inference.generate"]
     for name, value in record.items():
-        if name == "file" or value is None or value is False or (name == "scale" and not record["adapter"]):
+        if (
+            name in ("file", "request")
+            or value is None
+            or value is False
+            or (name == "scale" and not record["adapter"])
+        ):
             continue
         values = value if isinstance(value, list) else [] if value is True else [value]
         command += [f"--{name}", *map(str, values)]

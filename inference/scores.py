@@ -1,0 +1,152 @@
+"""How well pictures show a subject and follow their prompts: the field's scores, on features of frozen encoders.
+
+All features have unit length, so that a product is a cosine. DINO and CLIP-I are those of DreamBooth (arXiv 2208.12242,
+section 4.2): the mean cosine between a picture and every picture of the subject. CLIP-T is the cosine between a picture
+and its prompt. Drift is that of PEFT's image-generation benchmark: (1 - cosine) / 2 between pictures of one prompt and
+seed with the adapter and without.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from scipy import stats
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+BATCH_SIZE = 32
+
+
+class ImageEncoder:
+    """An image model of transformers, such as DINO or DINOv2: pictures -> the class token's features.
+
+    Args:
+        path: folder or Hub id.
+        flag: what messages call it.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
+
+    def __init__(self, path: str, device: torch.device, flag: str = "--dino") -> None:
+        self.device = device
+        try:
+            self.processor = AutoImageProcessor.from_pretrained(path)
+            self.model = AutoModel.from_pretrained(path, use_safetensors=True).to(device).eval()
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            where = "" if Path(path).exists() else ", which is no folder here either,"
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"{flag} {path}{where} could not be loaded: {reason}") from error
+
+    @torch.no_grad()
+    def images(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Features (N, D), fp32, of unit length.
+
+        Pictures are encoded in batches of a fixed size, so that a score can be had again to the last bit.
+        """
+        features = []
+        for start in range(0, len(images), BATCH_SIZE):
+            batch = [image.convert("RGB") for image in images[start : start + BATCH_SIZE]]
+            pixels = self.processor(images=batch, return_tensors="pt").pixel_values.to(self.device)
+            features.append(self._features(pixels).float().cpu())
+        return torch.nn.functional.normalize(torch.cat(features), dim=-1)
+
+    def _features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values=pixel_values).last_hidden_state[:, 0]
+
+
+class ClipEncoder(ImageEncoder):
+    """A CLIP: pictures and prompts -> features in one space.
+
+    Raises:
+        ValueError: if there is no such model, or if it is no CLIP.
+    """
+
+    def __init__(self, path: str, device: torch.device, flag: str = "--clip") -> None:
+        super().__init__(path, device, flag)
+        if not hasattr(self.model, "get_text_features"):
+            raise ValueError(f"{flag} {path} is a {type(self.model).__name__}, which reads no prompts: name a CLIP")
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+
+    def _features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model.get_image_features(pixel_values=pixel_values).pooler_output
+
+    @torch.no_grad()
+    def texts(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Features (N, D), fp32, of unit length; a prompt is cut where the model's text ends."""
+        length = self.model.config.text_config.max_position_embeddings
+        options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
+        tokens = self.tokenizer(list(prompts), **options).to(self.device)
+        features = self.model.get_text_features(**tokens).pooler_output.float().cpu()
+        return torch.nn.functional.normalize(features, dim=-1)
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def subject_fidelity(images: torch.Tensor, instances: torch.Tensor) -> torch.Tensor:
+    """(N,) mean cosine of each picture with every instance image; images (N, D), instances (M, D)."""
+    return (images @ instances.T).mean(dim=1)
+
+
+def prompt_fidelity(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+    """(N,) cosine of each picture with its own prompt; both (N, D)."""
+    return (images * texts).sum(dim=1)
+
+
+def drift(adapted: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """(N,) (1 - cosine) / 2 between each picture and the base's of the same prompt and seed; both (N, D)."""
+    return (1 - (adapted * base).sum(dim=1)) / 2
+
+
+def diversity(images: torch.Tensor) -> float:
+    """Mean of 1 - cosine over the pairs of different pictures of one prompt; images (N, D), N >= 2."""
+    count = len(images)
+    cosines = images @ images.T
+    return float(1 - (cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1)))
+
+
+def nearest(images: torch.Tensor, instances: torch.Tensor) -> torch.Tensor:
+    """(N,) cosine of each picture with the instance image that it is nearest to."""
+    return (images @ instances.T).max(dim=1).values
+
+
+class Spread(NamedTuple):
+    """A score and how sure it is."""
+
+    mean: float
+    std: float  # between the means of the seeds; 0 for a single seed
+    low: float  # 95 % interval of the mean
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.std:.3f}"
+
+
+def spread(values: Mapping[int, Sequence[float]], resamples: int = 2000) -> Spread:
+    """Mean over pictures, its spread over seeds, and a bootstrap interval.
+
+    Args:
+        values: seed -> that seed's scores, one a prompt. Pictures are resampled, all seeds together, with a fixed seed.
+    """
+    means = [float(np.mean(scores)) for scores in values.values()]
+    everything = np.array([score for scores in values.values() for score in scores])
+    rng = np.random.default_rng(0)
+    drawn = everything[rng.integers(len(everything), size=(resamples, len(everything)))].mean(axis=1)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    std = float(np.std(means, ddof=1)) if len(means) > 1 else 0.0
+    return Spread(float(everything.mean()), std, float(low), float(high))
+
+
+def confidence_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean of a few independent runs, and half of its 95 % interval by Student's t; NaN for a single run."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, math.nan
+    return mean, float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))

@@ -1,0 +1,146 @@
+"""Pictures for galleries and scores: what an earlier command drew is read again, what is missing is drawn."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from tqdm.auto import tqdm
+
+from inference.adapter_files import inspect_adapter
+from inference.generate import (
+    GeneratedImage,
+    Refiner,
+    SamplingConfig,
+    describe,
+    generate_images,
+    image_names,
+    read_manifest,
+    warn_of_truncated_prompts,
+    write_image,
+    write_manifest,
+)
+from inference.load import load_adapter, unload_adapters
+from storage.pictures import open_image
+
+
+class Studio:
+    """One pipeline, loaded when the first picture has to be drawn, and one adapter at a time on it.
+
+    Args:
+        config: how pictures are drawn.
+        folder: where they are kept, each model's in a folder of its own with a manifest.
+    """
+
+    def __init__(self, config: SamplingConfig, base: str, folder: Path) -> None:
+        self.config, self.base, self.folder = config, base, folder
+        self._pipeline: StableDiffusionXLPipeline | None = None
+        self._refiner: Refiner | None = None
+        self._on: tuple[Path, float] | None = None  # the adapter on the pipeline, and its scale
+
+    def missing(
+        self, adapter: Path | None, name: str, prompts: Sequence[str], seeds: Sequence[int], scale: float
+    ) -> int:
+        """How many pictures would have to be drawn."""
+        return len(prompts) * len(seeds) - len(self._kept(adapter, name, prompts, seeds, scale))
+
+    def check_adapters(self, adapters: Sequence[Path]) -> None:
+        """Load each once: an adapter of another base is refused before an hour of sampling, not after it."""
+        for path in adapters:
+            self._put_on(path, 1.0)
+
+    def pictures(
+        self,
+        adapter: Path | None,
+        name: str,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        scale: float = 1.0,
+        bar: tqdm | None = None,
+    ) -> list[GeneratedImage]:
+        """Every prompt with every seed, prompt by prompt, by the adapter, or by the base if it is None.
+
+        Args:
+            name: of the folder that the pictures are in.
+        """
+        kept = self._kept(adapter, name, prompts, seeds, scale)
+        if bar:
+            bar.update(len(kept))
+        names, folder, records = image_names(prompts), self.folder / name, []
+        try:
+            for prompt in prompts:
+                lacking = [seed for seed in seeds if (prompt, seed) not in kept]
+                if not lacking:
+                    continue
+                pipeline = self._put_on(adapter, scale)
+                warn_of_truncated_prompts(pipeline, [prompt])
+                options = self.config.sampling_options() | {"refiner": self._refiner, "progress": bar or False}
+                folder.mkdir(parents=True, exist_ok=True)
+                for drawn in generate_images(pipeline, [prompt], lacking, **options):
+                    request = self._request(adapter, prompt, drawn.seed, scale)
+                    adapters = {str(adapter): 1.0} if adapter else {}
+                    record = describe(drawn, f"{names[prompt]}-{request[:8]}.png") | {"request": request}
+                    record |= self.config.record(self.base, pipeline, adapters, scale)
+                    write_image(folder, record, drawn.image)
+                    records.append(record)
+                    kept[prompt, drawn.seed] = drawn.image
+        finally:
+            if records:
+                write_manifest(folder, records)  # also when interrupted: what was drawn need not be drawn again
+        return [GeneratedImage(prompt, seed, kept[prompt, seed]) for prompt in prompts for seed in seeds]
+
+    def _kept(
+        self, adapter: Path | None, name: str, prompts: Sequence[str], seeds: Sequence[int], scale: float
+    ) -> dict[tuple[str, int], Image.Image]:
+        files = {record.get("request"): record["file"] for record in read_manifest(self.folder / name)}
+        kept = {}
+        for prompt in prompts:
+            for seed in seeds:
+                file = self.folder / name / files.get(self._request(adapter, prompt, seed, scale), "nothing")
+                if file.is_file():
+                    kept[prompt, seed] = open_image(file)
+        return kept
+
+    def _request(self, adapter: Path | None, prompt: str, seed: int, scale: float) -> str:
+        """A digest of all that a picture depends on, the adapter's bytes among it."""
+        wanted: dict[str, Any] = {"base": self.base, "prompt": prompt, "seed": seed}
+        wanted |= self.config.sampling_options() | {"batch_size": None}  # which changes no picture
+        names = ("scheduler", "vae", "refiner", "dtype", *(("refiner_start",) if self.config.refiner else ()))
+        wanted |= {name: getattr(self.config, name) for name in names}
+        wanted |= {"adapter": adapter_digest(adapter), "scale": scale} if adapter else {}
+        return hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
+
+    def _put_on(self, adapter: Path | None, scale: float) -> StableDiffusionXLPipeline:
+        if self._pipeline is None:
+            self._pipeline = self.config.load_pipeline(self.base)
+            self._refiner = self.config.load_refiner(self._pipeline)
+        wanted = None if adapter is None else (adapter, scale)
+        if wanted != self._on:
+            unload_adapters(self._pipeline)
+            self._on = None
+            if adapter is not None:
+                load_adapter(self._pipeline, adapter, scale=scale)
+            self._on = wanted
+        return self._pipeline
+
+
+_digests: dict[tuple[Path, int, int], str] = {}
+
+
+def adapter_digest(path: Path) -> str:
+    """SHA-256 of the files that an adapter is loaded from; read once as long as they don't change."""
+    file = inspect_adapter(path)
+    files = sorted(p for part in file.parts.values() for p in part.iterdir() if p.is_file()) or [file.path]
+    digest = hashlib.sha256()
+    for one in files:
+        state = one.stat()
+        key = (one.resolve(), state.st_mtime_ns, state.st_size)
+        if key not in _digests:
+            _digests[key] = hashlib.sha256(one.read_bytes()).hexdigest()
+        digest.update(_digests[key].encode())
+    return digest.hexdigest()
