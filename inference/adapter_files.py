@@ -6,7 +6,7 @@ Only headers are read here, so that a file that can't fit is refused before the 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from inference.components import COMPONENT_NAMES, FOLDED_WEIGHTS, INNER_WEIGHTS,
 from storage.files import read_json, read_safetensors_header
 
 _LORA_MATRIX = re.compile(r"(?P<layer>.+)\.(?P<side>lora_A|lora_B|lora\.down|lora\.up)\.weight")
+BASE_COLUMN = "base"
 _KOHYA_PREFIXES = ("lora_unet_", "lora_te1_", "lora_te2_", "lora_te_")
 _PEFT_PREFIX = "base_model.model."
 _LORA_EXTRA = (".alpha", ".lora_magnitude_vector")  # scalars and DoRA vectors, whose shapes follow from the matrices
@@ -182,3 +183,20 @@ def _base_weight(components: dict[str, nn.Module], layer: str) -> torch.Tensor |
             if weight is not None and weight.ndim >= 2:
                 return weight
     return None
+
+
+def parse_named_adapters(pairs: Sequence[str], flag: str = "--adapters") -> dict[str, Path]:
+    """`["lora=out/lora", …]` -> name: path, in order.
+
+    Raises:
+        ValueError: for a pair of another form, and for a name that is no folder's name, or taken.
+    """
+    adapters: dict[str, Path] = {}
+    for pair in pairs:
+        name, separator, path = pair.partition("=")
+        if not (separator and name.strip() and path):
+            raise ValueError(f"{flag} {pair} must be NAME=PATH, such as nora=out/nora")
+        if name == BASE_COLUMN or name in adapters:
+            raise ValueError(f"{flag} {pair}: the name {name} is taken, choose another one")
+        adapters[name] = Path(path)
+    return adapters

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
-from inference.adapter_files import inspect_adapter, read_run_record
+from inference.adapter_files import BASE_COLUMN, inspect_adapter, parse_named_adapters, read_run_record
 from inference.cli import parse_config, quiet_libraries, run_command
 from inference.components import FOLDED_WEIGHTS, INNER_WEIGHTS
 from inference.generate import SamplingConfig, choose_base, generate_images, warn_of_truncated_prompts
@@ -24,7 +24,6 @@ from inference.load import load_adapter, unload_adapters
 from storage.files import check_writable_target, write_atomic
 from storage.pictures import find_images, open_image, png_bytes
 
-BASE_COLUMN = "base"
 UNKNOWN = "–"
 METHOD_NAMES = {"nora": "NoRA", "lora": "LoRA", "dora": "DoRA"}
 FIGURES = (
@@ -83,19 +82,6 @@ class Column:
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
-
-
-def parse_adapters(pairs: Sequence[str]) -> dict[str, Path]:
-    """`["lora=out/lora", …]` -> name: path, in order."""
-    adapters: dict[str, Path] = {}
-    for pair in pairs:
-        name, separator, path = pair.partition("=")
-        if not (separator and name.strip() and path):
-            raise ValueError(f"--adapters {pair} must be NAME=PATH, such as nora=out/nora")
-        if name == BASE_COLUMN or name in adapters:
-            raise ValueError(f"--adapters {pair}: the name {name} is taken, choose another one")
-        adapters[name] = Path(path)
-    return adapters
 
 
 def adapter_figures(path: Path) -> dict[str, str]:
@@ -293,7 +279,7 @@ def _clip(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 def run(config: GalleryConfig) -> tuple[Path, Path]:
     """Draw the comparison; returns the page and the sheet. The pipeline is loaded once and adapters are swapped."""
     prompts, seeds = config.prompts or [], config.seeds if config.seeds is not None else [0, 1]
-    adapters = parse_adapters(config.adapters or [])
+    adapters = parse_named_adapters(config.adapters or [])
     page_path = Path(config.output)
     sheet_path = page_path.with_suffix(".png")
     if not adapters:

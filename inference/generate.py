@@ -337,10 +337,6 @@ class SamplingConfig:
         if not 0 < self.refiner_start < 1:
             raise ValueError(f"--refiner_start {self.refiner_start:g} must be between 0 and 1, such as 0.8")
         device = check_device(self.device)
-        if self.offload != "none" and device.type == "cpu":
-            raise ValueError(
-                f"--offload {self.offload} moves models between a GPU and main memory: leave it out on a CPU"
-            )
         if self.enable_xformers_memory_efficient_attention:
             check_xformers(device)
 

@@ -112,9 +112,44 @@ def diversity(images: torch.Tensor) -> float:
     return float(1 - (cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1)))
 
 
-def nearest(images: torch.Tensor, instances: torch.Tensor) -> torch.Tensor:
-    """(N,) cosine of each picture with the instance image that it is nearest to."""
-    return (images @ instances.T).max(dim=1).values
+class Memorisation(NamedTuple):
+    """How close pictures come to the training images, which the prompts did not ask for."""
+
+    nearest: float  # median over the pictures: cosine with the training image that each is nearest to
+    between_instances: float  # the same among the training images themselves
+    share: float  # of the pictures, those nearer to a training image than training images are to each other
+    alarm: bool
+
+
+THUMBNAIL = 16
+# What a lone training image is compared with: photographs of one thing in other places stay below it.
+LONE_REFERENCE = 0.8
+
+
+def memorisation(images: Sequence[Image.Image], instances: Sequence[Image.Image]) -> Memorisation:
+    """Alarm where more than half of the pictures are nearer to a training image than these are to each other.
+
+    What is compared is the whole picture in small, background included: an adapter that draws the subject elsewhere
+    changes most of it, one that has learned the pictures by heart does not.
+    """
+    copies, own = thumbnails(images), thumbnails(instances)
+    closest = (copies @ own.T).max(dim=1).values
+    reference = LONE_REFERENCE
+    if len(own) > 1:
+        between = own @ own.T
+        reference = float(between.fill_diagonal_(-1).max(dim=1).values.median())
+    share = float((closest > reference).float().mean())
+    return Memorisation(float(closest.median()), reference, share, share > 0.5)
+
+
+def thumbnails(images: Sequence[Image.Image]) -> torch.Tensor:
+    """(N, 3 · 16 · 16) colours of each picture in small, without their mean, of unit length."""
+    rows = []
+    for image in images:
+        small = image.convert("RGB").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+        colours = np.asarray(small, dtype=np.float32).reshape(-1, 3)
+        rows.append((colours - colours.mean(axis=0)).ravel())
+    return torch.nn.functional.normalize(torch.from_numpy(np.stack(rows)), dim=-1)
 
 
 class Spread(NamedTuple):

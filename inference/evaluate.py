@@ -1,0 +1,389 @@
+"""Measured fidelity: DINO, CLIP-I, CLIP-T, drift and diversity of adapters, and a memorisation alarm.
+
+    python -m inference.evaluate --adapters lora=out/lora nora=out/nora --output out/scores.json
+
+The same command gives the same file, to the last bit on a CPU: pictures are drawn with fixed seeds, or read again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from PIL import Image
+from tqdm.auto import tqdm
+
+from inference.adapter_files import BASE_COLUMN, inspect_adapter, parse_named_adapters, recorded_config
+from inference.base import check_device
+from inference.cli import parse_config, quiet_libraries, run_command
+from inference.generate import GeneratedImage, SamplingConfig, choose_base, read_manifest
+from inference.scores import (
+    ClipEncoder,
+    ImageEncoder,
+    Spread,
+    diversity,
+    drift,
+    memorisation,
+    prompt_fidelity,
+    spread,
+    subject_fidelity,
+)
+from inference.studio import Studio
+from storage.files import check_writable_target, write_atomic
+from storage.pictures import find_images, open_image
+
+CLIP, DINO = "openai/clip-vit-base-patch32", "facebook/dino-vits16"  # those of the DreamBooth paper
+PROTOCOLS = Path(__file__).parent / "protocols"
+# Of other things than the subject, in words that small bases know too.
+UNRELATED_PROMPTS = (
+    "a photo of a teapot on the grass",
+    "a photo of a fox in the snow",
+    "a photo of a hamburger on a red background",
+    "a photo of an elephant in the desert",
+    "a photo of a house at night",
+    "a photo of a car on the beach",
+    "a photo of a tree in the snow",
+    "a photo of a bicycle in the jungle",
+    "a photo of an owl at night",
+    "a photo of a guitar on a blue background",
+)
+CLASS_PROMPTS = ("a photo of a {}", "a photo of a {} on the beach", "a photo of a {} in the snow")
+_IDENTIFIER = re.compile(r"\[\w+\]")
+
+
+class Judge:
+    """The encoders, and what they see in the subject's pictures.
+
+    Args:
+        clip, dino: folders or Hub ids.
+
+    Raises:
+        ValueError: if one of them can't be loaded.
+    """
+
+    def __init__(self, clip: str, dino: str, instances: Sequence[Image.Image], device: torch.device) -> None:
+        self.clip, self.dino = ClipEncoder(clip, device), ImageEncoder(dino, device)
+        self.instances = list(instances)
+        self.clip_instances, self.dino_instances = self.clip.images(instances), self.dino.images(instances)
+
+    def judge(self, drawn: Sequence[GeneratedImage]) -> dict[str, Any]:
+        """Scores of pictures of the subject: each name of a score -> its spread, and the memorisation's figures."""
+        images = [one.image for one in drawn]
+        clip, dino = self.clip.images(images), self.dino.images(images)
+        texts = self.clip.texts([without_identifier(one.prompt) for one in drawn])
+        by_prompt: dict[str, list[int]] = {}
+        for row, one in enumerate(drawn):
+            by_prompt.setdefault(one.prompt, []).append(row)
+        scores = {
+            "dino": by_seed(drawn, subject_fidelity(dino, self.dino_instances)),
+            "clip_i": by_seed(drawn, subject_fidelity(clip, self.clip_instances)),
+            "clip_t": by_seed(drawn, prompt_fidelity(clip, texts)),
+        }
+        several = [rows for rows in by_prompt.values() if len(rows) > 1]
+        if several:
+            scores["diversity"] = spread({0: [diversity(dino[rows]) for rows in several]})
+        scores["memorisation"] = memorisation(images, self.instances)
+        return scores
+
+    def drift(self, adapted: Sequence[GeneratedImage], base: Sequence[GeneratedImage]) -> Spread:
+        """Of pictures with the adapter from those without, of the same prompts and seeds in the same order."""
+        on, off = (self.dino.images([one.image for one in drawn]) for drawn in (adapted, base))
+        return by_seed(adapted, drift(on, off))
+
+
+def by_seed(drawn: Sequence[GeneratedImage], values: torch.Tensor) -> Spread:
+    scores: dict[int, list[float]] = {}
+    for one, value in zip(drawn, values.tolist()):
+        scores.setdefault(one.seed, []).append(value)
+    return spread(scores)
+
+
+def without_identifier(prompt: str) -> str:
+    """The prompt as anyone would say it, for CLIP: "a [V] robot" is a robot, and so is "[V] robot"."""
+    words: list[str] = []
+    for word in prompt.split():
+        if not _IDENTIFIER.fullmatch(word):
+            words.append(word)
+        elif not words or words[-1].lower() not in ("a", "an", "the"):
+            words.append("a")
+    return " ".join(words).replace("a a ", "a ")
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class EvaluateConfig(SamplingConfig):
+    """Flags of `python -m inference.evaluate`."""
+
+    adapters: list[str] | None = field(
+        default=None, metadata={"action": "extend", "help": "NAME=PATH of each to score, beside the base."}
+    )
+    images: list[str] | None = field(
+        default=None,
+        metadata={
+            "action": "extend",
+            "help": "NAME=FOLDER of pictures with a manifest that inference.generate wrote; no drift is known of them.",
+        },
+    )
+    instance_images: str | None = field(
+        default=None, metadata={"help": "Folder of the subject's pictures. Default: what the first run was trained on."}
+    )
+    subject: str | None = field(
+        default=None, metadata={"help": 'In words, such as "[V] dog". Default: from the first run\'s instance prompt.'}
+    )
+    class_name: str | None = field(
+        default=None, metadata={"help": "What the subject is, such as dog. Default: --subject without [V]."}
+    )
+    protocol: str = field(
+        default="scenes",
+        metadata={"help": "Prompts and images a prompt: scenes, dreambooth (25 prompts), or a file like theirs."},
+    )
+    protocol_subject: str | None = field(
+        default=None, metadata={"help": "One of the protocol's subjects, such as dog6: says class and kind of prompts."}
+    )
+    live_subject: bool = field(default=False, metadata={"help": "The protocol's prompts for animals, not for objects."})
+    prompts: list[str] | None = field(
+        default=None,
+        metadata={"aliases": ["--prompt"], "action": "extend", "help": "Instead of the protocol's prompts."},
+    )
+    seeds: list[int] | None = field(
+        default=None,
+        metadata={
+            "action": "extend",
+            "help": "Default: as many as the protocol says, from 1000 on.",
+        },
+    )
+    clip: str = field(default=CLIP, metadata={"help": "A CLIP of transformers: folder or Hub id."})
+    dino: str = field(default=DINO, metadata={"help": "An image encoder of transformers: folder or Hub id."})
+    output: str = field(default="out/scores.json", metadata={"help": "The scores; pictures are kept beside it."})
+
+
+FIRST_SEED = 1000
+SCORES = {
+    "dino": "DINO ↑",
+    "clip_i": "CLIP-I ↑",
+    "clip_t": "CLIP-T ↑",
+    "drift": "Drift ↓",
+    "class_drift": "Class drift ↓",
+    "diversity": "Diversity ↑",
+}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Templates with {} for the subject, and how many pictures are drawn of each."""
+
+    prompts: list[str]
+    images_per_prompt: int
+    class_name: str | None = None
+
+    @classmethod
+    def read(cls, name: str, subject: str | None, live: bool) -> Protocol:
+        """A protocol that comes with this package, or a YAML file of the same form.
+
+        Raises:
+            ValueError: if there is none of that name, if the file has another form, or an unknown subject.
+        """
+        path = PROTOCOLS / f"{name}.yaml" if re.fullmatch(r"\w+", name) else Path(name)
+        if not path.is_file():
+            known = ", ".join(sorted(file.stem for file in PROTOCOLS.glob("*.yaml")))
+            raise ValueError(f"--protocol {name} does not exist: choose one of {known}, or name a file")
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            objects, animals = content.get("objects") or {}, content.get("live_subjects") or {}
+            live = subject in animals if subject else live
+            prompts = [*content["both_prompts"], *content.get("live_subject_prompts" if live else "object_prompts", [])]
+            images_per_prompt = int(content["images_per_prompt"])
+        except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"--protocol {path} must have both_prompts and images_per_prompt: {error!r}") from error
+        if not all(isinstance(prompt, str) and prompt.count("{}") == 1 for prompt in prompts):
+            raise ValueError(f"--protocol {path}: every prompt must be text with one {{}} for the subject")
+        if subject and subject not in objects | animals:
+            known = ", ".join(sorted(objects | animals)) or "none"
+            raise ValueError(f"--protocol_subject {subject} is not in --protocol {name}, which has: {known}")
+        return cls(prompts, images_per_prompt, (objects | animals).get(subject))
+
+
+def subject_in_words(config: EvaluateConfig, protocol: Protocol, adapters: Mapping[str, Path]) -> tuple[str, str]:
+    """The subject with its identifier, and its class.
+
+    Raises:
+        ValueError: if neither a flag nor a run's record says them.
+    """
+    words = config.subject
+    if words is None:
+        instance_prompt = next(
+            (prompt for path in adapters.values() if (prompt := recorded_config(path).get("instance_prompt"))), None
+        )
+        if not isinstance(instance_prompt, str):
+            raise ValueError('no run says what the subject is: add --subject, such as "[V] dog"')
+        words = re.sub(r"^an? (photo|picture|image|drawing) of (an? |the )?", "", instance_prompt.strip())
+    class_name = config.class_name or protocol.class_name or re.sub(r"^a ", "", without_identifier(words))
+    if class_name == words:
+        raise ValueError(f'the class of "{words}" is not known, because it has no [V]: add --class_name')
+    return words, class_name
+
+
+def instance_pictures(folder: str | None, adapters: Mapping[str, Path]) -> list[Image.Image]:
+    """The subject's pictures.
+
+    Raises:
+        ValueError: if no folder is named and no run's record names one that is there.
+    """
+    if folder is None:
+        folder = next((f for path in adapters.values() if (f := recorded_config(path).get("instance_data_dir"))), None)
+        if not folder or not Path(folder).is_dir():
+            raise ValueError("the subject's pictures are needed: name their folder with --instance_images")
+    return [open_image(path) for path in find_images(folder, "instance_images")]
+
+
+def read_pictures(name: str, folder: Path) -> list[GeneratedImage]:
+    """The pictures that a manifest lists, with their prompts and seeds."""
+    records = read_manifest(folder)
+    if not records:
+        raise ValueError(f"--images {name}={folder} has no manifest: name a folder that inference.generate wrote")
+    return [GeneratedImage(one["prompt"], one["seed"], open_image(folder / one["file"])) for one in records]
+
+
+def run(config: EvaluateConfig) -> dict[str, Any]:
+    """Draw what is missing, score it, write the scores and return them. Flags are checked before anything is loaded."""
+    adapters = parse_named_adapters(config.adapters or [])
+    folders = parse_named_adapters(config.images or [], "--images")
+    if not adapters and not folders:
+        raise ValueError("nothing to score: give --adapters NAME=PATH, or --images NAME=FOLDER")
+    if taken := set(adapters) & set(folders):
+        raise ValueError(f"--images {min(taken)}: the name is an adapter's already, choose another one")
+    for path in adapters.values():
+        inspect_adapter(path)
+    output = Path(config.output)
+    check_writable_target(output, "--output", folder=False)
+    if len(config.scales) > 1:
+        raise ValueError("--scale: scores are of one scale; run the command once for each, with another --output")
+    pictures = {name: read_pictures(name, folder) for name, folder in folders.items()}
+    protocol = Protocol.read(config.protocol, config.protocol_subject, config.live_subject)
+    instances = instance_pictures(config.instance_images, adapters)
+    seeds = config.seeds or list(range(FIRST_SEED, FIRST_SEED + protocol.images_per_prompt))
+    drifts = {}
+    if adapters:
+        words, class_name = subject_in_words(config, protocol, adapters)
+        prompts = config.prompts or [with_article(prompt, words) for prompt in protocol.prompts]
+        config.check_sampling(prompts, seeds)
+        base = choose_base(config.base, str(next(iter(adapters.values()))))
+    judge = Judge(config.clip, config.dino, instances, check_device(config.device))
+    if adapters:
+        unrelated = [prompt for prompt in UNRELATED_PROMPTS if class_name not in prompt]
+        asked = {
+            "subject": prompts,
+            "drift": unrelated,
+            "class_drift": [with_article(prompt, class_name) for prompt in CLASS_PROMPTS],
+        }
+        studio = Studio(config, base, picture_folder(output))
+        studio.check_adapters(list(adapters.values()))
+        drawn = draw_all(studio, adapters, asked, seeds, config.scales[0])
+        pictures = {name: drawn[name]["subject"] for name in (BASE_COLUMN, *adapters)} | pictures
+        drifts = {
+            name: {kind: judge.drift(drawn[name][kind], drawn[BASE_COLUMN][kind]) for kind in ("drift", "class_drift")}
+            for name in adapters
+        }
+    columns = {name: judge.judge(images) | drifts.get(name, {}) for name, images in pictures.items()}
+    result = {
+        "version": 1,
+        "encoders": {"clip": config.clip, "dino": config.dino},
+        "protocol": config.protocol,
+        "seeds": seeds if adapters else None,
+        "prompts": prompts if adapters else None,
+        "instance_images": len(instances),
+        "scores": {name: {key: value._asdict() for key, value in scores.items()} for name, scores in columns.items()},
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    return result
+
+
+def picture_folder(output: Path) -> Path:
+    """Where a gallery or scores keep their pictures; a command that is run again finds them there."""
+    return output.parent / "pictures"
+
+
+def with_article(template: str, words: str) -> str:
+    """The template with the subject in it; "a [V] owl", but "an owl"."""
+    prompt = template.format(words)
+    return prompt.replace(f"a {words}", f"an {words}") if words[0].lower() in "aeio" else prompt
+
+
+def draw_all(
+    studio: Studio,
+    adapters: Mapping[str, Path],
+    asked: Mapping[str, Sequence[str]],
+    seeds: Sequence[int],
+    scale: float,
+) -> dict[str, dict[str, list[GeneratedImage]]]:
+    """Pictures by the base and every adapter: name -> kind of prompts -> pictures."""
+    models: dict[str, Path | None] = {BASE_COLUMN: None, **adapters}
+    total = len(models) * len(seeds) * sum(map(len, asked.values()))
+    with tqdm(total=total, unit="image") as bar:
+        drawn = {}
+        for name, path in models.items():
+            bar.set_description(name)
+            drawn[name] = {
+                kind: studio.pictures(path, name, prompts, seeds, scale if path else 1.0, bar)
+                for kind, prompts in asked.items()
+            }
+    return drawn
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The scores as a Markdown table: mean ± spread over seeds."""
+    known = [key for key in SCORES if any(key in scores for scores in result["scores"].values())]
+    lines = ["| | " + " | ".join(SCORES[key] for key in known) + " | nearest training image |"]
+    lines.append("|---" * (len(known) + 2) + "|")
+    for name, scores in result["scores"].items():
+        cells = [format_score(scores.get(key)) for key in known]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {format_memorisation(scores['memorisation'])} |")
+    return "\n".join(lines)
+
+
+def format_score(score: Mapping[str, float] | None) -> str:
+    return "–" if score is None else f"{score['mean']:.3f} ± {score['std']:.3f}"
+
+
+def format_memorisation(found: Mapping[str, Any]) -> str:
+    return f"{found['nearest']:.2f}" + (" **MEMORISED**" if found["alarm"] else "")
+
+
+def warn_of_memorisation(name: str, found: Mapping[str, Any]) -> None:
+    if found["alarm"]:
+        print(
+            f"warning: {name} draws its training images: {found['share']:.0%} of its pictures are nearer to one of "
+            f"them (median {found['nearest']:.2f}) than they are to each other ({found['between_instances']:.2f}); "
+            "train for fewer steps, at a lower learning rate, or with --with_prior_preservation",
+            file=sys.stderr,
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = parse_config(
+        EvaluateConfig, argv, prog="python -m inference.evaluate", description="Score adapters on a subject."
+    )
+    quiet_libraries()
+
+    def command() -> None:
+        result = run(config)
+        print(table(result))
+        for name, scores in result["scores"].items():
+            warn_of_memorisation(name, scores["memorisation"])
+        print(f"scores: {config.output}")
+
+    run_command(command)
+
+
+if __name__ == "__main__":
+    main()
