@@ -88,7 +88,7 @@ def render_page(page: Page) -> str:
         unknown=UNKNOWN,
         rows=rows,
         data=data,
-        instances=[{"name": name, "uri": _data_uri(_thumbnail(image))} for name, image in page.instances],
+        instances=[{"name": name, **_picture(_thumbnail(image))} for name, image in page.instances],
         narrow=max(PHONE, NARROWEST_COLUMN * len(page.columns)),
     )
 
@@ -97,17 +97,20 @@ def _cell(shots: Sequence[Shot]) -> dict[str, Any] | None:
     """What a place of the grid holds: the picture that it shows at first as a URI of its own, and all its pictures."""
     if not shots:
         return None
-    first = max(shots, key=lambda shot: (shot.step or 0, -abs(1 - (1 if shot.scale is None else shot.scale))))
+    pictures = [{"step": shot.step, "scale": shot.scale, **_picture(shot.image)} for shot in shots]
+    first = max(
+        pictures, key=lambda shot: (shot["step"] or 0, -abs(1 - (1 if shot["scale"] is None else shot["scale"])))
+    )
     return {
-        "uri": _data_uri(first.image),
-        "width": first.image.width,
-        "height": first.image.height,
-        "pixelated": max(first.image.size) <= PIXELATED,
-        "shots": [
-            {"step": shot.step, "scale": shot.scale, "uri": None if shot is first else _data_uri(shot.image)}
-            for shot in shots
-        ],
+        **first,
+        "pixelated": max(first["width"], first["height"]) <= PIXELATED,
+        # the first is in the file once: the script takes its URI from the cell's own image
+        "shots": [{**shot, "uri": None} if shot is first else shot for shot in pictures],
     }
+
+
+def _picture(image: Image) -> dict[str, Any]:
+    return {"uri": _data_uri(image), "width": image.width, "height": image.height}
 
 
 def _data_uri(image: Image) -> str:

@@ -17,8 +17,9 @@ const rows = findAll(".row").map((element, index) => {
   row.cells = cells.map((shots, column) => {
     const figure = figures[column];
     const image = find("img", figure);
-    for (const shot of shots) shot.uri ??= image.getAttribute("src"); // the picture that is there already
-    return { column, shots, figure, image, button: find(".picture", figure), best: find(".best", figure), shot: null };
+    const shot = shots.find((one) => one.uri === null); // the picture that is there already
+    if (shot) shot.uri = image.getAttribute("src");
+    return { column, shots, shot, figure, image, button: find(".picture", figure), best: find(".best", figure) };
   });
   row.order = [...row.cells];
   return row;
@@ -69,7 +70,7 @@ function drawCell(row, cell) {
   find(".name", cell.figure).textContent = nameOf(row, cell);
   if (!cell.image) return;
   const shot = nearest(cell.shots);
-  if (shot !== cell.shot) cell.image.src = shot.uri;
+  if (shot !== cell.shot) Object.assign(cell.image, { src: shot.uri, width: shot.width, height: shot.height });
   cell.shot = shot;
   cell.image.alt = altOf(row, cell);
   // Where a column lacks the step or scale that was asked for, it says which it shows; voters would learn from it.
@@ -97,7 +98,8 @@ function draw() {
     same.disabled = state.mode === "revealed";
     drawPair(row);
   }
-  if (voting()) find("#voted").textContent = `voted ${rows.filter((row) => row.vote).length} of ${votable().length} rows`;
+  const voted = rows.filter((row) => row.vote).length;
+  if (voting()) find("#voted").textContent = `voted ${voted} of ${votable().length} rows`;
   rove();
 }
 
@@ -148,7 +150,7 @@ function makePair(row) {
     const box = split.getBoundingClientRect();
     move((100 * (event.clientX - box.left)) / box.width);
   };
-  slider.setAttribute("aria-label", `Divider between ${nameOf(row, a)} and ${nameOf(row, b)}, seed ${row.seed}: ${row.prompt}`);
+  slider.ariaLabel = `Divider between ${nameOf(row, a)} and ${nameOf(row, b)}, seed ${row.seed}: ${row.prompt}`;
   slider.addEventListener("input", () => move(slider.value));
   split.addEventListener("pointerdown", (event) => {
     event.preventDefault(); // no dragging of the image itself
@@ -228,9 +230,8 @@ find("main").addEventListener("keydown", (event) => {
 const zoom = find("#zoom");
 let zoomed = null; // the row and place that the dialog shows; null for a training picture
 
-function enlarged(image) {
-  const copy = Object.assign(new Image(), { src: image.src, alt: image.alt });
-  const [width, height] = [image.naturalWidth, image.naturalHeight];
+function enlarged({ uri, width, height }, alt) {
+  const copy = Object.assign(new Image(), { src: uri, alt });
   const fits = Math.min((0.94 * innerWidth) / width, (0.78 * innerHeight) / height);
   // Small pictures grow by whole factors, so that each of their pixels is as large as the next.
   const small = Math.max(width, height) <= 256;
@@ -253,7 +254,7 @@ function openZoom(at) {
   zoomed = at;
   const { row, place } = at;
   if (state.mode === "compare") fillZoom(makePair(row), `${row.prompt} · seed ${row.seed}`);
-  else fillZoom(enlarged(row.order[place].image), caption(row, row.order[place]));
+  else fillZoom(enlarged(row.order[place].shot, altOf(row, row.order[place])), caption(row, row.order[place]));
   if (!zoom.open) zoom.showModal();
   if (state.mode === "compare") find("input", zoom).focus();
 }
@@ -267,7 +268,8 @@ for (const button of findAll(".instance")) {
   button.addEventListener("click", () => {
     zoomed = null;
     const image = find("img", button);
-    fillZoom(enlarged(image), image.alt);
+    const [width, height] = ["width", "height"].map((side) => Number(image.getAttribute(side)));
+    fillZoom(enlarged({ uri: image.src, width, height }, image.alt), image.alt);
     zoom.showModal();
   });
 }
