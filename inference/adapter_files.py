@@ -22,6 +22,7 @@ from storage.files import read_json, read_safetensors_header
 
 _LORA_MATRIX = re.compile(r"(?P<layer>.+)\.(?P<side>lora_A|lora_B|lora\.down|lora\.up)\.weight")
 BASE_COLUMN = "base"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _KOHYA_PREFIXES = ("lora_unet_", "lora_te1_", "lora_te2_", "lora_te_")
 _PEFT_PREFIX = "base_model.model."
 _LORA_EXTRA = (".alpha", ".lora_magnitude_vector")  # scalars and DoRA vectors, whose shapes follow from the matrices
@@ -104,6 +105,17 @@ def read_run_record(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     record = (path if path.is_dir() else path.parent) / RUN_RECORD
     return read_json(record) if record.is_file() else {}
+
+
+def run_checkpoints(path: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of a run's checkpoints that hold an adapter, in the order of training."""
+    found = [(match, folder) for folder in path.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(folder.name))]
+    steps = [(int(match[1]), folder) for match, folder in found]
+    return sorted(
+        (step, folder)
+        for step, folder in steps
+        if any((folder / name).is_file() for name in (FOLDED_WEIGHTS, INNER_WEIGHTS))
+    )
 
 
 def recorded_config(path: str | Path) -> dict[str, Any]:

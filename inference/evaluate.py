@@ -88,7 +88,8 @@ class Judge:
         }
         several = [rows for rows in by_prompt.values() if len(rows) > 1]
         if several:
-            scores["diversity"] = spread({0: [diversity(dino[rows]) for rows in several]})
+            # its spread is between prompts
+            scores["diversity"] = spread({prompt: [diversity(dino[rows])] for prompt, rows in enumerate(several)})
         scores["memorisation"] = memorisation(images, self.instances)
         return scores
 

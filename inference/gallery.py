@@ -1,30 +1,40 @@
-"""Base and adapters side by side, prompts × seeds, as one self-contained HTML page and one PNG sheet.
+"""Base and adapters side by side, prompts × seeds × scales × training steps, as one HTML page and one PNG sheet.
 
-    python -m inference.gallery --base assets/tiny-sdxl --adapters lora=out/lora nora=out/nora \
+    python -m inference.gallery --adapters lora=out/lora nora=out/nora \
         --prompts "[V] photo of a cat" "[V] photo of a cat in the jungle" --seeds 0 1 --output out/gallery.html
+
+Pictures are kept beside the page, in pictures/, and only what is missing there is drawn: adding a prompt or a column
+costs no more than its own pictures.
 """
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from tqdm.auto import tqdm
 
-from inference.adapter_files import BASE_COLUMN, inspect_adapter, parse_named_adapters, read_run_record
+from inference.adapter_files import (
+    BASE_COLUMN,
+    inspect_adapter,
+    parse_named_adapters,
+    read_run_record,
+    recorded_config,
+    run_checkpoints,
+)
 from inference.cli import parse_config, quiet_libraries, run_command
 from inference.components import FOLDED_WEIGHTS, INNER_WEIGHTS
-from inference.generate import SamplingConfig, choose_base, generate_images, warn_of_truncated_prompts
-from inference.load import load_adapter, unload_adapters
-from storage.files import check_writable_target, write_atomic
+from inference.evaluate import SCORES, format_memorisation, format_score, picture_folder, read_pictures
+from inference.generate import SamplingConfig, choose_base
+from inference.page import UNKNOWN, Page, PageColumn, Shot, render_page
+from inference.sheet import draw_sheet
+from inference.studio import Studio
+from storage.files import check_writable_target, read_json, write_atomic
 from storage.pictures import find_images, open_image, png_bytes
 
-UNKNOWN = "–"
 METHOD_NAMES = {"nora": "NoRA", "lora": "LoRA", "dora": "DoRA"}
 FIGURES = (
     "Method",
@@ -38,8 +48,6 @@ FIGURES = (
     "Steps",
     "Peak memory",
 )
-MIN_TILE, MAX_TILE = 192, 512  # pixels on the sheet: tiny bases stay visible, 1024 px ones stay mailable
-THUMBNAIL = 320  # pixels, longest side of an instance image on the page
 
 
 @dataclass
@@ -49,36 +57,28 @@ class GalleryConfig(SamplingConfig):
     adapters: list[str] | None = field(
         default=None, metadata={"action": "extend", "help": "NAME=PATH for each column beside the base."}
     )
+    images: list[str] | None = field(
+        default=None,
+        metadata={"action": "extend", "help": "NAME=FOLDER, a column of pictures with a manifest: nothing is drawn."},
+    )
     prompts: list[str] | None = field(
-        default=None, metadata={"aliases": ["--prompt"], "action": "extend", "help": "One block of rows each."}
+        default=None,
+        metadata={"aliases": ["--prompt"], "action": "extend", "help": "Default: those of the first --images."},
     )
     seeds: list[int] | None = field(
-        default=None, metadata={"action": "extend", "help": "One row per prompt each. Default: 0 1."}
+        default=None,
+        metadata={"action": "extend", "help": "One row per prompt each. Default: 0 1, or those of --images."},
+    )
+    checkpoints: bool = field(
+        default=False, metadata={"help": "Also at every checkpoint of the runs: the page gets a slider of steps."}
     )
     instance_images: str | None = field(
         default=None, metadata={"help": "Folder of the subject's training images, shown on top."}
     )
+    scores: str | None = field(
+        default=None, metadata={"help": "File of inference.evaluate with columns of the same names: shown below them."}
+    )
     output: str = field(default="out/gallery.html", metadata={"help": "The page; the sheet is beside it as .png."})
-
-
-@dataclass(frozen=True)
-class Column:
-    """One model of the comparison: `path` is None for the base."""
-
-    name: str
-    path: Path | None
-    figures: dict[str, str]
-
-    @property
-    def subtitle(self) -> str:
-        if self.path is None:
-            return "no adapter"
-        parameters = self.figures["Trainable parameters"]
-        method, rank = self.figures["Method"], self.figures["Rank of the update"]
-        known = {f"rank {rank}": rank, f"{parameters} trained": parameters}
-        if method.lower() != self.name.lower():
-            known = {method: method, **known}
-        return ", ".join(text for text, value in known.items() if value != UNKNOWN)
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
@@ -86,9 +86,9 @@ class Column:
 
 def adapter_figures(path: Path) -> dict[str, str]:
     """What an adapter costs, from its run's record and its files; what isn't known is a dash."""
-    record = read_run_record(path)
-    config = record.get("config") or {}
-    timings = record.get("timings") or {}
+    record, config = read_run_record(path), recorded_config(path)
+    timings = record.get("timings")
+    timings = timings if isinstance(timings, dict) else {}
     method = record.get("method")
     folder = path if path.is_dir() else path.parent
     sizes = {
@@ -97,7 +97,7 @@ def adapter_figures(path: Path) -> dict[str, str]:
     if path.is_file() and not record:  # a file from elsewhere: only its own size is its own
         sizes = {(INNER_WEIGHTS if inspect_adapter(path).kind == "inner" else FOLDED_WEIGHTS): path.stat().st_size}
     values = (
-        METHOD_NAMES.get(method, method),
+        METHOD_NAMES.get(str(method), method),
         config.get("rank"),
         _outer_rank(record.get("outer_ranks") or [config.get("outer_rank")]),
         _format(record.get("trainable_parameters"), lambda count: f"{count:,}"),
@@ -134,196 +134,144 @@ def _format_seconds(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s"
 
 
-# --- the page ---------------------------------------------------------------------------------------------------------
+def subtitle(name: str, figures: Mapping[str, str]) -> str:
+    """Method, rank and trained parameters in a line, as far as they are known."""
+    parameters, method, rank = figures["Trainable parameters"], figures["Method"], figures["Rank of the update"]
+    known = {f"rank {rank}": rank, f"{parameters} trained": parameters}
+    if method.lower() not in name.lower():
+        known = {method: method, **known}
+    return ", ".join(text for text, value in known.items() if value != UNKNOWN)
 
 
-def render_page(
-    columns: Sequence[Column],
-    images: dict[tuple[str, str, int], Image.Image],
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    settings: dict[str, str],
-    instances: Sequence[tuple[str, Image.Image]] = (),
-) -> str:
-    """The HTML page; `images` maps (column, prompt, seed) to its picture. Nothing in it is fetched from anywhere."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined
-    )
+def read_scores(path: str | None) -> dict[str, dict[str, str]]:
+    """Column -> label -> score, from a file of inference.evaluate.
 
-    def cell(column: Column, prompt: str, seed: int) -> dict[str, Any]:
-        image = images[column.name, prompt, seed]
-        alt = f"{column.name}, seed {seed}: {prompt}"
-        return {"uri": _data_uri(image), "width": image.width, "height": image.height, "alt": alt}
-
-    rows = [
-        {
-            "prompt": prompt,
-            "lines": [{"seed": seed, "cells": [cell(column, prompt, seed) for column in columns]} for seed in seeds],
+    Raises:
+        ValueError: if it is no such file.
+    """
+    if path is None:
+        return {}
+    try:
+        found = read_json(Path(path))["scores"]
+        return {
+            name: {label: format_score(scores[key]) for key, label in SCORES.items() if key in scores}
+            | {"Nearest training image": format_memorisation(scores["memorisation"]).replace("*", "")}
+            for name, scores in found.items()
         }
-        for prompt in prompts
-    ]
-    return environment.get_template("gallery.html.j2").render(
-        title="Side by side: " + ", ".join(column.name for column in columns),
-        columns=columns,
-        figures=FIGURES,
-        rows=rows,
-        tile=max(240, rows[0]["lines"][0]["cells"][0]["width"]),
-        settings=settings,
-        instances=[{"name": name, "uri": _data_uri(_shrink(image, THUMBNAIL))} for name, image in instances],
-    )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"--scores {path} is not a file of inference.evaluate ({error!r})") from error
 
 
-def _data_uri(image: Image.Image) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png_bytes(image)).decode()}"
+@dataclass(frozen=True)
+class Take:
+    """One setting of one column: what draws it, and where the page's sliders find it."""
+
+    adapter: Path | None
+    step: int | None
+    scale: float | None
 
 
-def _shrink(image: Image.Image, longest: int) -> Image.Image:
-    factor = min(1.0, longest / max(image.size))
-    return image.resize([max(1, round(side * factor)) for side in image.size], Image.Resampling.LANCZOS)
-
-
-# --- the sheet --------------------------------------------------------------------------------------------------------
-
-
-def draw_sheet(
-    columns: Sequence[Column],
-    images: dict[tuple[str, str, int], Image.Image],
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    instances: Sequence[tuple[str, Image.Image]] = (),
-) -> Image.Image:
-    """One picture of the whole comparison, for READMEs and papers: columns are models, rows prompts × seeds."""
-    width, height = next(iter(images.values())).size
-    factor = min(max(width, height, MIN_TILE), MAX_TILE) / max(width, height)
-    tile = (round(width * factor), round(height * factor))
-    gap = max(4, tile[0] // 32)
-    size = max(15, tile[0] // 11)
-    font, small = ImageFont.load_default(size), ImageFont.load_default(max(12, round(size * 0.75)))
-    margin = round(small.getlength(f"seed {max(seeds)}")) + 2 * gap
-    sheet_width = margin + len(columns) * (tile[0] + gap) + gap
-    line, small_line = round(size * 1.3), round(small.size * 1.3)
-
-    # training images in one row: as wide together as the sheet, but no smaller than a quarter of a tile
-    aspects = sum(image.width / image.height for _, image in instances)
-    room = sheet_width - margin - len(instances) * gap
-    strip_tile = max(tile[1] // 4, min(tile[1] * 3 // 4, int(room / aspects))) if instances else 0
-    strip = [_fit_height(image, strip_tile) for _, image in instances]
-    headers = [(column.name, _wrap(column.subtitle, small, tile[0])) for column in columns]
-    prompt_lines = {prompt: _wrap(prompt, font, sheet_width - margin - gap) for prompt in prompts}
-    strip_height = (small_line + strip_tile + 3 * gap) if strip else 0
-    header_height = line + max(len(lines) for _, lines in headers) * small_line + gap
-    block_heights = {
-        prompt: len(lines) * line + 2 * gap + len(seeds) * (tile[1] + gap) for prompt, lines in prompt_lines.items()
-    }
-    sheet = Image.new("RGB", (sheet_width, gap + strip_height + header_height + sum(block_heights.values())), "white")
-    draw = ImageDraw.Draw(sheet)
-
-    y = gap
-    if strip:
-        draw.text((margin, y), "training images", fill="#68645d", font=small)
-        x = margin
-        for image in strip:
-            if x + image.width > sheet_width - gap:
-                break
-            sheet.paste(image, (x, y + small_line + gap))
-            x += image.width + gap
-        y += strip_height
-    for index, (name, lines) in enumerate(headers):
-        x = margin + index * (tile[0] + gap)
-        draw.text((x, y), _clip(name, font, tile[0]), fill="#a8430f", font=font)
-        for row, text in enumerate(lines):
-            draw.text((x, y + line + row * small_line), text, fill="#68645d", font=small)
-    y += header_height
-    for prompt in prompts:
-        y += gap
-        for text in prompt_lines[prompt]:
-            draw.text((margin, y), text, fill="black", font=font)
-            y += line
-        y += gap
-        for seed in seeds:
-            draw.text((gap, y), f"seed {seed}", fill="#68645d", font=small)
-            for index, column in enumerate(columns):
-                image = images[column.name, prompt, seed].convert("RGB").resize(tile, Image.Resampling.LANCZOS)
-                sheet.paste(image, (margin + index * (tile[0] + gap), y))
-            y += tile[1] + gap
-    return sheet
-
-
-def _fit_height(image: Image.Image, height: int) -> Image.Image:
-    return image.resize((max(1, round(image.width * height / image.height)), height), Image.Resampling.LANCZOS)
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Break at spaces so that each line is at most `width` pixels; a single longer word is clipped."""
-    lines: list[str] = []
-    for word in text.split():
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(_clip(word, font, width))
-    return lines
-
-
-def _clip(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+def takes(path: Path, scales: Sequence[float], checkpoints: bool) -> list[Take]:
+    """The last one is the finished adapter at the last scale."""
+    steps: list[tuple[int | None, Path]] = [(recorded_config(path).get("max_train_steps"), path)]
+    if checkpoints:
+        earlier = [(step, folder) for step, folder in run_checkpoints(path) if step != steps[0][0]]
+        steps = [*earlier, *steps]
+    return [Take(adapter, step, scale) for step, adapter in steps for scale in scales]
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
 def run(config: GalleryConfig) -> tuple[Path, Path]:
-    """Draw the comparison; returns the page and the sheet. The pipeline is loaded once and adapters are swapped."""
-    prompts, seeds = config.prompts or [], config.seeds if config.seeds is not None else [0, 1]
+    """Draw the comparison; returns the page and the sheet."""
     adapters = parse_named_adapters(config.adapters or [])
+    folders = parse_named_adapters(config.images or [], "--images")
     page_path = Path(config.output)
     sheet_path = page_path.with_suffix(".png")
-    if not adapters:
-        raise ValueError("no adapter: give at least one with --adapters NAME=PATH")
+    if not adapters and not folders:
+        raise ValueError("no adapter: give at least one with --adapters NAME=PATH, or pictures with --images")
+    if taken := set(adapters) & set(folders):
+        raise ValueError(f"--images {min(taken)}: the name is an adapter's already, choose another one")
     if page_path.suffix not in (".html", ".htm"):
         raise ValueError(f"--output {page_path} must end in .html; the sheet gets the same name with .png")
+    given = {name: read_pictures(name, folder) for name, folder in folders.items()}
+    listed = [one for pictures in given.values() for one in pictures]
+    prompts = config.prompts or list(dict.fromkeys(one.prompt for one in listed))
+    seeds = config.seeds or sorted({one.seed for one in listed}) or [0, 1]
     config.check_sampling(prompts, seeds)
     for path in adapters.values():
         inspect_adapter(path)
-    columns = [Column(BASE_COLUMN, None, {})]
-    columns += [Column(name, path, adapter_figures(path)) for name, path in adapters.items()]
-    base = choose_base(config.base, str(next(iter(adapters.values()))))
+    scores = read_scores(config.scores)
     for path in (page_path, sheet_path):
         check_writable_target(path, "--output", folder=False)
     paths = find_images(config.instance_images, "instance_images") if config.instance_images else []
     instances = [(path.name, open_image(path)) for path in paths]
 
-    pipeline = config.load_pipeline(base)
-    warn_of_truncated_prompts(pipeline, prompts)
-    for column in columns[1:]:  # an adapter of another base is refused before an hour of sampling, not after it
-        unload_adapters(pipeline, load_adapter(pipeline, column.path))
-    images: dict[tuple[str, str, int], Image.Image] = {}
-    with tqdm(total=len(columns) * len(prompts) * len(seeds), unit="image") as bar:
-        for column in columns:
-            bar.set_description(column.name)
-            if column.path is not None:
-                load_adapter(pipeline, column.path, scale=config.scales[0])
-            for drawn in generate_images(pipeline, prompts, seeds, progress=bar, **config.sampling_options()):
-                images[column.name, drawn.prompt, drawn.seed] = drawn.image
-            unload_adapters(pipeline)
-
-    width, height = next(iter(images.values())).size
-    settings = {
-        "base": base,
-        "sampling": f"{config.num_inference_steps} steps, guidance {config.guidance_scale:g}, {width}×{height} pixels"
-        + (f", adapter scale {config.scales[0]:g}" if config.scales[0] != 1 else "")
-        + (f", negative prompt “{config.negative_prompt}”" if config.negative_prompt else ""),
-    }
-    page = render_page(columns, images, prompts, seeds, settings, instances)
-    sheet = draw_sheet(columns, images, prompts, seeds, instances)
+    shots: dict[tuple[str, str, int], list[Shot]] = {}
+    figures: dict[str, dict[str, str]] = {}
+    settings = {}
+    if adapters:
+        base = choose_base(config.base, str(next(iter(adapters.values()))))
+        studio = Studio(config, base, picture_folder(page_path))
+        columns = {BASE_COLUMN: [Take(None, None, None)]}
+        columns |= {name: takes(path, config.scales, config.checkpoints) for name, path in adapters.items()}
+        figures = {name: adapter_figures(path) for name, path in adapters.items()}
+        shots = draw_columns(studio, columns, prompts, seeds)
+        settings = describe_settings(config, base, next(iter(shots.values()))[0].image)
+    for name, pictures in given.items():
+        for one in pictures:
+            if one.prompt in prompts and one.seed in seeds:
+                shots.setdefault((name, one.prompt, one.seed), []).append(Shot(None, None, one.image))
+    names = [*([BASE_COLUMN] if adapters else []), *adapters, *given]
+    page_columns = [
+        PageColumn(
+            name,
+            subtitle(name, figures[name]) if name in figures else "no adapter" if name == BASE_COLUMN else "",
+            figures.get(name, {}),
+            scores.get(name, {}),
+        )
+        for name in names
+    ]
+    page = Page("Side by side: " + ", ".join(names), settings, page_columns, prompts, seeds, shots, instances)
+    last = {place: several[-1].image for place, several in shots.items()}
+    sheet = draw_sheet(page_columns, last, prompts, seeds, instances)
     page_path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(sheet_path, png_bytes(sheet))
-    write_atomic(page_path, page)
+    write_atomic(page_path, render_page(page))
     return page_path, sheet_path
+
+
+def draw_columns(
+    studio: Studio, columns: Mapping[str, Sequence[Take]], prompts: Sequence[str], seeds: Sequence[int]
+) -> dict[tuple[str, str, int], list[Shot]]:
+    """(column, prompt, seed) -> its pictures, in the order of the takes."""
+    everything = [(name, take) for name, several in columns.items() for take in several]
+    missing = {
+        take.adapter
+        for name, take in everything
+        if studio.missing(take.adapter, name, prompts, seeds, take.scale or 0.0) and take.adapter
+    }
+    studio.check_adapters(sorted(missing))
+    shots: dict[tuple[str, str, int], list[Shot]] = {}
+    with tqdm(total=len(everything) * len(prompts) * len(seeds), unit="image") as bar:
+        for name, take in everything:
+            bar.set_description(name)
+            scale = 1.0 if take.scale is None else take.scale
+            for drawn in studio.pictures(take.adapter, name, prompts, seeds, scale, bar):
+                shot = Shot(take.scale, take.step, drawn.image)
+                shots.setdefault((name, drawn.prompt, drawn.seed), []).append(shot)
+    return shots
+
+
+def describe_settings(config: GalleryConfig, base: str, image: Image.Image) -> dict[str, str]:
+    width, height = image.size
+    sampling = f"{config.num_inference_steps} steps, guidance {config.guidance_scale:g}, {width}×{height} pixels"
+    named = {"Scheduler": config.scheduler, "Autoencoder": config.vae, "Refiner": config.refiner}
+    named["Negative prompt"] = config.negative_prompt
+    if config.scales != [1]:
+        named["Adapter scale"] = ", ".join(f"{scale:g}" for scale in config.scales)
+    return {"Base": base, "Sampling": sampling} | {label: value for label, value in named.items() if value}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -82,7 +82,7 @@ def render_page(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html.j2").render(
+    return environment.get_template("gallery.html.j2").render(
         page=page,
         figures=list(dict.fromkeys(label for column in page.columns for label in column.figures)),
         unknown=UNKNOWN,

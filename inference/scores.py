@@ -58,6 +58,8 @@ class ImageEncoder:
         return torch.nn.functional.normalize(torch.cat(features), dim=-1)
 
     def _features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if hasattr(self.model, "get_image_features"):  # CLIP and its relatives: the tower for images
+            return self.model.get_image_features(pixel_values=pixel_values).pooler_output
         return self.model(pixel_values=pixel_values).last_hidden_state[:, 0]
 
 
@@ -73,9 +75,6 @@ class ClipEncoder(ImageEncoder):
         if not hasattr(self.model, "get_text_features"):
             raise ValueError(f"{flag} {path} is a {type(self.model).__name__}, which reads no prompts: name a CLIP")
         self.tokenizer = AutoTokenizer.from_pretrained(path)
-
-    def _features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model.get_image_features(pixel_values=pixel_values).pooler_output
 
     @torch.no_grad()
     def texts(self, prompts: Sequence[str]) -> torch.Tensor:

@@ -25,7 +25,7 @@ from inference.generate import (
     write_image,
     write_manifest,
 )
-from inference.load import load_adapter, unload_adapters
+from inference.load import load_adapter, set_adapter_scale, unload_adapters
 from storage.pictures import open_image
 
 
@@ -41,7 +41,7 @@ class Studio:
         self.config, self.base, self.folder = config, base, folder
         self._pipeline: StableDiffusionXLPipeline | None = None
         self._refiner: Refiner | None = None
-        self._on: tuple[Path, float] | None = None  # the adapter on the pipeline, and its scale
+        self._on: tuple[Path, str] | None = None  # the adapter on the pipeline, and its name there
 
     def missing(
         self, adapter: Path | None, name: str, prompts: Sequence[str], seeds: Sequence[int], scale: float
@@ -71,7 +71,7 @@ class Studio:
         kept = self._kept(adapter, name, prompts, seeds, scale)
         if bar:
             bar.update(len(kept))
-        names, folder, records = image_names(prompts), self.folder / name, []
+        names, folder, records = image_names(prompts), self._folder(name), []
         try:
             for prompt in prompts:
                 lacking = [seed for seed in seeds if (prompt, seed) not in kept]
@@ -97,14 +97,18 @@ class Studio:
     def _kept(
         self, adapter: Path | None, name: str, prompts: Sequence[str], seeds: Sequence[int], scale: float
     ) -> dict[tuple[str, int], Image.Image]:
-        files = {record.get("request"): record["file"] for record in read_manifest(self.folder / name)}
+        folder = self._folder(name)
+        files = {record.get("request"): record["file"] for record in read_manifest(folder)}
         kept = {}
         for prompt in prompts:
             for seed in seeds:
-                file = self.folder / name / files.get(self._request(adapter, prompt, seed, scale), "nothing")
+                file = folder / files.get(self._request(adapter, prompt, seed, scale), "nothing")
                 if file.is_file():
                     kept[prompt, seed] = open_image(file)
         return kept
+
+    def _folder(self, name: str) -> Path:
+        return self.folder / image_names([name])[name]  # a name may hold what a file system doesn't take
 
     def _request(self, adapter: Path | None, prompt: str, seed: int, scale: float) -> str:
         """A digest of all that a picture depends on, the adapter's bytes among it."""
@@ -119,13 +123,13 @@ class Studio:
         if self._pipeline is None:
             self._pipeline = self.config.load_pipeline(self.base)
             self._refiner = self.config.load_refiner(self._pipeline)
-        wanted = None if adapter is None else (adapter, scale)
-        if wanted != self._on:
+        if self._on is not None and self._on[0] != adapter:
             unload_adapters(self._pipeline)
             self._on = None
-            if adapter is not None:
-                load_adapter(self._pipeline, adapter, scale=scale)
-            self._on = wanted
+        if adapter is not None:
+            if self._on is None:
+                self._on = adapter, load_adapter(self._pipeline, adapter)
+            set_adapter_scale(self._pipeline, self._on[1], scale)
         return self._pipeline
 
 

@@ -19,16 +19,22 @@ import torch
 from PIL import Image
 from tiny_sdxl import saved_base, saved_lora, saved_nora
 
+from inference import studio
 from inference.base import load_pipeline
-from inference.gallery import BASE_COLUMN, UNKNOWN, Column, adapter_figures, draw_sheet, main, render_page
-from inference.generate import generate_images
+from inference.gallery import adapter_figures, main
+from inference.generate import SamplingConfig, generate_images
+from inference.generate import main as generate_main
 from inference.load import load_adapter
+from inference.page import UNKNOWN, PageColumn
+from inference.sheet import draw_sheet
 
 PROMPTS = ["[V] photo of a cat", 'a <b>"dog"</b> & a cat on the beach']
 VOID = {"meta", "img", "col", "br", "link", "input"}
+COMMAND = ["--base", str(saved_base()), "--adapters", f"lora={saved_lora()}", f"nora={saved_nora()}"]
+COMMAND += ["--prompts", *PROMPTS, "--seeds", "0", "1", "--num_inference_steps", "2"]
 
 
-class Page(HTMLParser):
+class Parsed(HTMLParser):
     """Collects images and text, and checks that every tag is closed."""
 
     def __init__(self, text: str):
@@ -43,7 +49,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
-        if tag == "img":
+        if tag == "img" and "src" in attributes:  # those without are the enlarged view's, filled when it opens
             self.images.append(attributes)
         self.references += [value for name, value in attributes.items() if name in ("src", "href", "srcset", "data")]
         if tag not in VOID:
@@ -69,42 +75,97 @@ def gallery(tmp_path_factory) -> Path:
     (folder / "subject").mkdir()
     Image.new("RGB", (60, 40), "red").save(folder / "subject" / "b.jpg")
     Image.new("RGBA", (40, 60), (0, 0, 255, 128)).save(folder / "subject" / "a.png")
-    main(
-        ["--base", str(saved_base()), "--adapters", f"lora={saved_lora()}", f"nora={saved_nora()}"]
-        + ["--prompts", *PROMPTS, "--seeds", "0", "1", "--num_inference_steps", "2"]
-        + ["--instance_images", str(folder / "subject"), "--output", str(folder / "out" / "gallery.html")]
-    )
+    main([*COMMAND, "--instance_images", str(folder / "subject"), "--output", str(folder / "out" / "gallery.html")])
     return folder / "out"
 
 
-def test_the_page_has_every_image_with_a_text_and_fetches_nothing(gallery):
-    text = (gallery / "gallery.html").read_text(encoding="utf-8")
-    page = Page(text)
-    assert len(page.images) == 2 + 3 * len(PROMPTS) * 2
-    assert [image["alt"] for image in page.images[:2]] == ["instance image a.png", "instance image b.jpg"]
-    expected = [
-        f"{column}, seed {seed}: {prompt}"
-        for prompt in PROMPTS
-        for seed in (0, 1)
-        for column in ("base", "lora", "nora")
-    ]
-    assert [image["alt"] for image in page.images[2:]] == expected
-    assert all(decode(image["src"]).size == (32, 32) for image in page.images[2:])
-    assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
-    assert not re.search(r"https?://|//[a-z]|url\(|@import|<script|<link", re.sub(r"base64,[\w+/=]+", "", text))
+def shown(page: Path) -> list[Image.Image]:
+    """The pictures of the grid, row by row."""
+    pictures = [image for image in Parsed(page.read_text(encoding="utf-8")).images if "seed" in image["alt"]]
+    return [decode(image["src"]) for image in pictures]
+
+
+def test_the_page_has_every_picture(gallery):
+    page = Parsed((gallery / "gallery.html").read_text(encoding="utf-8"))
+    assert len(page.images) == 2 + 3 * len(PROMPTS) * 2 and all(image["alt"] for image in page.images)
+    assert [picture.size for picture in shown(gallery / "gallery.html")] == [(32, 32)] * 12
     assert PROMPTS[1] in page.text  # escaped in the source, itself on the page
-    assert "prefers-color-scheme: dark" in text and "width=device-width" in text
-    assert sorted(path.name for path in gallery.iterdir()) == ["gallery.html", "gallery.png"]
+    assert sorted(path.name for path in gallery.iterdir()) == ["gallery.html", "gallery.png", "pictures"]
+
+
+def test_what_is_there_is_not_drawn_again(gallery, monkeypatch, tmp_path):
+    """The same command draws nothing, and not even loads the base; another prompt costs its own pictures."""
+    monkeypatch.setattr(SamplingConfig, "load_pipeline", lambda *args: pytest.fail("nothing is missing"))
+    before = (gallery / "gallery.html").read_text()
+    main([*COMMAND, "--output", str(gallery / "again.html")])
+    assert shown(gallery / "again.html") == shown(gallery / "gallery.html")
+    monkeypatch.undo()
+    drawn = []
+    generate = studio.generate_images
+    monkeypatch.setattr(
+        studio, "generate_images", lambda p, prompts, *a, **k: drawn.append(prompts) or generate(p, prompts, *a, **k)
+    )
+    main([*COMMAND, "--prompt", "a dog", "--output", str(gallery / "again.html")])
+    assert drawn == [["a dog"]] * 3
+    (gallery / "again.html").unlink()
+    (gallery / "again.png").unlink()
+    assert (gallery / "gallery.html").read_text() == before
+
+
+def test_another_adapter_under_the_same_name_is_drawn_anew(tmp_path):
+    output = ["--prompts", "a", "--seeds", "0", "--num_inference_steps", "1", "--output", str(tmp_path / "g.html")]
+    pages = []
+    for path in (saved_lora(), saved_lora(seed=2), saved_lora()):
+        main(["--adapters", f"mine={path}", *output])
+        pages.append(shown(tmp_path / "g.html"))
+    assert pages[0] == pages[2] != pages[1] and pages[0][0] == pages[1][0]
+
+
+def test_scales_and_checkpoints_are_on_the_page(tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(saved_lora(), run)
+    for step, seed in ((100, 2), (300, 3), (500, 1)):  # the last is the finished one
+        shutil.copytree(saved_lora(seed), run / f"checkpoint-{step}")
+    (run / "checkpoint-x").mkdir()
+    output = ["--prompts", "a", "--seeds", "0", "--num_inference_steps", "1", "--output", str(tmp_path / "g.html")]
+    main(["--adapters", f"mine={run}", "--checkpoints", "--scales", "0.5", "1", *output])
+    text = (tmp_path / "g.html").read_text()
+    data = json.loads(re.search(r"<script[^>]*application/json[^>]*>(.*?)</script>", text, re.DOTALL)[1])
+    assert data["steps"] == [100, 300, 500] and data["scales"] == [0.5, 1.0]
+    assert [len(cell) for cell in data["rows"][0]["cells"]] == [1, 6]
+    pictures = len(list((tmp_path / "pictures" / "mine").glob("*.png")))
+    assert pictures == 6
+
+
+def test_pictures_from_manifests_are_columns(tmp_path):
+    for name, adapter in (("one", saved_lora()), ("two", saved_lora(seed=2))):
+        command = ["--adapter", str(adapter), "--prompts", *PROMPTS, "--seeds", "5", "--num_inference_steps", "1"]
+        generate_main([*command, "--output", str(tmp_path / name)])
+    main(["--images", f"one={tmp_path / 'one'}", f"two={tmp_path / 'two'}", "--output", str(tmp_path / "g.html")])
+    page = Parsed((tmp_path / "g.html").read_text())
+    assert len(page.images) == 4 and "seed 5" in page.text
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_scores_are_shown_below_their_columns(gallery, tmp_path):
+    score = {"mean": 0.7123, "std": 0.0101, "low": 0.7, "high": 0.72}
+    found = {"nearest": 0.61, "between_instances": 0.7, "share": 0.1, "alarm": False}
+    (tmp_path / "scores.json").write_text(json.dumps({"scores": {"nora": {"dino": score, "memorisation": found}}}))
+    main([*COMMAND, "--scores", str(tmp_path / "scores.json"), "--output", str(gallery / "scored.html")])
+    text = Parsed((gallery / "scored.html").read_text()).text
+    assert "0.712 ± 0.010" in text and "DINO" in text
+    for name in ("scored.html", "scored.png"):
+        (gallery / name).unlink()
 
 
 def test_the_page_shows_what_each_adapter_costs(gallery):
-    text = Page((gallery / "gallery.html").read_text(encoding="utf-8")).text
+    text = Parsed((gallery / "gallery.html").read_text(encoding="utf-8")).text
     for figure in ("LoRA", "NoRA", "1,234,567", "7,654,321", "1 min 23 s", "0.167 s", "1.54 GB", "500"):
         assert figure in text, figure
 
 
 def test_columns_hold_the_models_images_and_rows_start_from_the_same_noise(gallery):
-    images = [decode(image["src"]) for image in Page((gallery / "gallery.html").read_text()).images[2:]]
+    images = shown(gallery / "gallery.html")
     pipeline = load_pipeline(saved_base(), torch_dtype=torch.float32, device="cpu")
     options = {"num_inference_steps": 2, "batch_size": 4, "progress": False}
     base = [drawn.image for drawn in generate_images(pipeline, PROMPTS, [0, 1], **options)]
@@ -124,10 +185,7 @@ def test_the_sheet_is_legible(gallery):
 
 
 def test_sheet_wraps_long_texts_and_limits_large_images():
-    columns = [
-        Column(BASE_COLUMN, None, {}),
-        Column("a-very-long-name-" * 5, Path("x"), dict(adapter_figures(Path("x")))),
-    ]
+    columns = [PageColumn("base", "", {}, {}), PageColumn("a-very-long-name-" * 5, "many words " * 20, {}, {})]
     prompt = "a very long prompt " * 20
     images = {(column.name, prompt, 0): Image.new("RGB", (2048, 1024), "green") for column in columns}
     sheet = draw_sheet(columns, images, [prompt], [0])
@@ -146,13 +204,6 @@ def test_figures_that_are_not_known_are_dashes(tmp_path):
     assert (figures["Method"], figures["Rank of the update"], figures["Outer rank"]) == ("NoRA", "16", UNKNOWN)
 
 
-def test_a_page_with_no_known_figure_and_no_instance_image_is_whole():
-    columns = [Column(BASE_COLUMN, None, {}), Column("x", Path("x"), dict(adapter_figures(Path("x"))))]
-    images = {(column.name, "a", 0): Image.new("RGB", (8, 8)) for column in columns}
-    page = Page(render_page(columns, images, ["a"], [0], {"base": "b", "sampling": "2 steps"}))
-    assert len(page.images) == 2 and UNKNOWN in page.text
-
-
 def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "damaged").mkdir()
@@ -160,7 +211,11 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, monkeypa
     (tmp_path / "a.html").mkdir()
     (tmp_path / "record").mkdir()
     (tmp_path / "record" / "run.json").write_text("{")
-    shutil.copy(saved_lora() / "pytorch_lora_weights.safetensors", tmp_path / "record")
+    (tmp_path / "record" / "scores.json").write_text('{"scores": []}')
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "run.json").write_text('{"config": ["a"], "method": ["x"]}')
+    for name in ("record", "odd"):
+        shutil.copy(saved_lora() / "pytorch_lora_weights.safetensors", tmp_path / name)
     base, prompts = ["--base", str(saved_base())], ["--prompts", "a"]
     good = [*base, *prompts, "--adapters", f"x={saved_lora()}"]
     cases = {
@@ -170,6 +225,10 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, monkeypa
         "name twice": ([*good, f"x={saved_lora()}"], "the name x is taken"),
         "name of the base": ([*base, *prompts, "--adapters", f"base={saved_lora()}"], "the name base is taken"),
         "no such adapter": ([*base, *prompts, "--adapters", "x=nowhere"], "adapter nowhere does not exist"),
+        "damaged record": ([*prompts, "--adapters", f"x={tmp_path / 'odd'}"], "that names its base"),
+        "no manifest": (["--images", f"x={tmp_path / 'empty'}"], "has no manifest"),
+        "pictures of an adapter's name": ([*good, "--images", f"x={tmp_path}"], "the name is an adapter's already"),
+        "no scores": ([*good, "--scores", str(tmp_path / "record" / "scores.json")], "is not a file of inference"),
         "no prompt": ([*base, "--adapters", f"x={saved_lora()}"], "no prompt"),
         "seed twice": ([*good, "--seeds", "1", "1"], "seed 1 is given twice"),
         "no such base": ([*good, "--base", "./gone"], "base ./gone does not exist"),
