@@ -1,0 +1,244 @@
+"""Train several methods on one subject under the same data order, noise and budget, score them, and show them.
+
+    python -m trainer.compare --methods nora lora --train_seeds 0 1 2 --output_dir out/compare -- \
+        --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
+        --instance_data_dir my_cat --instance_prompt "a photo of [V] cat"
+
+What stands behind ``--`` goes to every training. Runs that are finished are not trained again, and a run that was cut
+off is resumed, so the command may be repeated until all is there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from inference import evaluate, gallery
+from inference.cli import parse_config, quiet_libraries, run_command
+from inference.components import RUN_RECORD
+from inference.evaluate import CLIP, DINO, SCORES, EvaluateConfig
+from inference.gallery import GalleryConfig
+from inference.generate import SamplingConfig
+from inference.scores import confidence_interval
+from storage.files import check_writable_target, read_json, write_atomic
+
+SCRIPT = Path(__file__).parent.parent / "train_dreambooth_nora_sdxl.py"
+COMMAND = "compare.json"  # in each run's folder: what it was trained with
+OWN_FLAGS = ("--method", "--output_dir", "--seed", "--resume_from_checkpoint")
+
+
+@dataclass
+class CompareConfig(SamplingConfig):
+    """Flags of `python -m trainer.compare`."""
+
+    methods: list[str] | None = field(
+        default=None,
+        metadata={
+            "action": "extend",
+            "help": 'Values of --method, or NAME="flags": "lora16=--method lora --rank 16". Default: nora lora.',
+        },
+    )
+    train_seeds: list[int] | None = field(
+        default=None, metadata={"action": "extend", "help": "Each method is trained once with each. Default: 0."}
+    )
+    jobs: int = field(default=1, metadata={"help": "Trainings at once, a CPU core each; on one GPU leave it at 1."})
+    protocol: str = field(default="scenes", metadata={"help": "As in inference.evaluate."})
+    seeds: list[int] | None = field(
+        default=None, metadata={"action": "extend", "help": "Of the pictures. Default: as many as the protocol says."}
+    )
+    clip: str = field(default=CLIP, metadata={"help": "As in inference.evaluate."})
+    dino: str = field(default=DINO, metadata={"help": "As in inference.evaluate."})
+    output_dir: str = field(default="out/compare", metadata={"help": "A folder for each run, the scores and the page."})
+
+
+@dataclass(frozen=True)
+class Run:
+    method: str  # name of the method's column
+    seed: int
+    folder: Path
+    flags: list[str]
+
+
+def plan(config: CompareConfig, train_flags: Sequence[str]) -> list[Run]:
+    """The trainings, method by method.
+
+    Raises:
+        ValueError: for two methods of one name, and for flags that are this command's.
+    """
+    for flag in OWN_FLAGS:
+        if any(given == flag or given.startswith(f"{flag}=") for given in train_flags):
+            raise ValueError(f"{flag} behind -- is this command's own: use --methods, --train_seeds or --output_dir")
+    seeds = config.train_seeds or [0]
+    runs, names = [], []
+    for method in config.methods or ["nora", "lora"]:
+        name, separator, flags = method.partition("=")
+        own = shlex.split(flags) if separator else ["--method", name]
+        if name in names:
+            raise ValueError(f"--methods has {name} twice: give one of them another name, such as {name}2={flags!r}")
+        names.append(name)
+        for seed in seeds:
+            folder = Path(config.output_dir) / f"{name}-seed{seed}"
+            runs.append(Run(name, seed, folder, [*train_flags, *own, "--seed", str(seed)]))
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"--train_seeds {seeds}: a seed is given twice")
+    return runs
+
+
+def train(run: Run, threads: int | None) -> None:
+    """Train in a process of its own, unless the same run is there; its output goes into its folder.
+
+    Raises:
+        ValueError: if it fails, with the last line that it printed.
+    """
+    finished = (run.folder / RUN_RECORD).is_file() and (run.folder / COMMAND).is_file()
+    if finished and read_json(run.folder / COMMAND) == {"flags": run.flags}:
+        print(f"{run.folder}: there already")
+        return
+    print(f"{run.folder}: training", flush=True)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(SCRIPT), *run.flags, "--output_dir", str(run.folder)]
+    if (run.folder / RUN_RECORD).is_file():
+        (run.folder / COMMAND).unlink(missing_ok=True)  # of other flags: begin anew
+    else:
+        command += ["--resume_from_checkpoint", "latest"]
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    log = run.folder.with_suffix(".log")
+    with log.open("w") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    if done.returncode:
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        reason = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
+        raise ValueError(
+            f"training {run.folder} failed ({reason.removeprefix('error: ')}); all that it said is in {log}"
+        )
+    write_atomic(run.folder / COMMAND, json.dumps({"flags": run.flags}) + "\n")
+
+
+def summarise(scores: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, dict[str, dict[str, float]]]:
+    """Method -> score -> mean and the half of its 95 % interval.
+
+    Of several trainings the interval is Student's, between trainings; of one it is the bootstrap's, between pictures.
+    """
+    summary: dict[str, dict[str, dict[str, float]]] = {}
+    for method in dict.fromkeys(run.method for run in runs):
+        own = [scores[column_name(run)] for run in runs if run.method == method]
+        summary[method] = {}
+        for key in SCORES:
+            found = [one[key] for one in own if key in one]
+            if len(found) > 1:
+                mean, half = confidence_interval([one["mean"] for one in found])
+            elif found:
+                mean, half = found[0]["mean"], (found[0]["high"] - found[0]["low"]) / 2
+            else:
+                continue
+            summary[method][key] = {"mean": mean, "half": half}
+        alarms = [one["memorisation"]["alarm"] for one in own]
+        nearest = [one["memorisation"]["nearest"] for one in own]
+        summary[method]["memorisation"] = {"nearest": sum(nearest) / len(nearest), "alarms": sum(alarms)}
+    return summary
+
+
+def column_name(run: Run) -> str:
+    return f"{run.method}-seed{run.seed}"
+
+
+def table(summary: Mapping[str, Mapping[str, Mapping[str, float]]], records: Mapping[str, Mapping[str, Any]]) -> str:
+    """One row a method: what it trains and costs, its scores with 95 % intervals."""
+    known = [key for key in SCORES if any(key in scores for scores in summary.values())]
+    header = ["method", "trained", "s/step", *(SCORES[key] for key in known), "nearest training image"]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for method, scores in summary.items():
+        record = records[method]
+        cells = [method, f"{record['trainable_parameters']:,}", f"{record['timings']['seconds_per_step']:.3g}"]
+        cells += [f"{scores[key]['mean']:.3f} ± {scores[key]['half']:.3f}" if key in scores else "–" for key in known]
+        found = scores["memorisation"]
+        cells.append(f"{found['nearest']:.2f}" + (f" ({found['alarms']} memorised)" if found["alarms"] else ""))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def run(config: CompareConfig, train_flags: Sequence[str]) -> Path:
+    """Train, score, and write scores.json, table.md and gallery.html; returns the page."""
+    output_dir = Path(config.output_dir)
+    check_writable_target(output_dir, "--output_dir", folder=True)
+    if config.jobs < 1:
+        raise ValueError(f"--jobs {config.jobs} must be at least 1")
+    runs = plan(config, train_flags)
+    # A mistake in the flags should not be found by the last training: the trainer itself reads them all first.
+    for one in runs:
+        check_flags(one)
+    threads = max(1, (os.cpu_count() or 1) // config.jobs) if config.jobs > 1 else None
+    with ThreadPoolExecutor(config.jobs) as pool:
+        for finished in [pool.submit(train, one, threads) for one in runs]:
+            finished.result()
+
+    shared = {one.name: getattr(config, one.name) for one in fields(SamplingConfig)}
+    adapters = [f"{column_name(one)}={one.folder}" for one in runs]
+    scores_file = output_dir / "scores.json"
+    judged = {"protocol": config.protocol, "seeds": config.seeds, "clip": config.clip, "dino": config.dino}
+    result = evaluate.run(EvaluateConfig(**shared, **judged, adapters=adapters, output=str(scores_file)))
+    for name, scores in result["scores"].items():
+        evaluate.warn_of_memorisation(name, scores["memorisation"])
+    summary = summarise(result["scores"], runs)
+    records = {one.method: read_json(one.folder / RUN_RECORD) for one in reversed(runs)}
+    count = len(config.train_seeds or [0])
+    between = f"between {count} trainings of each" if count > 1 else "between pictures, of one training of each"
+    text = table(summary, records)
+    write_atomic(output_dir / "table.md", f"{text}\n\nMean ± half of the 95 % interval, {between}.\n")
+    print(text)
+    page, _ = gallery.run(
+        GalleryConfig(
+            **shared,
+            adapters=[f"{column_name(one)}={one.folder}" for one in runs if one.seed == runs[0].seed],
+            prompts=result["prompts"],
+            seeds=result["seeds"],
+            instance_images=recorded_folder(records),
+            scores=str(scores_file),
+            output=str(output_dir / "gallery.html"),
+        )
+    )
+    return page
+
+
+def recorded_folder(records: Mapping[str, Mapping[str, Any]]) -> str | None:
+    return next((record["config"].get("instance_data_dir") for record in records.values()), None)
+
+
+def check_flags(run: Run) -> None:
+    """A dry run of the trainer.
+
+    Raises:
+        ValueError: with the trainer's own sentence.
+    """
+    command = [sys.executable, str(SCRIPT), *run.flags, "--output_dir", str(run.folder), "--dry_run"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")] or [done.stderr[-300:]]
+        raise ValueError(f"{run.method}: {lines[-1].removeprefix('error: ')}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    split = argv.index("--") if "--" in argv else len(argv)
+    config = parse_config(
+        CompareConfig, argv[:split], prog="python -m trainer.compare", description=__doc__.split("\n")[0]
+    )
+    quiet_libraries()
+
+    def command() -> None:
+        page = run(config, argv[split + 1 :])
+        print(f"gallery: {page} (page) and {page.with_suffix('.png')} (sheet)\ntable:   {page.parent / 'table.md'}")
+
+    run_command(command)
+
+
+if __name__ == "__main__":
+    main()
