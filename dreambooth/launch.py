@@ -13,10 +13,11 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration
 from huggingface_hub import create_repo, upload_folder
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image
 
 from .config import TrainConfig
+from .memory import import_torchao
 
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What a hub repository gets; checkpoints, logs and encoded pictures stay at home.
@@ -30,6 +31,8 @@ def make_accelerator(config: TrainConfig, output_dir: Path) -> Accelerator:
         ValueError: for a precision or a tracker that can't be used here.
     """
     check_trackers(config.report_to)
+    if config.quantize_base == "int8":
+        import_torchao()
     mixed_precision = config.mixed_precision
     if mixed_precision is None and torch.cuda.is_available():
         # SDXL in fp32 fits few cards, and an accelerate that was never configured says "no".
@@ -100,7 +103,7 @@ def push_to_hub(config: TrainConfig, folder: Path) -> str:
             ignore_patterns=["checkpoint-*/**", "encoded/**", f"{config.logging_dir}/**"],
             commit_message="Upload the adapter",
         )
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ValueError(
             f"--push_to_hub {name}: {str(error).strip().splitlines()[0]} (the run is whole in {folder}; upload it "
             "with huggingface-cli upload)"
