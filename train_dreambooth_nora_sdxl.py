@@ -121,12 +121,11 @@ def train_alone(config: TrainConfig, lock: FolderLock) -> Path:
     sampling_steps = config.sampling_steps(epoch_steps)
     config = replace(
         config,
-        max_train_steps=config.max_train_steps or config.num_train_epochs * epoch_steps,
+        max_train_steps=config.total_steps(epoch_steps),
         learning_rate=scaled_learning_rate(config, accelerator.num_processes),
         mixed_precision=accelerator.mixed_precision,
         validation_prompt=config.validation_prompt or [concept.instance_prompt for concept in pictures.concepts],
     )
-
     text_steps = config.text_steps
     first_step = read_step(checkpoint, identity(asdict(config)), config.max_train_steps) if checkpoint else 0
 

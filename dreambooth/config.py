@@ -7,6 +7,7 @@ the few that differ, and why.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -312,6 +313,19 @@ class TrainConfig(
             return self.validation_steps
         return self.validation_epochs * epoch_steps if self.validation_prompt else 0
 
+    def total_steps(self, epoch_steps: int) -> int:
+        """Optimiser steps of the run.
+
+        Raises:
+            ValueError: if the epochs have too many.
+        """
+        if self.max_train_steps is None and self.num_train_epochs * epoch_steps > MOST:
+            raise ValueError(
+                f"--num_train_epochs {self.num_train_epochs} of {epoch_steps} steps each are more than {MOST} steps: "
+                "lower it"
+            )
+        return self.max_train_steps or self.num_train_epochs * epoch_steps
+
     @property
     def text_steps(self) -> int:
         """The first so many steps teach the text encoders; max_train_steps is known.
@@ -500,5 +514,5 @@ class TrainConfig(
                 validate_repo_id(self.hub_model_id or folder.name)
             except HFValidationError as error:
                 raise ValueError(f"--push_to_hub needs another --hub_model_id: {error}") from error
-        if not (folder / self.logging_dir).resolve().is_relative_to(folder):
+        if not Path(os.path.normpath(folder / self.logging_dir)).is_relative_to(folder):
             raise ValueError(f"--logging_dir {self.logging_dir} must be inside --output_dir: name a folder there")

@@ -139,6 +139,13 @@ def test_text_encoders_need_a_step(options):
         assert TrainConfig(pretrained_model_name_or_path="base", **options).resolved().text_steps
 
 
+def test_epochs_have_a_most():
+    one = TrainConfig(pretrained_model_name_or_path="base", num_train_epochs=1000)
+    assert one.total_steps(1000) == 10**6
+    with pytest.raises(ValueError, match="--num_train_epochs 1000 of 1001 steps each are more than 1000000"):
+        one.total_steps(1001)
+
+
 COMMAND = """
     --pretrained_model_name_or_path=base --instance_data_dir=dog --pretrained_vae_model_name_or_path=vae
     --output_dir=out --mixed_precision=bf16 --instance_prompt=dog --resolution=1024 --train_batch_size=1
