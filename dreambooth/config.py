@@ -333,11 +333,13 @@ class TrainConfig(
         Raises:
             ValueError: if they would get none.
         """
-        flag = "train_text_encoder_ti_frac" if self.train_text_encoder_ti else "train_text_encoder_frac"
-        steps = round(self.max_train_steps * getattr(self, flag))
+        flag, fraction = "train_text_encoder_frac", self.train_text_encoder_frac
+        if self.train_text_encoder_ti:
+            flag, fraction = "train_text_encoder_ti_frac", self.train_text_encoder_ti_frac
+        steps = round(self.max_train_steps * fraction)
         if self.trains_text and steps == 0:
             raise ValueError(
-                f"--{flag} {getattr(self, flag)} of {self.max_train_steps} steps leave the text encoders none: raise it"
+                f"--{flag} {fraction} of {self.max_train_steps} steps leave the text encoders none: raise it"
             )
         return steps
 
