@@ -67,7 +67,7 @@ def parse_optimizer_args(arguments: Sequence[str] | None) -> dict[str, Any]:
             raise ValueError(f"--optimizer_args {argument} would have no effect: use {FLAGS[name]}")
         try:
             parsed[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError):
             parsed[name] = value
     return parsed
 

@@ -76,6 +76,7 @@ def test_contradicting_arguments_are_refused():
         ("weight_decay=1", "use --adam_weight_decay"),
         ("eps=nan", "AdamW"),
         ("betas=0.9", "--optimizer AdamW refuses its arguments"),
+        ("eps={[]: 1}", "--optimizer AdamW refuses its arguments"),
         ("capturable=True", "--optimizer AdamW fails with its --optimizer_args"),
     ],
 )

@@ -216,7 +216,12 @@ def test_another_base_is_refused(copy, tmp_path):
 
     build_pipeline(seed=9).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="the base changed"):
-        run(copy, resume_from_checkpoint="latest", pretrained_model_name_or_path=str(tmp_path / "other"))
+        run(
+            copy,
+            max_train_steps=4,
+            resume_from_checkpoint="latest",
+            pretrained_model_name_or_path=str(tmp_path / "other"),
+        )
 
 
 def test_a_run_that_did_not_finish_is_not_overwritten(copy):
