@@ -198,6 +198,7 @@ def train_alone(config: TrainConfig, lock: FolderLock) -> Path:
     orders = picture_orders(
         encoded.streams, seed=config.seed, slots_per_step=slots_per_step, num_steps=config.max_train_steps
     )
+    metrics = MetricsLog(output_dir / METRICS, enabled=accelerator.is_main_process, after=first_step)
     reset_peak_memory()
     start_trackers(accelerator, config)
     progress = tqdm(
@@ -208,7 +209,6 @@ def train_alone(config: TrainConfig, lock: FolderLock) -> Path:
         unit="step",
         disable=not accelerator.is_main_process,
     )
-    metrics = MetricsLog(output_dir / METRICS, enabled=accelerator.is_main_process, after=first_step)
     watch = GradientWatch({} if checkpoint else trained, config.mixed_precision)
     clear_earlier = partial(clear_earlier_run, accelerator, output_dir, RESULTS, keep_state=checkpoint is not None)
     if first_step == config.max_train_steps:
