@@ -24,6 +24,7 @@ from diffusers.training_utils import cast_training_params, free_memory
 from tqdm.auto import tqdm
 
 from dreambooth.checkpoints import (
+    FolderLock,
     GracefulStop,
     check_earlier_run,
     clear_earlier_run,
@@ -59,7 +60,7 @@ from dreambooth.record import (
     write_card,
 )
 from dreambooth.validation import validation_loss
-from dreambooth.watch import check_loss, gradient_norms
+from dreambooth.watch import GradientWatch, check_loss, explained
 from inference.base import base_geometry, check_base, check_xformers
 from inference.cli import parse_config, quiet_libraries, run_command
 from inference.components import EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS, RUN_RECORD
@@ -81,17 +82,8 @@ from trainer.methods import (
 from trainer.samples import draw_class_images, draw_samples, keep_samples, load_base
 
 # What a finished run leaves.
-RESULTS = (
-    RUN_RECORD,
-    MODEL_CARD,
-    LOSS_PLOT,
-    FOLDED_WEIGHTS,
-    INNER_WEIGHTS,
-    KOHYA_WEIGHTS,
-    EMBEDDINGS,
-    PEFT_FOLDER,
-    SAMPLES,
-)
+WEIGHTS = (FOLDED_WEIGHTS, INNER_WEIGHTS, KOHYA_WEIGHTS, EMBEDDINGS, PEFT_FOLDER)
+RESULTS = (RUN_RECORD, MODEL_CARD, LOSS_PLOT, SAMPLES, *WEIGHTS)
 
 
 def train(config: TrainConfig) -> Path:
@@ -100,6 +92,12 @@ def train(config: TrainConfig) -> Path:
     Raises:
         ValueError: for anything wrong with the configuration, the pictures or the base; nothing is written then.
     """
+    with FolderLock() as lock:
+        return train_alone(config, lock)
+
+
+def train_alone(config: TrainConfig, lock: FolderLock) -> Path:
+    """`train`, which lets go of the folder that is locked here."""
     clock = Clock()
     # 1. What can be refused without the base is refused before it is loaded.
     config = config.resolved()
@@ -115,8 +113,7 @@ def train(config: TrainConfig) -> Path:
         print(pictures.report(config))
         return output_dir
     checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir)
-    if checkpoint is None:
-        check_earlier_run(output_dir, RUN_RECORD)
+    check_earlier_run(output_dir, RESULTS, RUN_RECORD, METRICS, resumes=checkpoint is not None)
     accelerator = make_accelerator(config, output_dir)
     if config.enable_xformers_memory_efficient_attention:
         check_xformers(accelerator.device)
@@ -124,11 +121,13 @@ def train(config: TrainConfig) -> Path:
     sampling_steps = config.sampling_steps(epoch_steps)
     config = replace(
         config,
-        max_train_steps=config.max_train_steps or config.num_train_epochs * epoch_steps,
+        max_train_steps=config.total_steps(epoch_steps),
         learning_rate=scaled_learning_rate(config, accelerator.num_processes),
         mixed_precision=accelerator.mixed_precision,
         validation_prompt=config.validation_prompt or [concept.instance_prompt for concept in pictures.concepts],
     )
+    text_steps = config.text_steps
+    first_step = read_step(checkpoint, identity(asdict(config)), config.max_train_steps) if checkpoint else 0
 
     # 2. The frozen base.
     dtype = PRECISIONS[accelerator.mixed_precision]
@@ -148,9 +147,10 @@ def train(config: TrainConfig) -> Path:
 
     # 3. Pictures and prompts are encoded once, and what encoded them is freed unless it is trained.
     draw_class = partial(draw_class_images, config, accelerator, pipeline)
-    encoded, pictures = encode_run(config, accelerator, pipeline, pictures, draw_class, partial(spell_out, pipeline))
+    spell = partial(spell_out, pipeline)
+    encoded, pictures = encode_run(config, accelerator, pipeline, pictures, draw_class, spell, lock.take)
     tokenizers = {name: getattr(pipeline, name) for name in ("tokenizer", "tokenizer_2")}
-    pipeline = draw_class = None
+    pipeline = draw_class = spell = None
     free_memory()
     clock.lap("encode_seconds")
 
@@ -158,10 +158,12 @@ def train(config: TrainConfig) -> Path:
     who = identity(
         asdict(config),
         base=base_fingerprints,
+        autoencoder_and_text_encoders=encoded.encoders,
         pictures_and_prompts=pictures.hash(),
         number_of_processes=accelerator.num_processes,
     )
-    first_step = read_step(checkpoint, who) if checkpoint else 0
+    if checkpoint:
+        read_step(checkpoint, who, config.max_train_steps)
     set_seed(config.seed)  # for the adapters' first weights, whatever was drawn before
     if checkpoint:
         restore(trained, configs, checkpoint)
@@ -196,11 +198,7 @@ def train(config: TrainConfig) -> Path:
     orders = picture_orders(
         encoded.streams, seed=config.seed, slots_per_step=slots_per_step, num_steps=config.max_train_steps
     )
-    text_frac = config.train_text_encoder_ti_frac if config.train_text_encoder_ti else config.train_text_encoder_frac
-    text_steps = round(config.max_train_steps * text_frac)
-    if accelerator.is_main_process:
-        clear_earlier_run(output_dir, RESULTS, keep_state=checkpoint is not None)
-    accelerator.wait_for_everyone()
+    metrics = MetricsLog(output_dir / METRICS, enabled=accelerator.is_main_process, after=first_step)
     reset_peak_memory()
     start_trackers(accelerator, config)
     progress = tqdm(
@@ -211,7 +209,10 @@ def train(config: TrainConfig) -> Path:
         unit="step",
         disable=not accelerator.is_main_process,
     )
-    metrics = MetricsLog(output_dir / METRICS, enabled=accelerator.is_main_process, after=first_step)
+    watch = GradientWatch({} if checkpoint else trained, config.mixed_precision)
+    clear_earlier = partial(clear_earlier_run, accelerator, output_dir, RESULTS, keep_state=checkpoint is not None)
+    if first_step == config.max_train_steps:
+        clear_earlier()
     with metrics, GracefulStop() as stop:
         for step in progress:
             step_started, step_loss = time.perf_counter(), 0.0
@@ -248,9 +249,12 @@ def train(config: TrainConfig) -> Path:
                     loss = objective.loss(prediction, batch, config.train_batch_size, target)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
-                        if step == 0:
-                            norms = gradient_norms(trained, config.mixed_precision)
-                            accelerator.log({f"gradient_norm/{name}": norm for name, norm in norms.items()}, step=1)
+                        if watch.unseen:
+                            norms = watch.norms(
+                                step < text_steps and encoded.teaches_text(batch, config.train_batch_size)
+                            )
+                            norms = {f"gradient_norm/{name}": norm for name, norm in norms.items()}
+                            accelerator.log(norms, step=step + 1)
                         accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
                     step_loss += accelerator.reduce(loss.detach(), "mean").item() / config.gradient_accumulation_steps
                     check_loss(step_loss, step + 1, config.mixed_precision, config.learning_rate)
@@ -260,6 +264,8 @@ def train(config: TrainConfig) -> Path:
             lr_scheduler.step()
             average.step()
             done = step + 1
+            if step == first_step:  # the run works: only now may the results of an earlier one go
+                clear_earlier()
             logged = {"loss": step_loss, "learning_rate": learning_rate}
             metrics.write(done, **logged, seconds=round(time.perf_counter() - step_started, 5))
             accelerator.log(logged, step=done)
@@ -284,7 +290,7 @@ def train(config: TrainConfig) -> Path:
                 sys.exit(128 + stop.signal)
     accelerator.wait_for_everyone()
     clock.lap("train_seconds")
-    clock.timings["seconds_per_step"] = metrics.median_seconds
+    clock.timings |= metrics.timings
 
     # 6. Adapter and record are saved before anything is drawn: running out of memory there must not lose the run.
     average.copy_to_parameters()
@@ -320,13 +326,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet_libraries()
 
     def command() -> None:
-        try:
+        with explained(config):
             folder = train(config)
-        except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"out of memory with --train_batch_size {config.train_batch_size}: lower it, add "
-                "--gradient_checkpointing or --low_vram, or use --mixed_precision fp16"
-            ) from error
         if not config.dry_run:
             print(f"{folder}: adapter, samples and record are there")
 

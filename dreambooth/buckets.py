@@ -28,6 +28,8 @@ def read_buckets(text: str | None, resolution: int, granularity: int) -> list[tu
         ValueError: if the text is no list of shapes, or a shape is too fine for the base.
     """
     if text is None:
+        if resolution % granularity:
+            raise ValueError(f"--resolution {resolution} must be a multiple of {granularity}, what this base needs")
         return [(resolution, resolution)]
     if text == "sdxl":
         if resolution == SDXL_RESOLUTION:

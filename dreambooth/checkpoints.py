@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
 import re
@@ -14,8 +16,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
+
+from storage.files import read_json
 
 STATE = "training_state.json"
+# What is in it: the step, what makes the run the same (`identity`), and the digest of every other file.
+_STATE_KINDS = {"step": int, "flags": dict, "content": dict, "files": dict}
 _NAME = re.compile(r"checkpoint-(\d+)")
 # What a resumed run may have otherwise: where things lie, what is looked at, and how long it goes on.
 FREE_TO_CHANGE = {
@@ -50,10 +57,12 @@ def find_checkpoint(resume_from: str | None, folder: Path) -> Path | None:
     if resume_from == "latest":
         found = checkpoints(folder)
         return found[-1][1] if found else None
-    # diffusers takes the folder's name inside --output_dir; a path works too
-    for path in (folder / Path(resume_from).name, Path(resume_from)):
-        if (path / STATE).is_file():
-            return path
+    # diffusers takes the folder's name inside --output_dir; a path with folders is that path and no other
+    path = Path(resume_from)
+    if len(path.parts) == 1:
+        path = folder / path
+    if (path / STATE).is_file():
+        return path
     known = ", ".join(path.name for _, path in checkpoints(folder)) or "none"
     raise ValueError(f"--resume_from_checkpoint {resume_from} is no whole checkpoint; {folder} has {known}")
 
@@ -61,19 +70,31 @@ def find_checkpoint(resume_from: str | None, folder: Path) -> Path | None:
 def save_checkpoint(
     accelerator: Accelerator, folder: Path, step: int, identity: Mapping[str, Any], total_limit: int | None
 ) -> Path:
-    """Write ``checkpoint-{step}`` under a temporary name, sync, rename; only then do the oldest go. All processes."""
+    """Write ``checkpoint-{step}`` under a temporary name, sync, rename; only then do the oldest go. All processes.
+
+    Raises:
+        OSError: if it could not be written; nothing of it stays.
+    """
     path, partial = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.partial"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (partial / STATE).write_text(json.dumps({"step": step, **identity}, indent=1, sort_keys=True))
-        for file in partial.rglob("*"):
-            if file.is_file():
+    try:
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            files = {str(file.relative_to(partial)): file for file in partial.rglob("*") if file.is_file()}
+            state = {"step": step, **identity, "files": {name: _digest(file) for name, file in files.items()}}
+            (partial / STATE).write_text(json.dumps(state, indent=1, sort_keys=True))
+            for file in (*files.values(), partial / STATE):
                 _sync(file)
+    except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own word for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(
+            f"{path} could not be written ({error}): is the disk full? Older checkpoints are whole"
+        ) from error
+    if accelerator.is_main_process:
         if path.exists():  # saved before a run was cut off and resumed from an older one
             shutil.rmtree(path)
         partial.rename(path)
@@ -83,6 +104,11 @@ def save_checkpoint(
                 shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return path
+
+
+def _digest(file: Path) -> str | None:
+    """BLAKE2 of a file's bytes; None where there is none."""
+    return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest() if file.is_file() else None
 
 
 def _sync(path: Path) -> None:
@@ -104,13 +130,25 @@ def identity(config: Mapping[str, Any], **content: Any) -> dict[str, Any]:
     return {"flags": flags, "content": content}
 
 
-def read_step(checkpoint: Path, identity: Mapping[str, Any]) -> int:
-    """The step that a checkpoint was saved after.
+def read_step(checkpoint: Path, identity: Mapping[str, Any], max_train_steps: int) -> int:
+    """The step that a whole checkpoint of the same run was saved after.
+
+    Args:
+        identity: without content, before there is any; the flags alone are compared then.
 
     Raises:
-        ValueError: if it belongs to another run; every difference is named.
+        ValueError: if a file is damaged, or it belongs to another run; every difference is named.
     """
-    saved = json.loads((checkpoint / STATE).read_text())
+    try:
+        saved = read_json(checkpoint / STATE)
+    except ValueError:
+        saved = {}
+    damaged = [STATE] if [name for name, kind in _STATE_KINDS.items() if type(saved.get(name)) is not kind] else []
+    damaged = damaged or [name for name, digest in saved["files"].items() if _digest(checkpoint / name) != digest]
+    if damaged:
+        raise ValueError(
+            f"checkpoint {checkpoint} is damaged (file {damaged[0]}): go on from an older one, or start anew"
+        )
     wanted = json.loads(json.dumps(identity))  # tuples are lists there
     differences = [
         f"--{name} was {saved['flags'].get(name)} and is {wanted['flags'].get(name)}"
@@ -119,39 +157,53 @@ def read_step(checkpoint: Path, identity: Mapping[str, Any]) -> int:
     ]
     differences += [
         f"the {name.replace('_', ' ')} changed"
-        for name in sorted({*saved["content"], *wanted["content"]})
-        if saved["content"].get(name) != wanted["content"].get(name)
+        for name in sorted(wanted["content"])
+        if saved["content"].get(name) != wanted["content"][name]
     ]
     if differences:
         raise ValueError(f"{checkpoint} belongs to another run: {'; '.join(differences)}. Undo that, or start anew")
+    if saved["step"] > max_train_steps:
+        raise ValueError(
+            f"--max_train_steps {max_train_steps} is less than the {saved['step']} of {checkpoint}: raise it, or go on "
+            "from an older one"
+        )
     return saved["step"]
 
 
-def check_earlier_run(folder: Path, record: str) -> None:
-    """Refuse a folder with checkpoints of a run that did not finish: a new run would lose them.
+def check_earlier_run(folder: Path, results: Sequence[str], record: str, metrics: str, resumes: bool) -> None:
+    """Refuse a folder in which a run would destroy something: the user's own files, or a run that did not finish.
 
     Args:
-        record: name of the file that only a finished run has.
+        results: names of files and folders that a finished run writes.
+        record, metrics: the files that only a finished run has, and every run after its first step.
+        resumes: this run goes on from a checkpoint.
 
     Raises:
-        ValueError: naming the newest checkpoint.
+        ValueError: naming the file, or the newest checkpoint.
     """
     old = checkpoints(folder)
-    if old and not (folder / record).exists():
+    if old and not resumes and not (folder / record).exists():
         raise ValueError(
             f"--output_dir {folder} has {old[-1][1].name} of a run that did not finish: add "
             "--resume_from_checkpoint latest, choose another folder, or delete its checkpoints"
         )
+    own = old or (folder / metrics).is_file()
+    if not own and (foreign := [name for name in results if os.path.lexists(folder / name)]):
+        raise ValueError(
+            f"--output_dir {folder} has {foreign[0]}, and no run's {metrics} beside it: it looks like your own, and a "
+            "run would replace it; choose another folder"
+        )
 
 
-def clear_earlier_run(folder: Path, results: Sequence[str], keep_state: bool) -> None:
-    """Make the folder, and take away what an earlier run left: its record must not stand beside new weights.
+def clear_earlier_run(accelerator: Accelerator, folder: Path, results: Sequence[str], keep_state: bool) -> None:
+    """Take away what an earlier run left: its record must not stand beside new weights. The main process does it.
 
     Args:
         results: names of files and folders that a finished run writes.
         keep_state: this run goes on from a checkpoint, so checkpoints stay.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if not accelerator.is_main_process:
+        return
     if not keep_state:
         for _, path in checkpoints(folder):
             shutil.rmtree(path)
@@ -160,6 +212,35 @@ def clear_earlier_run(folder: Path, results: Sequence[str], keep_state: bool) ->
     for name in results:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+class FolderLock:
+    """Holds a run's folder against a second run until the end of the ``with``; the system lets go of a killed one's."""
+
+    def __enter__(self) -> FolderLock:
+        self._descriptor: int | None = None
+        return self
+
+    def take(self, folder: Path) -> None:
+        """Make the folder, and hold it.
+
+        Raises:
+            ValueError: if another process holds it.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"--output_dir {folder} is in use by another run: wait for its end, or choose another folder"
+            ) from error
+        except OSError:  # a network file system that can't lock folders
+            pass
+
+    def __exit__(self, *error: object) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
 
 
 class GracefulStop:

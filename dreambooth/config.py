@@ -7,11 +7,15 @@ the few that differ, and why.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers.optimization import SchedulerType
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 # (outer rank, rank, inner init) of method.md's presets; an outer rank of None is 8 x rank, or what a layer can hold.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -62,14 +66,24 @@ AT_LEAST_0 = (
     "lr_warmup_steps",
     "seed",
     "dataloader_num_workers",
-    "prior_loss_weight",
-    "noise_offset",
     "adam_weight_decay",
     "adam_weight_decay_text_encoder",
     "text_encoder_lr",
 )
-ABOVE_0 = ("learning_rate", "adam_epsilon", "max_grad_norm", "snr_gamma", "huber_c", "loraplus_lr_ratio", "lr_power")
-FRACTIONS = ("train_text_encoder_frac", "train_text_encoder_ti_frac", "caption_dropout", "lora_dropout")
+ABOVE_0 = (
+    "learning_rate",
+    "adam_epsilon",
+    "max_grad_norm",
+    "snr_gamma",
+    "huber_c",
+    "loraplus_lr_ratio",
+    "lr_power",
+    "inner_std",
+)
+FRACTIONS = ("train_text_encoder_frac", "train_text_encoder_ti_frac", "caption_dropout", "lora_dropout", "noise_offset")
+COUNTS = ("max_train_steps", "num_train_epochs", "repeats")
+MOST = 10**6  # of each: every step's picture is decided before the first
+POLYNOMIAL_END = 1e-7  # where diffusers' polynomial schedule ends
 BELOW_1 = ("adam_beta1", "adam_beta2", "prodigy_beta3", "ema_decay", "caption_dropout", "lora_dropout")
 # piecewise_constant needs rules that no flag gives.
 LR_SCHEDULES = [schedule.value for schedule in SchedulerType if schedule is not SchedulerType.PIECEWISE_CONSTANT]
@@ -299,6 +313,36 @@ class TrainConfig(
             return self.validation_steps
         return self.validation_epochs * epoch_steps if self.validation_prompt else 0
 
+    def total_steps(self, epoch_steps: int) -> int:
+        """Optimiser steps of the run.
+
+        Raises:
+            ValueError: if the epochs have too many.
+        """
+        if self.max_train_steps is None and self.num_train_epochs * epoch_steps > MOST:
+            raise ValueError(
+                f"--num_train_epochs {self.num_train_epochs} of {epoch_steps} steps each are more than {MOST} steps: "
+                "lower it"
+            )
+        return self.max_train_steps or self.num_train_epochs * epoch_steps
+
+    @property
+    def text_steps(self) -> int:
+        """The first so many steps teach the text encoders; max_train_steps is known.
+
+        Raises:
+            ValueError: if they would get none.
+        """
+        flag, fraction = "train_text_encoder_frac", self.train_text_encoder_frac
+        if self.train_text_encoder_ti:
+            flag, fraction = "train_text_encoder_ti_frac", self.train_text_encoder_ti_frac
+        steps = round(self.max_train_steps * fraction)
+        if self.trains_text and steps == 0:
+            raise ValueError(
+                f"--{flag} {fraction} of {self.max_train_steps} steps leave the text encoders none: raise it"
+            )
+        return steps
+
     def resolved(self) -> TrainConfig:
         """A copy with the defaults that depend on other flags filled in.
 
@@ -339,11 +383,10 @@ class TrainConfig(
         Raises:
             ValueError: with the value, the limit and the fix.
         """
-        for name in ("pretrained_model_name_or_path", "output_dir", "token_abstraction"):
-            if not getattr(self, name).strip():
-                raise ValueError(f"--{name} is empty: it must say something")
         for name in (f.name for f in fields(self)):
             value = getattr(self, name)
+            if isinstance(value, str) and not value.strip():
+                raise ValueError(f"--{name} is empty: it must say something")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"--{name} {value} must be a finite number")
         for names, limit, wrong in (
@@ -352,6 +395,9 @@ class TrainConfig(
             (ABOVE_0, "above 0", lambda value: value <= 0),
             (BELOW_1, "at least 0 and below 1", lambda value: not 0 <= value < 1),
             (FRACTIONS, "from 0 to 1", lambda value: not 0 <= value <= 1),
+            (("awsvd_gamma",), "from 0 to 4", lambda value: not 0 <= value <= 4),
+            (("prior_loss_weight",), "from 0 to 1000", lambda value: not 0 <= value <= 1000),
+            (COUNTS, f"at most {MOST}", lambda value: value > MOST),
         ):
             for name in names:
                 value = getattr(self, name)
@@ -422,6 +468,11 @@ class TrainConfig(
             raise ValueError(f"--huber_c {self.huber_c} has no effect with --loss_type {self.loss_type}")
 
     def _check_optimizer(self) -> None:
+        if self.lr_scheduler == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
+            raise ValueError(
+                f"--learning_rate {self.learning_rate} must be above {POLYNOMIAL_END}, where --lr_scheduler polynomial "
+                "ends"
+            )
         if self.lr_scheduler not in LR_SCHEDULES:
             raise ValueError(f"--lr_scheduler {self.lr_scheduler} is not known: choose {', '.join(LR_SCHEDULES)}")
         if self.optimizer.lower() == "prodigy" and self.loraplus_lr_ratio is not None:
@@ -443,6 +494,9 @@ class TrainConfig(
             raise ValueError("--use_dora has no kohya names in diffusers: leave --output_kohya_format out")
         if self.train_text_encoder_frac != 1.0 and not self.train_text_encoder:
             raise ValueError("--train_text_encoder_frac has no effect without --train_text_encoder: leave it out")
+        for name, default in ((f.name, f.default) for f in fields(self) if f.name in TEXTUAL_INVERSION_OPTIONS):
+            if getattr(self, name) != default and not self.train_text_encoder_ti:
+                raise ValueError(f"--{name} has no effect without --train_text_encoder_ti: leave it out")
 
     def _check_watching(self) -> None:
         if self.validation_prompt is not None and not all(prompt.strip() for prompt in self.validation_prompt):
@@ -456,3 +510,11 @@ class TrainConfig(
             raise ValueError("--validation_data_dir has no effect without --validation_loss_steps: add it")
         if (self.hub_model_id or self.hub_token) and not self.push_to_hub:
             raise ValueError("--hub_model_id and --hub_token have no effect without --push_to_hub: add it")
+        folder = Path(self.output_dir).resolve()
+        if self.push_to_hub:
+            try:
+                validate_repo_id(self.hub_model_id or folder.name)
+            except HFValidationError as error:
+                raise ValueError(f"--push_to_hub needs another --hub_model_id: {error}") from error
+        if not Path(os.path.normpath(folder / self.logging_dir)).is_relative_to(folder):
+            raise ValueError(f"--logging_dir {self.logging_dir} must be inside --output_dir: name a folder there")

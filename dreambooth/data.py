@@ -13,9 +13,10 @@ import torch
 import yaml
 from PIL import Image, ImageOps
 
+from storage.files import load_yaml
 from storage.pictures import CAPTION_SUFFIXES, METADATA, find_images
 
-from .config import TrainConfig
+from .config import MOST, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def read_concepts(config: TrainConfig) -> list[Concept]:
         ]
     flag = f"--concepts_list {config.concepts_list}"
     try:
-        entries = yaml.safe_load(Path(config.concepts_list).read_text(encoding="utf-8"))  # JSON is YAML too
+        entries = load_yaml(Path(config.concepts_list))  # JSON is YAML too
     except OSError as error:
         raise ValueError(f"{flag} can't be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -78,12 +79,16 @@ def read_concepts(config: TrainConfig) -> list[Concept]:
     if config.with_prior_preservation:
         needed += ["class_prompt"] if config.prior_teacher else ["class_prompt", "class_data_dir"]
     for number, entry in enumerate(entries, start=1):
-        if unknown := sorted(set(entry) - known):
+        if unknown := sorted(map(str, set(entry) - known)):
             raise ValueError(f"{flag}: entry {number} has {unknown[0]}, which is none of {', '.join(sorted(known))}")
         if missing := [name for name in needed if not str(entry.get(name) or "").strip()]:
             raise ValueError(f"{flag}: entry {number} lacks {missing[0]}")
-        if type(entry.get("repeats", 1)) is not int or entry.get("repeats", 1) < 1:
-            raise ValueError(f"{flag}: entry {number} has repeats {entry['repeats']}, and 1 is the least")
+        for name in known - {"repeats"}:
+            if not isinstance(entry.get(name), str | None):
+                raise ValueError(f"{flag}: entry {number} has {name} {entry[name]!r}: write it as a text, in quotes")
+        repeats = entry.get("repeats", 1)
+        if type(repeats) is not int or not 1 <= repeats <= MOST:
+            raise ValueError(f"{flag}: entry {number} has repeats {repeats}: from 1 to {MOST} work")
     return [Concept(**{"repeats": config.repeats, **entry}) for entry in entries]
 
 
@@ -95,6 +100,10 @@ def find_examples(config: TrainConfig, concepts: Sequence[Concept]) -> list[Exam
     """
     if config.dataset_name is not None:
         return dataset_examples(config)
+    if config.caption_column and not any((Path(one.instance_data_dir) / METADATA).is_file() for one in concepts):
+        raise ValueError(
+            f"--caption_column {config.caption_column} needs a {METADATA} beside the pictures: leave it out"
+        )
     return [
         example
         for number, concept in enumerate(concepts)
@@ -105,8 +114,16 @@ def find_examples(config: TrainConfig, concepts: Sequence[Concept]) -> list[Exam
             repeats=concept.repeats,
             caption_column=config.caption_column,
             mask_data_dir=config.mask_data_dir,
+            flag=source_flag(config, number, "instance_data_dir"),
         )
     ]
+
+
+def source_flag(config: TrainConfig, concept: int, name: str) -> str:
+    """What messages call a folder of a subject: its flag, or its place in the list."""
+    return (
+        name if config.concepts_list is None else f"concepts_list {config.concepts_list}: entry {concept + 1}'s {name}"
+    )
 
 
 def folder_examples(
@@ -122,28 +139,38 @@ def folder_examples(
     """The pictures of a folder. A caption beside a picture, or in ``metadata.jsonl``, goes before the prompt."""
     paths = find_images(folder, flag)
     captions = read_metadata(Path(folder) / METADATA, {path.name for path in paths}, caption_column)
+    beside = by_stem([path for path in Path(folder).iterdir() if path.suffix.lower() in CAPTION_SUFFIXES], paths)
     masks = masks_for(paths, mask_data_dir) if mask_data_dir else {}
     examples = []
     for path in paths:
-        caption = captions.get(path.name) or caption_beside(path) or prompt
+        caption = captions.get(path.name) or (read_caption(beside[path.stem]) if path.stem in beside else prompt)
         examples.append(Example(path, str(path), caption, concept, repeats, masks.get(path)))
     return examples
 
 
-def caption_beside(path: Path) -> str | None:
-    """The text of ``cat.txt`` or ``cat.caption`` beside ``cat.png``; None where there is neither."""
-    for suffix in CAPTION_SUFFIXES:
-        file = path.with_suffix(suffix)
-        if not file.is_file():
-            continue
-        try:
-            caption = " ".join(file.read_text(encoding="utf-8").split())
-        except UnicodeDecodeError as error:
-            raise ValueError(f"caption {file} is not UTF-8 text: save it as UTF-8") from error
-        if not caption:
-            raise ValueError(f"caption {file} is empty: write what the picture shows, or delete the file")
-        return caption
-    return None
+def by_stem(files: Sequence[Path], pictures: Sequence[Path]) -> dict[str, Path]:
+    """The caption or mask ``cat.*`` that stands for ``cat.png``, by stem.
+
+    Raises:
+        ValueError: if a picture has two of them.
+    """
+    found: dict[str, Path] = {}
+    stems = {path.stem for path in pictures}
+    for path in sorted(file for file in files if file.is_file() and file.stem in stems):
+        if path.stem in found:
+            raise ValueError(f"{found[path.stem]} and {path} are for the same picture: delete one")
+        found[path.stem] = path
+    return found
+
+
+def read_caption(file: Path) -> str:
+    try:
+        caption = " ".join(file.read_text(encoding="utf-8-sig").split())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"caption {file} is not UTF-8 text: save it as UTF-8") from error
+    if not caption:
+        raise ValueError(f"caption {file} is empty: write what the picture shows, or delete the file")
+    return caption
 
 
 def read_metadata(path: Path, names: set[str], caption_column: str | None) -> dict[str, str]:
@@ -151,7 +178,11 @@ def read_metadata(path: Path, names: set[str], caption_column: str | None) -> di
     if not path.is_file():
         return {}
     column, captions = caption_column or "text", {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # other separators may stand inside a caption
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: save it as UTF-8") from error
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -161,8 +192,10 @@ def read_metadata(path: Path, names: set[str], caption_column: str | None) -> di
             raise ValueError(
                 f"{path}, line {number}: each line needs file_name and {column} (--caption_column)"
             ) from error
-        if name not in names:
+        if not isinstance(name, str) or name not in names:
             raise ValueError(f"{path}, line {number}: there is no picture {name} in the folder")
+        if name in captions:
+            raise ValueError(f"{path}, line {number}: {name} has a caption already: delete one")
         if not isinstance(caption, str) or not caption.strip():
             raise ValueError(f"{path}, line {number}: the caption of {name} is empty")
         captions[name] = caption.strip()
@@ -171,11 +204,11 @@ def read_metadata(path: Path, names: set[str], caption_column: str | None) -> di
 
 def masks_for(paths: Sequence[Path], folder: str | Path) -> dict[Path, Path]:
     """The mask of each picture: the file of the same stem in the mask folder."""
-    by_stem = {path.stem: path for path in find_images(folder, "mask_data_dir")}
-    missing = [path.name for path in paths if path.stem not in by_stem]
+    masks = by_stem(find_images(folder, "mask_data_dir"), paths)
+    missing = [path.name for path in paths if path.stem not in masks]
     if missing:
         raise ValueError(f"--mask_data_dir {folder} has no mask for {missing[0]}: every picture needs one of its name")
-    return {path: by_stem[path.stem] for path in paths}
+    return {path: masks[path.stem] for path in paths}
 
 
 def dataset_examples(config: TrainConfig) -> list[Example]:
@@ -191,13 +224,18 @@ def dataset_examples(config: TrainConfig) -> list[Example]:
     for flag, column in (("image_column", config.image_column), ("caption_column", config.caption_column)):
         if column is not None and column not in split.column_names:
             raise ValueError(f"--{flag} {column} is not in {where}, whose columns are {', '.join(split.column_names)}")
-    rows = split.cast_column(config.image_column, datasets.Image(decode=False))
+    try:
+        rows = list(split.cast_column(config.image_column, datasets.Image(decode=False)))
+    except (TypeError, ValueError, NotImplementedError) as error:  # Arrow's own are of these
+        raise ValueError(f"--image_column {config.image_column} of {where} holds no pictures: name another") from error
     examples = []
     for number, row in enumerate(rows):
         image, name = row[config.image_column], f"{config.dataset_name}, row {number}"
         prompt = config.instance_prompt if config.caption_column is None else row[config.caption_column]
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"{name} has no caption in column {config.caption_column}")
+        if image is None:
+            raise ValueError(f"{name} has no picture in column {config.image_column}: delete the row")
         data = image["bytes"] if image["bytes"] is not None else Path(image["path"])
         examples.append(Example(data, name, prompt, repeats=config.repeats))
     if not examples:

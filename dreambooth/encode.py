@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from .draws import CROPS, generator_for
 
 Tokens = Mapping[str, torch.Tensor]  # input_ids and attention_mask, each (P, tokens)
 DEFAULT_VARIANTS = 4
+MASK_STRETCH = 0.02  # how much a mask's width / height may differ from its picture's: sides are whole pixels
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Inspected:
     example: Example
     digest: str  # of the file's bytes
     size: tuple[int, int]  # height, width, upright
+    mask_digest: str | None = None  # of the mask file's bytes
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,37 @@ def inspect_picture(example: Example) -> Inspected:
     """
     data = example.read()
     image = open_image(data, example.name)
-    if example.mask is not None and not np.asarray(open_image(example.mask).convert("L")).any():
-        raise ValueError(f"mask {example.mask} is black all over: the loss would count nowhere")
-    return Inspected(example, content_hash(data), (image.height, image.width))
+    mask_digest = None
+    if example.mask is not None:
+        mask, mask_digest = open_image(example.mask), content_hash(example.mask.read_bytes())
+        if abs(mask.width * image.height / (mask.height * image.width) - 1) > MASK_STRETCH:
+            raise ValueError(
+                f"mask {example.mask} is {mask.width} x {mask.height} and its picture {image.width} x {image.height}: "
+                "give it the picture's shape"
+            )
+    return Inspected(example, content_hash(data), (image.height, image.width), mask_digest)
+
+
+def check_masks(pictures: Sequence[Inspected], settings: CropSettings) -> None:
+    """Refuse masks that leave nothing of a crop to train on, and transparency that is asked for and not there.
+
+    Raises:
+        ValueError: naming the mask or the picture.
+    """
+    darkest = 255
+    for picture in pictures:
+        for crop in cut_picture(picture, settings).crops:
+            mask = crop_mask(picture, crop, settings)
+            low, high = (255, 255) if mask is None else mask.getextrema()
+            darkest = min(darkest, low)
+            if high == 0:
+                name = picture.example.mask or picture.example.name
+                raise ValueError(
+                    f"{name} masks out all of the {crop.width} x {crop.height} pixels cut at {crop.left}, {crop.top}: "
+                    "the loss would count nowhere; change the mask, or take the picture out"
+                )
+    if settings.alpha_mask and darkest == 255:
+        raise ValueError("--alpha_mask finds no picture that is transparent anywhere: leave it out")
 
 
 def cut_picture(picture: Inspected, settings: CropSettings, bucket: tuple[int, int] | None = None) -> Cut:
@@ -215,23 +245,30 @@ def scale_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     return (latents - mean) * vae.config.scaling_factor / std
 
 
-def latent_mask(cut: Cut, crop: Crop, settings: CropSettings, shape: torch.Size) -> torch.Tensor | None:
-    """(1, h, w) from 0 to 1: the mask file or the alpha channel, cut like the picture and averaged over each latent."""
-    example, (height, width) = cut.picture.example, cut.picture.size
+def crop_mask(picture: Inspected, crop: Crop, settings: CropSettings) -> Image.Image | None:
+    """The mask file or the alpha channel, cut like the picture; None without either."""
+    example, (height, width) = picture.example, picture.size
     if settings.alpha_mask:
         mask = open_image(example.read(), example.name, keep_alpha=True).getchannel("A")
     elif example.mask is not None:
         mask = open_image(example.mask).convert("L").resize((width, height), Image.Resampling.BOX)
     else:
         return None
-    mask = crop.of(mask, "bilinear").resize((shape[1], shape[0]), Image.Resampling.BOX)
-    return torch.from_numpy(np.array(mask)).float()[None] / 255
+    return crop.of(mask, "bilinear")
+
+
+def latent_mask(cut: Cut, crop: Crop, settings: CropSettings, shape: torch.Size) -> torch.Tensor | None:
+    """(1, h, w) from 0 to 1: the crop's mask averaged over each latent."""
+    mask = crop_mask(cut.picture, crop, settings)
+    if mask is None:
+        return None
+    return torch.from_numpy(np.array(mask.resize((shape[1], shape[0]), Image.Resampling.BOX))).float()[None] / 255
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
-def check_prompts(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> None:
+def check_prompts(tokenizer: CLIPTokenizer, prompts: Iterable[str]) -> None:
     """Refuse a prompt that is longer than what the text encoders read: its end would be lost without a word.
 
     Raises:

@@ -13,10 +13,11 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration
 from huggingface_hub import create_repo, upload_folder
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image
 
 from .config import TrainConfig
+from .memory import import_torchao
 from .sharding import accelerator_class
 
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -31,12 +32,15 @@ def make_accelerator(config: TrainConfig, output_dir: Path) -> Accelerator:
         ValueError: for a precision, a tracker or a configuration of accelerate that can't be used here.
     """
     check_trackers(config.report_to)
+    accelerator_of_launcher = accelerator_class(config)
+    if config.quantize_base == "int8":
+        import_torchao()
     mixed_precision = config.mixed_precision
     if mixed_precision is None and torch.cuda.is_available():
         # SDXL in fp32 fits few cards, and an accelerate that was never configured says "no".
         configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         mixed_precision = "fp16" if configured == "no" else configured
-    accelerator = accelerator_class(config)(
+    accelerator = accelerator_of_launcher(
         mixed_precision="no" if mixed_precision == "fp32" else mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if config.report_to == "none" else config.report_to,
@@ -49,6 +53,12 @@ def make_accelerator(config: TrainConfig, output_dir: Path) -> Accelerator:
             )
         ],
     )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:  # they would all write into one folder, each as if it were alone
+        raise ValueError(
+            f"{launched} processes were launched and accelerate sees {accelerator.num_processes}: on a CPU export "
+            "ACCELERATE_USE_CPU=true first, on GPUs launch one process a GPU"
+        )
     if accelerator.mixed_precision not in PRECISIONS:
         raise ValueError(
             f"accelerate is configured for {accelerator.mixed_precision}, which is not supported here: add "
@@ -101,7 +111,7 @@ def push_to_hub(config: TrainConfig, folder: Path) -> str:
             ignore_patterns=["checkpoint-*/**", "encoded/**", f"{config.logging_dir}/**"],
             commit_message="Upload the adapter",
         )
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ValueError(
             f"--push_to_hub {name}: {str(error).strip().splitlines()[0]} (the run is whole in {folder}; upload it "
             "with huggingface-cli upload)"

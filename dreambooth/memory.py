@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -77,6 +77,15 @@ def saved_activation_bytes(unet: UNet2DConditionModel, batch_size: int, shape: t
     return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
 
 
+def import_torchao() -> tuple[Callable, type]:
+    """Raises ValueError if it is not installed."""
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise ValueError("--quantize_base int8 needs torchao: pip install torchao, or leave it out") from error
+    return quantize_, Int8WeightOnlyConfig
+
+
 def quantize_frozen(model: nn.Module) -> None:
     """Keep the frozen linear layers' weights in 8 bits; they are read back to their dtype when they are used.
 
@@ -85,10 +94,7 @@ def quantize_frozen(model: nn.Module) -> None:
     Raises:
         ValueError: if torchao is not installed.
     """
-    try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    except ImportError as error:
-        raise ValueError("--quantize_base int8 needs torchao: pip install torchao, or leave it out") from error
+    quantize_, Int8WeightOnlyConfig = import_torchao()
     quantize_(
         model,
         Int8WeightOnlyConfig(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,12 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from .config import TrainConfig
+
+# Arguments that every group of parameters sets for itself.
+FLAGS = {
+    "lr": "--learning_rate and --text_encoder_lr",
+    "weight_decay": "--adam_weight_decay and --adam_weight_decay_text_encoder",
+}
 
 
 def optimizer_class(config: TrainConfig) -> type[torch.optim.Optimizer]:
@@ -56,20 +63,33 @@ def parse_optimizer_args(arguments: Sequence[str] | None) -> dict[str, Any]:
         name, equals, value = argument.partition("=")
         if not equals or not name.isidentifier():
             raise ValueError(f"--optimizer_args {argument} must look like momentum=0.9")
+        if name in FLAGS:
+            raise ValueError(f"--optimizer_args {argument} would have no effect: use {FLAGS[name]}")
         try:
             parsed[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError):
             parsed[name] = value
     return parsed
 
 
 def check_optimizer(config: TrainConfig) -> None:
-    """Refuse what can't be built, before anything is loaded.
+    """Refuse what can't be built or makes no step, before anything is loaded.
 
     Raises:
-        ValueError: for a class, or arguments of it, that are not there or contradict each other.
+        ValueError: for a class, or arguments of it, that are not there, contradict each other or don't work.
     """
-    build_optimizer(config, [{"params": [nn.Parameter(torch.zeros(1))], "weight_decay": config.adam_weight_decay}])
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
+    shapes = [(2, 2), (2,)] if config.use_dora else [(2, 2)]  # DoRA's magnitudes are vectors
+    parameters = [nn.Parameter(torch.ones(shape, device=device)) for shape in shapes]
+    optimizer = build_optimizer(config, [{"params": parameters, "weight_decay": config.adam_weight_decay}])
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    try:
+        optimizer.step()
+    except Exception as error:  # a class may raise anything for an argument that it can't use
+        raise ValueError(f"--optimizer {config.optimizer} fails with its --optimizer_args: {error!r}") from error
+    if not all(bool(parameter.isfinite().all()) for parameter in parameters):
+        raise ValueError(f"--optimizer {config.optimizer} makes NaN or infinity with its --optimizer_args")
 
 
 def build_optimizer(config: TrainConfig, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -101,7 +121,7 @@ def build_optimizer(config: TrainConfig, groups: Sequence[dict[str, Any]]) -> to
         groups = [{name: value for name, value in group.items() if name != "weight_decay"} for group in groups]
     try:
         return cls(list(groups), **({"lr": config.learning_rate} | options | given))
-    except (TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # as above
         raise ValueError(f"--optimizer {cls.__name__} refuses its arguments: {error}") from error
 
 

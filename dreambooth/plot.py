@@ -19,8 +19,9 @@ def loss_plot(metrics: Path) -> bytes:
     Returns:
         the file's bytes, 960 × 480 pixels.
     """
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    steps, losses = np.array([(line["step"], line["loss"]) for line in lines if "loss" in line]).T
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    known = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    steps, losses = np.array(known or [(0, np.nan)]).T  # nothing is known where a finished run's log was lost
     watched = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
     window = max(1, round(len(losses) * SMOOTHED_SHARE))
     smoothed = np.convolve(losses, np.full(window, 1 / window), mode="valid")

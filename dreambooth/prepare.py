@@ -22,7 +22,7 @@ from .buckets import read_buckets
 from .cache import EncodedCache
 from .calibration import GENERIC_PROMPTS
 from .config import TEXT_ENCODERS, TrainConfig
-from .data import Concept, Example, content_hash, find_examples, read_concepts
+from .data import Concept, Example, content_hash, find_examples, read_concepts, source_flag
 from .draws import CLASS, INSTANCE, Batch
 from .encode import (
     DEFAULT_VARIANTS,
@@ -31,6 +31,7 @@ from .encode import (
     EncodedPrompts,
     Inspected,
     Tokens,
+    check_masks,
     check_prompts,
     cut_picture,
     encode_pictures,
@@ -62,9 +63,12 @@ class Pictures:
         return math.ceil(samples / per_step)
 
     def hash(self) -> str:
-        """Of all pictures and prompts; a resumed run must have the same."""
+        """Of all pictures, masks and prompts; a resumed run must have the same."""
         pictures = [*self.instance, *self.classes]
-        return content_hash(*((one.digest, one.example.prompt, one.example.repeats) for one in pictures))
+        return content_hash(
+            [concept.class_prompt for concept in self.concepts],
+            *((one.digest, one.mask_digest, one.example.prompt, one.example.repeats) for one in pictures),
+        )
 
     def report(self, config: TrainConfig) -> str:
         """What would be trained on, for --dry_run."""
@@ -101,6 +105,13 @@ class Encoded:
     class_rows: torch.Tensor  # (P,): the row of each row's class prompt
     tokens: list[Tokens]  # of the prompts, per text encoder, for encoding anew where these are trained
     calibration_tokens: list[Tokens]
+    teaching: torch.Tensor  # (P,) bool: prompts that what is trained of the text encoders learns from
+    encoders: str  # fingerprint of the autoencoder and the text encoders
+
+    def teaches_text(self, batch: Batch, num_instances: int) -> bool:
+        """Whether the text encoders must learn from a batch: one of its instance pictures has a prompt that teaches."""
+        prompts = batch.prompts[:num_instances][~batch.uncaptioned[:num_instances]]
+        return bool(self.teaching[prompts.cpu()].any())
 
     @property
     def largest_shape(self) -> tuple[int, int]:
@@ -139,6 +150,7 @@ def read_pictures(config: TrainConfig, granularity: int) -> Pictures:
         ValueError: naming the flag, folder or file that is wrong.
     """
     concepts = read_concepts(config)
+    check_folders(config, concepts)
     varies = config.random_flip or not config.center_crop
     settings = CropSettings(
         buckets=read_buckets(config.aspect_ratio_buckets, config.resolution, granularity),
@@ -153,13 +165,40 @@ def read_pictures(config: TrainConfig, granularity: int) -> Pictures:
     if config.validation_data_dir is not None:
         paths = find_images(config.validation_data_dir, "validation_data_dir")
         held_out = [Example(path, str(path), concepts[0].instance_prompt) for path in paths]
+    instance = [inspect_picture(example) for example in find_examples(config, concepts)]
+    check_masks(instance, settings)
+    prompts = {picture.example.prompt for picture in instance}
+    if config.train_text_encoder_ti and not any(config.token_abstraction in prompt for prompt in prompts):
+        raise ValueError(
+            f"--token_abstraction {config.token_abstraction} is in no prompt, such as {min(prompts)!r}: its new tokens "
+            "would learn nothing; write it into --instance_prompt or the captions"
+        )
     return Pictures(
         concepts,
-        [inspect_picture(example) for example in find_examples(config, concepts)],
+        instance,
         read_class_pictures(config, concepts),
         [inspect_picture(example) for example in held_out],
         settings,
     )
+
+
+def check_folders(config: TrainConfig, concepts: Sequence[Concept]) -> None:
+    """Refuse folders that would be written to while they hold something else.
+
+    Raises:
+        ValueError: naming the two flags.
+    """
+    if config.encoded_cache_dir is not None:
+        check_writable_target(config.encoded_cache_dir, "--encoded_cache_dir", folder=True)
+    taken = {Path(config.output_dir).resolve(): "output_dir"}
+    for name in ("instance_data_dir", "class_data_dir"):  # subjects may share a folder of either kind, not mix them
+        folders = {}
+        for number, concept in enumerate(concepts):
+            if path := getattr(concept, name):
+                folders[Path(path).resolve()] = source_flag(config, number, name)
+        for path in folders.keys() & taken.keys():
+            raise ValueError(f"--{folders[path]} and --{taken[path]} are the same folder {path}: name another one")
+        taken |= folders
 
 
 def read_class_pictures(config: TrainConfig, concepts: Sequence[Concept]) -> list[Inspected]:
@@ -182,16 +221,28 @@ def encode_run(
     pictures: Pictures,
     draw_class_images: Callable[[Concept, list[int]], None],
     spell_out: Callable[[str], str],
+    lock: Callable[[Path], None] = lambda folder: None,
 ) -> tuple[Encoded, Pictures]:
     """Encode pictures and prompts, or read what an earlier run encoded; class images are drawn first.
 
     Args:
         draw_class_images: draws a subject's class images with the given seeds into its folder.
         spell_out: puts the tokens of a new word into a prompt.
+        lock: makes the run's folder and holds it, once nothing more is to be refused.
 
     Returns:
         what was encoded, and the pictures with all class images.
+
+    Raises:
+        ValueError: for a prompt that is too long; nothing is written then.
     """
+    tokenizers = [pipeline.tokenizer, pipeline.tokenizer_2]
+    prompts = PromptTable(pictures.concepts, [*pictures.instance, *pictures.held_out]).texts
+    for tokenizer in tokenizers:
+        check_prompts(tokenizer, map(spell_out, [*prompts, *config.validation_prompt]))
+    if accelerator.is_main_process:
+        lock(Path(config.output_dir))
+    accelerator.wait_for_everyone()
     if config.with_prior_preservation and not config.prior_teacher:
         for concept in pictures.concepts:
             seeds = missing_seeds(concept.class_data_dir, concept.class_prompt, config.num_class_images)
@@ -201,11 +252,8 @@ def encode_run(
         pictures = replace(pictures, classes=read_class_pictures(config, pictures.concepts))
     cache = EncodedCache(config.encoded_cache_dir or Path(config.output_dir) / ENCODED)
     table = PromptTable(pictures.concepts, [*pictures.instance, *pictures.classes, *pictures.held_out])
-    tokenizers = [pipeline.tokenizer, pipeline.tokenizer_2]
     texts = [spell_out(text) for text in table.texts]
     text_encoders = [pipeline.text_encoder, pipeline.text_encoder_2]
-    for tokenizer in tokenizers:
-        check_prompts(tokenizer, [*texts, *map(spell_out, config.validation_prompt)])
     tokens = tokenize(tokenizers, texts)
     shared = {"cache": cache, "wait": accelerator.wait_for_everyone}
     fingerprint = "+".join(module_fingerprint(text_encoder) for text_encoder in text_encoders)
@@ -253,6 +301,8 @@ def encode_run(
         table.class_rows,
         tokens,
         tokenize(tokenizers, [*texts, *GENERIC_PROMPTS]),
+        torch.tensor([not config.train_text_encoder_ti or config.token_abstraction in text for text in table.texts]),
+        content_hash(vae_fingerprint, fingerprint),
     )
     return encoded, pictures
 

@@ -61,18 +61,22 @@ class MetricsLog:
 
     Args:
         after: the step that a resumed run goes on from; lines of later steps are dropped, because they come again.
+
+    The file is touched with the first line that is written: a run that fails before it leaves an earlier one's.
+
+    Raises:
+        ValueError: if a resumed run's lines can't be read.
     """
 
     def __init__(self, path: Path, enabled: bool, after: int = 0) -> None:
-        kept = []
-        if after and path.is_file():
-            lines = path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= after]
-        self.seconds = [record["seconds"] for record in map(json.loads, kept) if "seconds" in record]
-        self.file = None
-        if enabled:
-            write_atomic(path, "".join(kept))
-            self.file = path.open("a", buffering=1)
+        self.path, self.enabled, self.kept, self.file = path, enabled, [], None
+        try:
+            if after and path.exists():
+                lines = path.read_text().splitlines(keepends=True)
+                self.kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= after]
+            self.seconds = [record["seconds"] for record in map(json.loads, self.kept) if "seconds" in record]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} is damaged, and a resumed run goes on in it: delete it, or mend it") from error
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -84,12 +88,16 @@ class MetricsLog:
     def write(self, step: int, **values: float) -> None:
         if "seconds" in values:
             self.seconds.append(values["seconds"])
+        if self.enabled and self.file is None:
+            write_atomic(self.path, "".join(self.kept))
+            self.file = self.path.open("a", buffering=1)
         if self.file:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
 
     @property
-    def median_seconds(self) -> float:
-        return statistics.median(self.seconds)
+    def timings(self) -> dict[str, float]:
+        """What the record says of the steps; nothing where none is known."""
+        return {"seconds_per_step": statistics.median(self.seconds)} if self.seconds else {}
 
 
 def module_fingerprint(module: nn.Module) -> str:

@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
+import errno
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
+import torch
 from torch import nn
+
+from .config import TrainConfig
 
 
 class TrainingFailure(ValueError):
     """The run can't go on; says at which step and why."""
+
+
+@contextmanager
+def explained(config: TrainConfig) -> Iterator[None]:
+    """Memory or a disk that runs out inside, as one sentence with the way out.
+
+    Raises:
+        ValueError: with it.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # PyTorch has a class for a GPU's memory, and none for the machine's
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise ValueError(
+            f"out of memory with --train_batch_size {config.train_batch_size}: lower it, add "
+            "--gradient_checkpointing or --low_vram, or use --mixed_precision fp16"
+        ) from error
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise ValueError(f"the disk is full ({error}): make room for --output_dir {config.output_dir}") from error
 
 
 def check_loss(loss: float, step: int, mixed_precision: str, learning_rate: float) -> None:
@@ -28,8 +55,24 @@ def check_loss(loss: float, step: int, mixed_precision: str, learning_rate: floa
     raise TrainingFailure(f"the loss is {loss} at step {step}: {cause}; nothing after the last checkpoint was saved")
 
 
+class GradientWatch:
+    """Looks at each component's gradient once, at the first step that must have one.
+
+    The text encoders get none at a step whose prompts were all dropped, or without the word that they learn.
+    """
+
+    def __init__(self, models: Mapping[str, nn.Module], mixed_precision: str) -> None:
+        self.unseen, self.mixed_precision = dict(models), mixed_precision
+
+    def norms(self, teaches_text: bool) -> dict[str, float]:
+        """Of the components whose turn it is: `gradient_norms`, with its error."""
+        due = {name: model for name, model in self.unseen.items() if name == "unet" or teaches_text}
+        self.unseen = {name: model for name, model in self.unseen.items() if name not in due}
+        return gradient_norms(due, self.mixed_precision)
+
+
 def gradient_norms(models: Mapping[str, nn.Module], mixed_precision: str) -> dict[str, float]:
-    """Norm of the gradient of each component's adapter, at the first step.
+    """Norm of the gradient of each component's adapter.
 
     Raises:
         TrainingFailure: if a component that should learn gets no gradient; it would stay as it is, silently.
@@ -40,7 +83,7 @@ def gradient_norms(models: Mapping[str, nn.Module], mixed_precision: str) -> dic
         norms[name] = math.sqrt(sum(float(gradient.float().square().sum()) for gradient in gradients))
         if norms[name] == 0:
             raise TrainingFailure(
-                f"{name} gets no gradient at the first step (mixed precision {mixed_precision}): nothing of it would "
+                f"{name} gets no gradient at its first step (mixed precision {mixed_precision}): nothing of it would "
                 "be trained; leave it out, or report this as a bug"
             )
     return norms

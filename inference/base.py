@@ -113,6 +113,11 @@ def _check_loaded(base: str | Path, pipeline: StableDiffusionXLPipeline, given: 
     missing = [part for part in BASE_PARTS if part not in given and getattr(pipeline, part) is None]
     if missing:
         raise ValueError(f"base {base} has no {', '.join(missing)}: SDXL is needed, and this is another model")
+    if not hasattr(pipeline.scheduler, "init_noise_sigma"):
+        raise ValueError(
+            f"base {base} has a {type(pipeline.scheduler).__name__}, and SDXL starts from noise of a known size: name "
+            "a scheduler of its kind, such as EulerDiscreteScheduler, in model_index.json"
+        )
     if pipeline.unet is not None:
         config = pipeline.unet.config
         if config.addition_embed_type != "text_time" or config.in_channels != pipeline.vae.config.latent_channels:
@@ -136,8 +141,14 @@ def base_geometry(base: str | Path, **download_options: Any) -> tuple[int, int]:
     except (OSError, ValueError) as error:
         reason = textwrap.shorten(str(error).strip().split("\n")[0], 200, placeholder="…")
         raise ValueError(f"base {base} could not be loaded: {reason}") from error
-    vae_scale_factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    return unet["sample_size"] * vae_scale_factor, vae_scale_factor * 2 ** (len(unet["block_out_channels"]) - 1)
+    try:
+        vae_scale_factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        return unet["sample_size"] * vae_scale_factor, vae_scale_factor * 2 ** (len(unet["block_out_channels"]) - 1)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"base {base} needs block_out_channels in vae/config.json, and sample_size and block_out_channels in "
+            "unet/config.json: copy or download them again"
+        ) from error
 
 
 def load_vae(path: str, device: torch.device | str) -> AutoencoderKL:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -13,6 +14,8 @@ import diffusers
 import transformers
 import yaml
 from transformers import HfArgumentParser
+
+from storage.files import load_yaml
 
 Config = TypeVar("Config")
 USER_ERROR = 2  # the exit status of argparse for a wrong command line, used for every mistake of the user
@@ -37,8 +40,11 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None, 
     file, _ = _config_option().parse_known_args(argv)
     if file.config is not None:
         try:
-            argv = [*read_config_file(file.config), *argv]
-        except (ValueError, OSError) as error:
+            one_value = {field.name for field in fields(config_class) if "list[" not in str(field.type)}
+            argv = [*read_config_file(file.config, one_value), *argv]
+        except OSError as error:
+            _exit_with(f"--config {file.config} can't be read: {error.strerror}")
+        except ValueError as error:
             _exit_with(str(error))
     options = vars(parser.parse_args(argv))
     del options["config"]
@@ -51,14 +57,17 @@ def _config_option() -> argparse.ArgumentParser:
     return parser
 
 
-def read_config_file(path: str | Path) -> list[str]:
+def read_config_file(path: str | Path, one_value: Collection[str] = ()) -> list[str]:
     """A YAML mapping of flag names to values, as the arguments that say the same.
+
+    Args:
+        one_value: flags that take no list.
 
     Raises:
         ValueError: if the file is no such mapping.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = load_yaml(Path(path))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path} is not YAML: {error}") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
@@ -67,6 +76,8 @@ def read_config_file(path: str | Path) -> list[str]:
     for name, value in values.items():
         if isinstance(value, dict):
             raise ValueError(f"--config {path}: {name} is a mapping, and flags take a value or a list of them")
+        if isinstance(value, list) and name in one_value:
+            raise ValueError(f"--config {path}: {name} is a list, and this flag takes one value")
         if isinstance(value, list):
             arguments += [f"--{name}", *map(str, value)]
         elif value is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -47,9 +48,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes 0600, which a web server or a colleague can't read
         os.replace(temporary, path)
-    except BaseException:
+    except (OSError, SafetensorError) as error:  # a full disk, most of all
+        raise OSError(f"{path} could not be written: {error}") from error
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def check_writable_target(path: str | Path, flag: str, folder: bool) -> None:
@@ -60,12 +62,17 @@ def check_writable_target(path: str | Path, flag: str, folder: bool) -> None:
     if not folder and path.is_dir():
         raise ValueError(f"{flag} {path} is a folder, and a file name is needed: for instance {path / 'gallery.html'}")
     parent = path if folder else path.parent
-    while not parent.exists():
+    while not parent.exists() and not parent.is_symlink():
         parent = parent.parent
     if not parent.is_dir():
-        raise ValueError(f"{flag} {path} can't be made, because {parent} is a file: name another place")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(f"{flag} {path} can't be made, because {parent} is not writable: name another place")
+        kind = "a broken link" if parent.is_symlink() else "a file"
+        raise ValueError(f"{flag} {path} can't be made, because {parent} is {kind}: name another place")
+    try:  # permissions say little: root has them all, and some file systems take nothing
+        tempfile.TemporaryDirectory(dir=parent).cleanup()
+    except OSError as error:
+        raise ValueError(
+            f"{flag} {path} can't be made, because {parent} is not writable: name another place"
+        ) from error
 
 
 def read_safetensors_header(path: Path, role: str) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
@@ -87,3 +94,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"{path} holds a JSON {type(record).__name__}, and an object is expected")
     return record
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which no key is there twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{name} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(path: Path) -> Any:
+    """A YAML or JSON file; a key that is there twice is an error of YAML's."""
+    return yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)

@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,7 @@ from PIL import Image
 from dreambooth.buckets import SDXL_BUCKETS, nearest_bucket, read_buckets
 from dreambooth.config import TrainConfig
 from dreambooth.data import Crop, cover, crops, find_examples, read_concepts
-from dreambooth.encode import CropSettings, cut_picture, inspect_picture
+from dreambooth.encode import CropSettings, check_masks, cut_picture, inspect_picture
 from dreambooth.prepare import PromptTable, read_pictures
 from dreambooth.prior import class_image_name, class_images, missing_seeds
 
@@ -64,6 +65,9 @@ def test_metadata_goes_before_everything(tmp_path):
         ("metadata.jsonl", b"\n{nonsense", "line 2"),
         ("metadata.jsonl", b'{"file_name": "z.png", "text": "x"}', "no picture z.png"),
         ("metadata.jsonl", b'{"file_name": "a.png", "text": " "}', "caption of a.png is empty"),
+        ("metadata.jsonl", b'{"file_name": ["a.png"], "text": "x"}', "line 1: there is no picture"),
+        ("metadata.jsonl", b'{"file_name": "a.png", "text": "x"}\n' * 2, "line 2: a.png has a caption already"),
+        ("metadata.jsonl", b"\xff\xfe\xfa", "metadata.jsonl is not UTF-8"),
     ],
 )
 def test_bad_captions_are_named(tmp_path, file, content, words):
@@ -71,6 +75,27 @@ def test_bad_captions_are_named(tmp_path, file, content, words):
     (tmp_path / file).write_bytes(content)
     with pytest.raises(ValueError, match=words):
         examples(instance_data_dir=str(tmp_path))
+
+
+def test_captions_as_other_systems_write_them(tmp_path):
+    """An upper-case suffix, a byte order mark, and a line separator inside a caption."""
+    save_pictures(tmp_path, "a.png", "b.png")
+    (tmp_path / "a.TXT").write_bytes(b"\xef\xbb\xbf[V] cat")
+    line = json.dumps({"file_name": "b.png", "text": "[V] cat\u2028asleep"}, ensure_ascii=False)
+    (tmp_path / "metadata.jsonl").write_text("\ufeff" + line + "\r\n")
+    assert [one.prompt for one in examples(instance_data_dir=str(tmp_path))] == ["[V] cat", "[V] cat\u2028asleep"]
+    (tmp_path / "a.caption").write_text("another")
+    with pytest.raises(ValueError, match=r"a.TXT and .*a.caption are for the same picture"):
+        examples(instance_data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize(("column", "words"), [([1], "holds no pictures"), ([None], "row 0 has no picture")])
+def test_datasets_without_pictures(monkeypatch, column, words):
+    kind = datasets.Value("int64") if column == [1] else datasets.Image()
+    made = datasets.Dataset.from_dict({"image": column}, features=datasets.Features({"image": kind}))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: {"train": made})
+    with pytest.raises(ValueError, match=words):
+        examples(dataset_name="x")
 
 
 def test_hugging_face_dataset_on_disk(tmp_path):
@@ -113,12 +138,17 @@ def test_several_concepts(tmp_path):
         ('[{"instance_prompt": "x"}]', "entry 1 lacks instance_data_dir"),
         ('[{"instance_data_dir": "x", "instance_prompt": "y", "colour": 1}]', "entry 1 has colour"),
         ('[{"instance_data_dir": "x", "instance_prompt": "y", "repeats": 0}]', "repeats 0"),
+        ('[{"instance_data_dir": 5, "instance_prompt": "y"}]', "entry 1 has instance_data_dir 5: write it as a text"),
+        ('[{"instance_data_dir": "x", "instance_prompt": ["y"]}]', "entry 1 has instance_prompt"),
+        ("- {1: 2, a: 3, instance_data_dir: x, instance_prompt: y}", "entry 1 has 1"),
+        ("- {instance_data_dir: x, instance_prompt: y, instance_prompt: z}", "instance_prompt is there twice"),
+        ('[{"instance_data_dir": "q", "instance_prompt": "y"}]', "entry 1's instance_data_dir q does not exist"),
     ],
 )
 def test_bad_concepts_are_named(tmp_path, entries, words):
     (tmp_path / "list.json").write_text(entries)
     with pytest.raises(ValueError, match=words):
-        read_concepts(config(concepts_list=str(tmp_path / "list.json"), instance_prompt=None))
+        examples(concepts_list=str(tmp_path / "list.json"), instance_prompt=None)
 
 
 def test_dry_run_report(tmp_path):
@@ -214,8 +244,40 @@ def test_masks(tmp_path):
     Image.new("L", (40, 30), 0).save(tmp_path / "masks" / "b.png")
     found = examples(instance_data_dir=str(tmp_path / "cat"), mask_data_dir=str(tmp_path / "masks"))
     assert [one.mask.name for one in found] == ["a.png", "b.png"]
-    with pytest.raises(ValueError, match="b.png is black all over"):
+    pictures = [inspect_picture(one) for one in found]
+    with pytest.raises(ValueError, match="b.png masks out all of the 32 x 32 pixels cut at"):
+        check_masks(pictures, CropSettings([(32, 32)]))
+    Image.new("L", (40, 20), 255).save(tmp_path / "masks" / "b.png")
+    with pytest.raises(ValueError, match="b.png is 40 x 20 and its picture 40 x 30: give it the picture's shape"):
         inspect_picture(found[1])
+    Image.new("L", (40, 30), 255).save(tmp_path / "masks" / "b.webp")
+    with pytest.raises(ValueError, match="b.png and .*b.webp are for the same picture"):
+        examples(instance_data_dir=str(tmp_path / "cat"), mask_data_dir=str(tmp_path / "masks"))
+
+
+def test_masks_and_class_prompts_are_part_of_a_run(tmp_path):
+    save_pictures(tmp_path / "cat", "a.png")
+    options = {"instance_data_dir": str(tmp_path / "cat"), "with_prior_preservation": True, "prior_teacher": True}
+
+    def digest(**more):
+        return read_pictures(config(**options, **({"class_prompt": "a cat"} | more)), 8).hash()
+
+    hashes = [digest(), digest(class_prompt="a dog")]
+    for shade in (100, 200):
+        save_pictures(tmp_path / "masks", "a.png")
+        Image.new("L", (40, 30), shade).save(tmp_path / "masks" / "a.png")
+        hashes.append(digest(mask_data_dir=str(tmp_path / "masks")))
+    assert len(set(hashes)) == 4
+
+
+def test_a_transparent_picture_is_named(tmp_path):
+    for name, alpha in (("a.png", 255), ("b.png", 0)):
+        Image.new("RGBA", (40, 30), (90, 90, 90, alpha)).save(tmp_path / name)
+    with pytest.raises(ValueError, match="b.png masks out all"):
+        read_pictures(config(instance_data_dir=str(tmp_path), alpha_mask=True), 8)
+    (tmp_path / "b.png").unlink()
+    with pytest.raises(ValueError, match="--alpha_mask finds no picture"):
+        read_pictures(config(instance_data_dir=str(tmp_path), alpha_mask=True), 8)
 
 
 # --- class images -----------------------------------------------------------------------------------------------------

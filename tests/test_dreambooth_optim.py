@@ -69,6 +69,23 @@ def test_contradicting_arguments_are_refused():
         check_optimizer(config(optimizer="SGD", optimizer_args=["nesterov=True"]))
 
 
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("lr=5", "lr=5 would have no effect: use --learning_rate"),
+        ("weight_decay=1", "use --adam_weight_decay"),
+        ("eps=nan", "AdamW"),
+        ("betas=0.9", "--optimizer AdamW refuses its arguments"),
+        ("eps={[]: 1}", "--optimizer AdamW refuses its arguments"),
+        ("capturable=True", "--optimizer AdamW fails with its --optimizer_args"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU takes capturable")
+def test_arguments_that_don_t_work_are_refused(argument, words):
+    with pytest.raises(ValueError, match=words):
+        check_optimizer(config(optimizer_args=[argument]))
+
+
 def test_learning_rates_by_part():
     groups = parameter_groups(config(learning_rate=1e-4, text_encoder_lr=1e-6, loraplus_lr_ratio=16.0), MODELS)
     assert [(g["name"], g["lr"], g["weight_decay"]) for g in groups] == [

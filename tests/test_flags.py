@@ -95,6 +95,57 @@ def test_the_table_has_no_flag_that_is_not_there():
     assert ours - listed == set(), "flags without a row"
 
 
+REFUSED = {
+    "noise_offset": (1e30, "--noise_offset 1e.30 must be from 0 to 1"),
+    "prior_loss_weight": (1e39, "--prior_loss_weight 1e.39 must be from 0 to 1000"),
+    "awsvd_gamma": (1e6, "--awsvd_gamma 1000000.0 must be from 0 to 4"),
+    "inner_std": (0.0, "--inner_std 0.0 must be above 0"),
+    "max_train_steps": (10**11, "--max_train_steps 100000000000 must be at most 1000000"),
+    "num_train_epochs": (10**9, "must be at most"),
+    "repeats": (10**12, "must be at most"),
+    "mask_data_dir": ("", "--mask_data_dir is empty"),
+    "dataset_name": (" ", "--dataset_name is empty"),
+    "num_new_tokens_per_abstraction": (3, "has no effect without --train_text_encoder_ti"),
+    "train_text_encoder_ti_frac": (0.3, "has no effect without --train_text_encoder_ti"),
+    "logging_dir": ("../logs", "--logging_dir ../logs must be inside --output_dir"),
+    "hub_model_id": ("a b/c/d", "--push_to_hub needs another --hub_model_id"),
+    "learning_rate": (1e-8, "--learning_rate 1e-08 must be above 1e-07, where --lr_scheduler polynomial ends"),
+}
+BESIDE = {
+    "inner_std": {"inner_init": "normal"},
+    "hub_model_id": {"push_to_hub": True},
+    "learning_rate": {"lr_scheduler": "polynomial"},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_values_that_can_t_be_meant_are_refused(name):
+    value, words = REFUSED[name]
+    given = {"pretrained_model_name_or_path": "base", "instance_data_dir": "x", "instance_prompt": "y", name: value}
+    with pytest.raises(ValueError, match=words):
+        TrainConfig(**given, **BESIDE.get(name, {})).resolved().check()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"train_text_encoder": True, "train_text_encoder_frac": 0.0},
+        {"train_text_encoder_ti": True, "train_text_encoder_ti_frac": 0.0},
+        {"train_text_encoder_ti": True, "max_train_steps": 1},
+    ],
+)
+def test_text_encoders_need_a_step(options):
+    with pytest.raises(ValueError, match="leave the text encoders none: raise it"):
+        assert TrainConfig(pretrained_model_name_or_path="base", **options).resolved().text_steps
+
+
+def test_epochs_have_a_most():
+    one = TrainConfig(pretrained_model_name_or_path="base", num_train_epochs=1000)
+    assert one.total_steps(1000) == 10**6
+    with pytest.raises(ValueError, match="--num_train_epochs 1000 of 1001 steps each are more than 1000000"):
+        one.total_steps(1001)
+
+
 COMMAND = """
     --pretrained_model_name_or_path=base --instance_data_dir=dog --pretrained_vae_model_name_or_path=vae
     --output_dir=out --mixed_precision=bf16 --instance_prompt=dog --resolution=1024 --train_batch_size=1
@@ -135,7 +186,14 @@ def test_config_file_holds_the_same_names_and_the_command_line_wins(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("- a\n", "must map"), ("a: {b: c}", "is a mapping"), ("a: [", "is not YAML"), ("ranks: 3", "--ranks=3")],
+    [
+        ("- a\n", "must map"),
+        ("a: {b: c}", "is a mapping"),
+        ("a: [", "is not YAML"),
+        ("ranks: 3", "--ranks=3"),
+        ("rank: 3\nrank: 4", "rank is there twice"),
+        ("instance_prompt: [a, b]", "instance_prompt is a list, and this flag takes one value"),
+    ],
 )
 def test_bad_config_files_are_one_sentence(tmp_path, capsys, text, words):
     (tmp_path / "run.yaml").write_text(text)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -22,6 +22,7 @@ from tiny_sdxl import build_pipeline, live_outputs, outputs, saved_base
 from transformers import CLIPTextModel
 
 import train_dreambooth_nora_sdxl as trainer
+from dreambooth.checkpoints import FolderLock
 from dreambooth.config import LR_SCHEDULES, TrainConfig
 from dreambooth.prior import class_image_name
 from inference.base import load_pipeline
@@ -307,8 +308,8 @@ def test_validation_loss_and_gradient_norms_are_logged(tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
-    with pytest.raises(ValueError, match="the loss is nan at step 1"):
-        run(tmp_path, noise_offset=1e38, learning_rate=1e-4)
+    with pytest.raises(ValueError, match="the loss is (nan|inf) at step 2: the learning rate"):
+        run(tmp_path, learning_rate=1e30, train_batch_size=1)
     assert not (tmp_path / FOLDED_WEIGHTS).exists()
 
 
@@ -344,7 +345,7 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     assert "6 instance pictures" in capsys.readouterr().out and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "prodigy", "Adafactor"])
+@pytest.mark.parametrize("optimizer", ["SGD", "prodigy", "Adafactor", "Muon"])
 def test_other_optimizers_train(tmp_path, optimizer):
     first, *_, last = losses(run(tmp_path, optimizer=optimizer, learning_rate=1.0, max_train_steps=4))
     assert first != last
@@ -417,6 +418,49 @@ def test_a_second_run_leaves_nothing_of_the_first(tmp_path):
     run(tmp_path, method="lora")
     files = {FOLDED_WEIGHTS, "run.json", "README.md", "loss.png", "metrics.jsonl"}
     assert set(os.listdir(tmp_path)) == {*files, "encoded"}
+
+
+def test_a_run_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
+    run(tmp_path, method="lora", checkpointing_steps=1, max_train_steps=1)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def fail(*args):
+        raise ValueError("at the first step")
+
+    monkeypatch.setattr(trainer, "check_loss", fail)
+    with pytest.raises(ValueError, match="at the first step"):
+        run(tmp_path, method="lora", rank=2)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path in before}
+
+
+def test_a_first_step_without_its_caption(tmp_path, monkeypatch):
+    """Of the text encoders' gradient nothing can be said yet; at the next step it is looked at."""
+    looked, batch = [], trainer.training_batch
+
+    def drop_the_first(*args, step, **options):
+        return batch(*args, step=step, **(options | {"caption_dropout": 1.0 if step == 0 else 0.0}))
+
+    class Watch(trainer.GradientWatch):
+        def norms(self, teaches_text):
+            looked.append(sorted(norms := super().norms(teaches_text)))
+            return norms
+
+    monkeypatch.setattr(trainer, "training_batch", drop_the_first)
+    monkeypatch.setattr(trainer, "GradientWatch", Watch)
+    run(tmp_path, method="lora", train_text_encoder=True, caption_dropout=0.1)
+    assert looked == [["unet"], ["text_encoder", "text_encoder_2"]]
+
+
+def test_one_run_at_a_time_in_a_folder(tmp_path):
+    with FolderLock() as first, FolderLock() as second:
+        first.take(tmp_path)
+        with pytest.raises(ValueError, match="is in use by another run"):
+            second.take(tmp_path)
+        with pytest.raises(ValueError, match="is in use by another run"):
+            run(tmp_path, method="lora")
+    assert os.listdir(tmp_path) == []
+    with FolderLock() as third:
+        third.take(tmp_path)
 
 
 def test_record_says_what_was_decided(tmp_path):
@@ -546,6 +590,44 @@ BAD = {
         with_flags("--pretrained_vae_model_name_or_path", "EMPTY"),
         "autoencoder empty could not",
     ),
+    "output folder with the user's own files": (with_flags("--output_dir", "MINE"), "mine has README.md, and no run"),
+    "output folder with a file called samples": (with_flags("--output_dir", "SAMPLES"), "has samples, and no run"),
+    "pictures go where the run goes": (with_flags("--output_dir", str(CAT)), "--instance_data_dir and --output_dir"),
+    "class images among the pictures": (
+        with_flags("--with_prior_preservation", "--class_data_dir", str(CAT), "--class_prompt", "a cat"),
+        "--class_data_dir and --instance_data_dir are the same folder",
+    ),
+    "output that can't be made": (with_flags("--output_dir", "/proc/out"), "--output_dir /proc/out can't be made"),
+    "output behind a broken link": (with_flags("--output_dir", "LINK"), "link is a broken link"),
+    "cache that is a file": (with_flags("--encoded_cache_dir", "FILE"), "--encoded_cache_dir file is a file"),
+    "config that is a folder": (with_flags("--config", "EMPTY"), "--config empty can't be read: Is a directory"),
+    "no new word in the prompt": (
+        with_flags("--train_text_encoder_ti", "--token_abstraction", "[W]"),
+        r"--token_abstraction \[W\] is in no prompt",
+    ),
+    "resolution too fine": (with_flags("--resolution", "36"), "multiple of 8"),
+    "resolution that the base can't": (with_flags("--resolution", "1000020"), "multiple of 8"),
+    "LoRA's rank above the layer": (
+        with_flags("--method", "lora", "--rank", "33"),
+        r"--rank 33 exceeds min\(out, in\)=32",
+    ),
+    "long class prompt": (
+        with_flags("--with_prior_preservation", "--class_data_dir", "CLASS", "--class_prompt", "cat " * 99),
+        "tokens and the base reads 32",
+    ),
+    "autoencoder of another family": (
+        with_flags("--pretrained_vae_model_name_or_path", "VAE"),
+        "makes 8 latent channels of 1/4 of a picture's size, and the base's own 4",
+    ),
+    "flow-matching base": (with_flags("--pretrained_model_name_or_path", "FLOW"), "has a FlowMatchEulerDiscreteSch"),
+    "base without a size": (with_flags("--pretrained_model_name_or_path", "NO_SIZE"), "sample_size"),
+    "captions of no metadata": (with_flags("--caption_column", "mood"), "--caption_column mood needs a metadata.jsonl"),
+    "transparency that is not there": (with_flags("--alpha_mask"), "no picture that is transparent anywhere"),
+    "learning rate as an argument": (
+        with_flags("--optimizer_args", "lr=5"),
+        "--optimizer_args lr=5 would have no effect: use --learning_rate",
+    ),
+    "Muon with DoRA's vectors": (with_flags("--use_dora", "--optimizer", "Muon"), "--optimizer Muon refuses"),
     "xformers on a CPU": (with_flags("--enable_xformers_memory_efficient_attention"), "xformers"),
     "fp16 on a CPU": (with_flags("--mixed_precision", "fp16"), "--mixed_precision fp16 needs a GPU"),
 }
@@ -562,7 +644,37 @@ def test_bad_input_is_one_sentence_and_writes_nothing(case, tmp_path, monkeypatc
     Path("cut/cut.png").write_bytes(Path("cut/cut.png").read_bytes()[:900])
     Path("file").write_text("")
     shutil.copytree(saved_base(), "no_unet", ignore=shutil.ignore_patterns("unet"))
-    places = {name: name.lower() for name in ("EMPTY", "JUNK", "CUT", "FILE", "NO_UNET", "OUT")}
+    Path("mine").mkdir()
+    Path("mine/README.md").write_text("my own")
+    Path("samples").mkdir()
+    Path("samples/samples").write_text("mine")
+    Path("link").symlink_to("/nowhere/at/all")
+    if "FLOW" in BAD[case][0] or "NO_SIZE" in BAD[case][0]:
+        for name, file, change in (
+            ("flow", "model_index.json", {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}),
+            ("no_size", "unet/config.json", {"sample_size": None}),
+        ):
+            shutil.copytree(saved_base(), name)
+            Path(name, file).write_text(json.dumps(json.loads(Path(name, file).read_text()) | change))
+    if "VAE" in BAD[case][0]:
+        vae = AutoencoderKL.load_config(saved_base() / "vae") | {"latent_channels": 8}
+        AutoencoderKL.from_config(vae).save_pretrained("vae")
+    names = (
+        "EMPTY",
+        "JUNK",
+        "CUT",
+        "FILE",
+        "NO_UNET",
+        "OUT",
+        "MINE",
+        "SAMPLES",
+        "LINK",
+        "CLASS",
+        "VAE",
+        "FLOW",
+        "NO_SIZE",
+    )
+    places = {name: name.lower() for name in names}
     places["BASE"] = str(saved_base())
     flags, words = BAD[case]
     before = sorted(Path().rglob("*"))

@@ -4,6 +4,9 @@ A test that reads more naturally beside its module stands there, and the list sa
 """
 
 import ast
+import errno
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +14,13 @@ import pytest
 import torch
 from diffusers import EDMEulerScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from PIL import Image
+from safetensors import SafetensorError
 from test_dreambooth_loss import STEPS, batch, objective
 from test_trainer import BASE_FLAGS, CAT, losses, run
 from tiny_sdxl import saved_base
 
 import train_dreambooth_nora_sdxl as trainer
+from storage import files
 from storage.pictures import find_images
 from trainer import samples
 
@@ -76,7 +81,7 @@ FAULTS = {
     "a stray file or folder crashes the loader": [f"{HERE}::test_stray_files_and_folders"],
     "an empty folder gives a sampler's error": ["test_trainer::test_bad_input_is_one_sentence_and_writes_nothing"],
     "no guard for NaN": ["test_trainer::test_a_loss_that_is_no_number_stops_the_run"],
-    "no guard for memory that runs out": [f"{HERE}::test_out_of_memory_is_one_sentence"],
+    "no guard for memory that runs out": [f"{HERE}::test_what_runs_out_is_one_sentence"],
     "no guard for SIGINT": ["test_resume::test_asked_to_stop_it_saves_and_leaves"],
     "--prodigy_decouple False is True": ["test_flags::test_false_is_false"],
     "the base's revision and variant applied to another autoencoder": [
@@ -186,9 +191,17 @@ def test_stray_files_and_folders(tmp_path):
     assert len(losses(run(tmp_path / "run", instance_data_dir=str(folder), max_train_steps=1))) == 1
 
 
-def test_out_of_memory_is_one_sentence(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("failure", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"), "out of memory with --train_batch"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory with --train_batch_size 4: lower"),
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full .* make room for --output_dir"),
+    ],
+)
+def test_what_runs_out_is_one_sentence(tmp_path, monkeypatch, capsys, failure, words):
     def fail(*args, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        raise failure
 
     monkeypatch.setattr(UNet2DConditionModel, "forward", fail)
     places = {"BASE": str(saved_base()), "OUT": str(tmp_path / "out")}
@@ -196,4 +209,22 @@ def test_out_of_memory_is_one_sentence(tmp_path, monkeypatch, capsys):
         trainer.main([*(places.get(flag, flag) for flag in BASE_FLAGS), "--method", "lora", "--report_to", "none"])
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert exit_.value.code != 0
-    assert len(errors) == 1 and "out of memory with --train_batch_size 4: lower it" in errors[0]
+    assert len(errors) == 1 and re.search(words, errors[0])
+
+
+def test_a_file_that_could_not_be_written_is_named(tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(files, "save_file", fail)
+    with pytest.raises(OSError, match="one.safetensors could not be written: .*No space left"):
+        files.write_safetensors(tmp_path / "one.safetensors", {"a": torch.zeros(1)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_torchao_is_looked_for_before_the_base_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)  # as if it were not installed
+    monkeypatch.setattr(trainer, "load_base", None)
+    with pytest.raises(ValueError, match="--quantize_base int8 needs torchao"):
+        run(tmp_path / "run", low_vram=True)
+    assert not (tmp_path / "run").exists()

@@ -88,11 +88,21 @@ def check_fits(config: TrainConfig, trained: Mapping[str, nn.Module]) -> None:
         ValueError: with the component, the layer and its limit.
     """
     for name, model in trained.items():
-        if config.method == "nora" and not (config.train_text_encoder_ti and name != "unet"):
+        if config.train_text_encoder_ti and name != "unet":
+            continue
+        peft_config = adapter_config(config, name)
+        if config.method == "nora":
             try:
-                check_targets(model, adapter_config(config, name))
+                check_targets(model, peft_config)
             except ValueError as error:
                 raise ValueError(f"{name}: {error} (r is --rank, outer_r is --outer_rank)") from error
+        for layer_name, layer in model.named_modules():
+            adapted = any(layer_name.endswith(f".{target}") for target in peft_config.target_modules)
+            if adapted and config.rank > min(layer.weight.shape):
+                raise ValueError(
+                    f"{name}: --rank {config.rank} exceeds min(out, in)={min(layer.weight.shape)} at {layer_name}, "
+                    "the most that an update of it can have: lower it"
+                )
 
 
 def inject(model: nn.Module, peft_config: PeftConfig, run_passes: Callable[[], None]) -> None:

@@ -35,7 +35,17 @@ def load_base(config: TrainConfig, accelerator: Accelerator, dtype: torch.dtype)
         config.pretrained_model_name_or_path, dtype, accelerator.device, **config.download_options()
     )
     if config.pretrained_vae_model_name_or_path:
-        pipeline.register_modules(vae=load_vae(config.pretrained_vae_model_name_or_path, accelerator.device))
+        vae = load_vae(config.pretrained_vae_model_name_or_path, accelerator.device)
+        other, own = (
+            f"{one.config.latent_channels} latent channels of 1/{2 ** (len(one.config.block_out_channels) - 1)}"
+            for one in (vae, pipeline.vae)
+        )
+        if other != own:
+            raise ValueError(
+                f"--pretrained_vae_model_name_or_path {config.pretrained_vae_model_name_or_path} makes {other} of a "
+                f"picture's size, and the base's own {own}: name one that fits"
+            )
+        pipeline.register_modules(vae=vae)
     if config.enable_xformers_memory_efficient_attention:
         pipeline.enable_xformers_memory_efficient_attention()
     for model in (pipeline.vae, pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
