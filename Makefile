@@ -4,8 +4,13 @@ PYTHON := $(VENV)/bin/python
 
 # The base that `make demo` trains on. To use SDXL itself, make this one line say:
 #   BASE = stabilityai/stable-diffusion-xl-base-1.0
-# (the flags behind the tiny base's name are its own; without them the defaults, the paper's run, are in force).
-BASE = assets/tiny-sdxl --learning_rate 1.5e-3 --lr_scheduler cosine --max_train_steps 800
+BASE = assets/tiny-sdxl
+
+# What the tiny base needs otherwise than SDXL; without these the defaults, the paper's run, are in force.
+ifeq ($(BASE),assets/tiny-sdxl)
+TRAIN = --learning_rate 1.5e-3 --lr_scheduler cosine --max_train_steps 800
+COMPARE = --clip assets/tiny-clip --dino assets/tiny-dino --jobs 2 --seeds 1000 1001 --num_inference_steps 30
+endif
 
 SUBJECT = assets/subjects/robot
 PROMPT = a photo of [V] robot
@@ -14,18 +19,10 @@ OUT = out/demo
 .PHONY: demo test check format
 
 demo: $(VENV)/.installed
-	@echo "The base is $(firstword $(BASE)). assets/tiny-sdxl is a tiny SDXL (64 x 64 pixels, a small world of drawings),"
+	@echo "The base is $(BASE). assets/tiny-sdxl is a tiny SDXL (64 x 64 pixels, a small world of drawings),"
 	@echo "made for trying things out on a CPU. For SDXL itself change one line of the Makefile: BASE = ..."
-	@for method in nora lora; do \
-		echo "--- training $$method on $(SUBJECT)"; \
-		$(PYTHON) train_dreambooth_nora_sdxl.py --pretrained_model_name_or_path $(BASE) --method $$method \
-			--instance_data_dir $(SUBJECT) --instance_prompt "$(PROMPT)" --output_dir $(OUT)/$$method || exit $$?; \
-	done
-	@echo "--- drawing the gallery"
-	@$(PYTHON) -m inference.gallery --base $(firstword $(BASE)) --adapters lora=$(OUT)/lora nora=$(OUT)/nora \
-		--prompts "$(PROMPT) in the jungle" "$(PROMPT) on the beach" "$(PROMPT) in the snow" \
-		"$(PROMPT) on a red background" --seeds 0 1 --instance_images $(SUBJECT) --output $(OUT)/gallery.html
-	@echo "Gallery: $(OUT)/gallery.html (page) and $(OUT)/gallery.png (sheet)"
+	@$(PYTHON) -m trainer.compare --methods lora nora $(COMPARE) --output_dir $(OUT) -- \
+		--pretrained_model_name_or_path $(BASE) $(TRAIN) --instance_data_dir $(SUBJECT) --instance_prompt "$(PROMPT)"
 
 test: $(VENV)/.installed-dev
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest
