@@ -173,7 +173,7 @@ def run(config: CompareConfig, train_flags: Sequence[str]) -> Path:
         raise ValueError(f"--jobs {config.jobs} must be at least 1")
     runs = plan(config, train_flags)
     # A mistake in the flags should not be found by the last training: the trainer itself reads them all first.
-    for one in runs:
+    for one in {run.method: run for run in runs}.values():
         check_flags(one)
     threads = max(1, (os.cpu_count() or 1) // config.jobs) if config.jobs > 1 else None
     with ThreadPoolExecutor(config.jobs) as pool:

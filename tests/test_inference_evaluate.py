@@ -1,0 +1,134 @@
+"""inference.evaluate: the command on a tiny base, its protocols, and refusals."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny_sdxl import saved_base, saved_lora, saved_nora
+
+from inference.evaluate import Judge, Protocol, main, with_article, without_identifier
+from inference.generate import write_manifest
+from storage.pictures import open_image
+
+ASSETS = Path(__file__).parent.parent / "assets"
+ROBOT = ASSETS / "subjects" / "robot"
+JUDGES = ["--clip", str(ASSETS / "tiny-clip"), "--dino", str(ASSETS / "tiny-dino")]
+QUICK = ["--num_inference_steps", "1", "--batch_size", "8", "--seeds", "5", "6"]
+SUBJECT = ["--subject", "[V] robot", "--instance_images", str(ROBOT)]
+NORA = [
+    *JUDGES,
+    *QUICK,
+    *SUBJECT,
+    "--adapters",
+    f"nora={saved_nora()}",
+    "--prompts",
+    "a [V] robot",
+    "[V] robot at night",
+]
+
+
+@pytest.fixture(scope="module")
+def scores(tmp_path_factory):
+    output = tmp_path_factory.mktemp("scores") / "scores.json"
+    main([*NORA, "--output", str(output)])
+    return output
+
+
+def test_the_same_command_gives_the_same_file(scores, tmp_path, capsys):
+    first = scores.read_bytes()
+    main([*NORA, "--output", str(scores)])  # with the pictures of the first
+    printed = capsys.readouterr().out
+    assert scores.read_bytes() == first
+    main([*NORA, "--output", str(tmp_path / "scores.json")])  # with its own
+    assert (tmp_path / "scores.json").read_bytes() == first
+    assert "| nora |" in printed and "DINO" in printed
+
+
+def test_what_is_scored(scores):
+    result = json.loads(scores.read_text())
+    assert set(result["scores"]) == {"base", "nora"} and result["instance_images"] == 6
+    base, nora = result["scores"]["base"], result["scores"]["nora"]
+    assert set(nora) == {"dino", "clip_i", "clip_t", "diversity", "drift", "class_drift", "memorisation"}
+    assert set(base) == {"dino", "clip_i", "clip_t", "diversity", "memorisation"}  # the base drifts from nothing
+    assert nora["drift"]["mean"] > 1e-4 and all(-1 <= nora[key]["mean"] <= 1 for key in ("dino", "clip_i", "clip_t"))
+    pictures = list((scores.parent / "pictures" / "nora").glob("*.png"))
+    assert len(pictures) == 2 * (2 + 10 + 3)  # subject, unrelated and class prompts, with two seeds each
+
+
+def test_an_adapter_at_scale_zero_does_not_drift(tmp_path):
+    main([*NORA, "--scale", "0", "--output", str(tmp_path / "scores.json")])
+    result = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    for kind in ("drift", "class_drift"):
+        assert abs(result["nora"][kind]["mean"]) < 1e-6
+    assert result["nora"]["dino"] == result["base"]["dino"]
+
+
+def test_pictures_of_a_manifest_and_the_alarm(tmp_path, capsys):
+    """Training images as if they had been drawn: fidelity is theirs among themselves, and the alarm is raised."""
+    records = []
+    for seed, path in enumerate(sorted(ROBOT.glob("*.png"))):
+        shutil.copy(path, tmp_path / path.name)
+        records.append({"file": path.name, "prompt": "a photo of [V] robot", "seed": seed})
+    write_manifest(tmp_path, records)
+    flags = [*JUDGES, "--instance_images", str(ROBOT), "--images", f"copies={tmp_path}"]
+    main([*flags, "--output", str(tmp_path / "scores.json")])
+    found = json.loads((tmp_path / "scores.json").read_text())["scores"]["copies"]
+    assert found["memorisation"]["nearest"] == pytest.approx(1, abs=1e-6) and found["memorisation"]["alarm"]
+    judge = Judge(*JUDGES[1::2], [open_image(path) for path in sorted(ROBOT.glob("*.png"))], "cpu")
+    own = judge.dino_instances @ judge.dino_instances.T
+    assert found["dino"]["mean"] == pytest.approx(own.mean().item(), abs=1e-6)
+    printed = capsys.readouterr()
+    assert "warning: copies draws its training images: 100%" in printed.err and "MEMORISED" in printed.out
+
+
+def test_prompts_in_plain_words():
+    assert without_identifier("a photo of [V] robot in the snow") == "a photo of a robot in the snow"
+    assert without_identifier("a [V] robot") == without_identifier("[V] robot") == "a robot"
+    assert without_identifier("[V] photo of a cat") == "a photo of a cat"
+    assert without_identifier("the dog") == "the dog"
+    assert with_article("a photo of a {}", "owl") == "a photo of an owl"
+    assert with_article("a {} in the snow", "[V] owl") == "a [V] owl in the snow"
+
+
+def test_the_papers_protocol():
+    thing, animal = (Protocol.read("dreambooth", name, False) for name in ("teapot", "dog6"))
+    assert len(thing.prompts) == len(animal.prompts) == 25 and thing.images_per_prompt == 4
+    assert len(set(thing.prompts) & set(animal.prompts)) == 15
+    assert "a {} with the Eiffel Tower in the background" in thing.prompts
+    assert "a {} in a chef outfit" in animal.prompts and animal.class_name == "dog"
+    assert Protocol.read("dreambooth", None, True).prompts == animal.prompts
+    assert Protocol.read("dreambooth", "bear_plushie", False).class_name == "stuffed animal"
+
+
+def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "protocol.yaml").write_text("images_per_prompt: 2\nboth_prompts: [a cat]\n")
+    (tmp_path / "list.yaml").write_text("[1, 2]")
+    good = [*JUDGES, *SUBJECT, "--adapters", f"x={saved_lora()}"]
+    cases = {
+        "nothing": ([*JUDGES, *SUBJECT], "nothing to score"),
+        "no subject": ([*JUDGES, "--adapters", f"x={saved_lora()}", "--instance_images", str(ROBOT)], "add --subject"),
+        "no class": ([*good, "--subject", "TOK robot"], "has no \\[V\\]: add --class_name"),
+        "no pictures": ([*JUDGES, "--adapters", f"x={saved_lora()}"], "with --instance_images"),
+        "no protocol": ([*good, "--protocol", "mine"], "choose one of dreambooth, scenes"),
+        "protocol without a place": ([*good, "--protocol", str(tmp_path / "protocol.yaml")], "with one {} for the"),
+        "protocol of another form": ([*good, "--protocol", str(tmp_path / "list.yaml")], "must have both_prompts"),
+        "no such subject": ([*good, "--protocol", "dreambooth", "--protocol_subject", "x"], "x is not in --protocol"),
+        "no manifest": ([*JUDGES, *SUBJECT, "--images", f"x={tmp_path / 'empty'}"], "has no manifest"),
+        "two scales": ([*good, "--scales", "0", "1"], "scores are of one scale"),
+        "no CLIP": ([*good, "--clip", str(ASSETS / "tiny-dino")], "name a CLIP"),
+        "no encoder": ([*good, "--dino", str(tmp_path / "empty")], "--dino .* could not be loaded"),
+        "another base's": ([*good[:-1], f"x={saved_lora(hidden=64)}", "--base", str(saved_base())], "another base"),
+    }
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    for case, (command, words) in cases.items():
+        with pytest.raises(SystemExit) as stopped:
+            main([*command, "--output", str(tmp_path / "new" / "scores.json")])
+        printed = capsys.readouterr()
+        errors = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+        assert stopped.value.code == 2 and len(errors) == 1, (case, printed.err)
+        assert re.search(words, errors[0]), (case, errors)
+        assert sorted(tmp_path.rglob("*")) == before, case
