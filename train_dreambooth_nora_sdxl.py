@@ -63,10 +63,11 @@ from dreambooth.validation import validation_loss
 from dreambooth.watch import GradientWatch, check_loss, explained
 from inference.base import base_geometry, check_base, check_xformers
 from inference.cli import parse_config, quiet_libraries, run_command
-from inference.components import EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS, RUN_RECORD
+from inference.components import BEST, EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS, RUN_RECORD
 from inference.tokens import spell_out
 from storage.files import check_writable_target, write_atomic
 from trainer.export import KOHYA_WEIGHTS, PEFT_FOLDER, check_files, save_adapter, save_components
+from trainer.judging import RunJudge
 from trainer.methods import (
     adapter_config,
     add_new_tokens,
@@ -79,7 +80,7 @@ from trainer.methods import (
     trained_components,
     trained_parameters,
 )
-from trainer.samples import draw_class_images, draw_samples, keep_samples, load_base
+from trainer.samples import draw_class_images, draw_pictures, draw_samples, keep_samples, load_base
 
 # What a finished run leaves.
 WEIGHTS = (FOLDED_WEIGHTS, INNER_WEIGHTS, KOHYA_WEIGHTS, EMBEDDINGS, PEFT_FOLDER)
@@ -117,6 +118,7 @@ def train_alone(config: TrainConfig, lock: FolderLock) -> Path:
     accelerator = make_accelerator(config, output_dir)
     if config.enable_xformers_memory_efficient_attention:
         check_xformers(accelerator.device)
+    judge = RunJudge(config, accelerator, pictures)
     epoch_steps = pictures.epoch_steps(config, accelerator.num_processes)
     sampling_steps = config.sampling_steps(epoch_steps)
     config = replace(
@@ -189,7 +191,7 @@ def train_alone(config: TrainConfig, lock: FolderLock) -> Path:
     average = Average(parameters, config.ema_decay)
     models = {name: accelerator.prepare(model) for name, model in trained.items()}
     optimizer = accelerator.prepare(optimizer)
-    accelerator.register_for_checkpointing(lr_scheduler, average)
+    accelerator.register_for_checkpointing(lr_scheduler, average, judge)
     accelerator.register_save_state_pre_hook(partial(save_components, config, accelerator, trained, average))
     accelerator.register_load_state_pre_hook(lambda models, _: models.clear())  # they were restored before
     if checkpoint:
@@ -210,7 +212,8 @@ def train_alone(config: TrainConfig, lock: FolderLock) -> Path:
         disable=not accelerator.is_main_process,
     )
     watch = GradientWatch({} if checkpoint else trained, config.mixed_precision)
-    clear_earlier = partial(clear_earlier_run, accelerator, output_dir, RESULTS, keep_state=checkpoint is not None)
+    results = RESULTS if checkpoint else (*RESULTS, BEST)
+    clear_earlier = partial(clear_earlier_run, accelerator, output_dir, results, keep_state=checkpoint is not None)
     if first_step == config.max_train_steps:
         clear_earlier()
     with metrics, GracefulStop() as stop:
@@ -270,19 +273,29 @@ def train_alone(config: TrainConfig, lock: FolderLock) -> Path:
             metrics.write(done, **logged, seconds=round(time.perf_counter() - step_started, 5))
             accelerator.log(logged, step=done)
             progress.set_postfix(loss=f"{step_loss:.4f}", lr=f"{learning_rate:.1e}")
-            if done % config.checkpointing_steps == 0:
-                save_checkpoint(accelerator, output_dir, done, who, config.checkpoints_total_limit)
             with clock.pause(), average.applied():  # looking is not training
-                if config.validation_loss_steps and done % config.validation_loss_steps == 0:
+                if judge.due(done) or (config.validation_loss_steps and done % config.validation_loss_steps == 0):
                     prompts = current_prompts(config, trained, encoded)
                     watched = validation_loss(
                         trained["unet"], encoded.held_out, prompts, objective, config.train_batch_size
                     )
                     accelerator.log({"validation_loss": watched}, step=done)
                     metrics.write(done, validation_loss=watched)
+                if judge.due(done):
+                    parts = trained | tokenizers
+                    drawn = draw_pictures(config, accelerator, parts, dtype, judge.prompts, judge.seeds)
+                    if accelerator.is_main_process:
+                        scores = judge.look(done, drawn, watched, partial(save_adapter, config, trained))
+                        accelerator.log({f"eval/{name}": score for name, score in scores.items()}, step=done)
+                        metrics.write(done, **scores)
                 if sampling_steps and done % sampling_steps == 0 and done < config.max_train_steps:
                     samples = draw_samples(config, accelerator, trained | tokenizers, dtype)
                     keep_samples(accelerator, samples, output_dir / SAMPLES / f"step-{done:06d}", done)
+            if done % config.checkpointing_steps == 0:
+                save_checkpoint(accelerator, output_dir, done, who, config.checkpoints_total_limit)
+            if judge.due(done) and judge.gives_up():
+                config = replace(config, max_train_steps=done)
+                break
             if stop.asked(accelerator) and done < config.max_train_steps:
                 path = save_checkpoint(accelerator, output_dir, done, who, config.checkpoints_total_limit)
                 accelerator.end_training()
@@ -305,6 +318,7 @@ def train_alone(config: TrainConfig, lock: FolderLock) -> Path:
             clock=clock,
             folder=output_dir,
             files=files,
+            best=judge.best,
             device=accelerator.device,
             dtype=dtype,
             num_processes=accelerator.num_processes,

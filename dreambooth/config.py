@@ -37,6 +37,14 @@ NORA_OPTIONS = ("preset", "outer_rank", "inner_init", *NORA_DEFAULTS)
 PRIOR_OPTIONS = ("class_data_dir", "class_prompt", "prior_teacher")
 TEXTUAL_INVERSION_OPTIONS = ("num_new_tokens_per_abstraction", "train_text_encoder_ti_frac")
 # What --low_vram sets, unless the command line says otherwise.
+EVALUATION_OPTIONS = (
+    "best_by",
+    "early_stopping_patience",
+    "eval_protocol",
+    "num_eval_images",
+    "clip",
+    "dino",
+)
 LOW_VRAM = {"gradient_checkpointing": True, "quantize_base": "int8"}
 POSITIVE = (
     "rank",
@@ -57,6 +65,9 @@ POSITIVE = (
     "validation_epochs",
     "validation_steps",
     "validation_loss_steps",
+    "eval_steps",
+    "early_stopping_patience",
+    "num_eval_images",
     "num_inference_steps",
     "lr_num_cycles",
     "num_new_tokens_per_abstraction",
@@ -265,6 +276,19 @@ class WatchOptions:
     validation_loss_steps: int | None = _option(
         None, "Measure the loss on fixed timesteps and noise every so many steps."
     )
+    eval_steps: int | None = _option(
+        None,
+        "Draw and score the subject every so many steps (DINO, CLIP-I, CLIP-T), and keep the best adapter in best/.",
+    )
+    best_by: Literal["dino", "clip_i", "clip_t", "val_loss"] = _option(
+        "dino",
+        "The best adapter's highest score, or lowest loss; one that draws its training images is never the best.",
+    )
+    early_stopping_patience: int | None = _option(None, "Stop after so many evaluations without a better one.")
+    eval_protocol: str = _option("scenes", "Prompts that are scored: as --protocol of inference.evaluate.")
+    num_eval_images: int = _option(2, "Scored images per prompt.")
+    clip: str | None = _option(None, "A CLIP of transformers: folder or Hub id. Default: that of inference.evaluate.")
+    dino: str | None = _option(None, "An image encoder likewise. Default: that of inference.evaluate.")
     report_to: str = _option("tensorboard", "Trackers of accelerate, such as tensorboard, wandb, all or none.")
     logging_dir: str = _option("logs", "Folder of the logs, inside --output_dir.")
 
@@ -506,8 +530,13 @@ class TrainConfig(
                 raise ValueError(f"--validation_prompt has {prompt!r} twice: once is enough")
         if self.num_validation_images == 0 and (self.validation_prompt or self.validation_steps):
             raise ValueError("--num_validation_images 0 draws nothing: leave --validation_prompt and _steps out")
-        if self.validation_data_dir is not None and self.validation_loss_steps is None:
+        if self.validation_data_dir is not None and self.validation_loss_steps is None and self.best_by != "val_loss":
             raise ValueError("--validation_data_dir has no effect without --validation_loss_steps: add it")
+        for name, default in ((f.name, f.default) for f in fields(self) if f.name in EVALUATION_OPTIONS):
+            if getattr(self, name) != default and self.eval_steps is None:
+                raise ValueError(f"--{name} has no effect without --eval_steps: add it, or leave this out")
+        if self.eval_steps is not None and self.concepts_list:
+            raise ValueError("--eval_steps scores one subject: leave it out with --concepts_list")
         if (self.hub_model_id or self.hub_token) and not self.push_to_hub:
             raise ValueError("--hub_model_id and --hub_token have no effect without --push_to_hub: add it")
         folder = Path(self.output_dir).resolve()

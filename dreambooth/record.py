@@ -132,6 +132,7 @@ def run_record(
     clock: Clock,
     folder: Path,
     files: Sequence[str],
+    best: Mapping[str, Any] | None,
     device: torch.device,
     dtype: torch.dtype,
     num_processes: int,
@@ -140,6 +141,7 @@ def run_record(
 
     Args:
         trained, base_fingerprints: by component (unet, text_encoder, text_encoder_2).
+        best: step and scores of the adapter in best/, where the run was scored.
         outer_ranks: the distinct outer ranks that the layers got; empty for other methods than NoRA.
     """
     parameters = {
@@ -158,6 +160,7 @@ def run_record(
         | {"total_seconds": round(clock.total, 4)},
         "peak_memory_mb": round(peak_memory_mb(device), 1),
         "files": {name: (folder / name).stat().st_size for name in files},
+        "best": best,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "dtype": str(dtype).removeprefix("torch."),
         "num_processes": num_processes,

@@ -17,7 +17,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
 from inference.base import check_base
-from inference.components import COMPONENT_NAMES, FOLDED_WEIGHTS, INNER_WEIGHTS, RUN_RECORD
+from inference.components import BEST, COMPONENT_NAMES, FOLDED_WEIGHTS, INNER_WEIGHTS, RUN_RECORD
 from storage.files import read_json, read_safetensors_header
 
 _LORA_MATRIX = re.compile(r"(?P<layer>.+)\.(?P<side>lora_A|lora_B|lora\.down|lora\.up)\.weight")
@@ -101,10 +101,12 @@ def _inspect_peft(path: Path, parts: dict[str, Path]) -> AdapterFile:
 
 
 def read_run_record(path: str | Path) -> dict[str, Any]:
-    """The `run.json` beside an adapter (a run folder, or a file in one); {} where there is none."""
+    """The `run.json` of an adapter: beside it, or one folder up for a checkpoint or the best; {} if there is none."""
     path = Path(path)
-    record = (path if path.is_dir() else path.parent) / RUN_RECORD
-    return read_json(record) if record.is_file() else {}
+    folder = path if path.is_dir() else path.parent
+    inner = folder.name == BEST or _CHECKPOINT.fullmatch(folder.name)
+    records = [folder / RUN_RECORD, *([folder.resolve().parent / RUN_RECORD] if inner else [])]
+    return next((read_json(record) for record in records if record.is_file()), {})
 
 
 def run_checkpoints(path: Path) -> list[tuple[int, Path]]:

@@ -11,6 +11,7 @@ FOLDED_WEIGHTS = "pytorch_lora_weights.safetensors"
 INNER_WEIGHTS = "nora_inner_weights.safetensors"
 EMBEDDINGS = "learned_embeds.safetensors"
 RUN_RECORD = "run.json"
+BEST = "best"  # folder of the best adapter inside a run's, where the run was scored
 
 COMPONENT_NAMES = ("unet", "text_encoder", "text_encoder_2")
 

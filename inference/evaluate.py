@@ -213,6 +213,18 @@ class Protocol:
         return cls(prompts, images_per_prompt, (objects | animals).get(subject))
 
 
+def subject_of_prompt(instance_prompt: str) -> str:
+    """The subject in words: "a photo of [V] robot" is of "[V] robot"."""
+    return re.sub(r"^an? (photo|picture|image|drawing) of (an? |the )?", "", instance_prompt.strip())
+
+
+def class_of(words: str) -> str:
+    plain = re.sub(r"^a ", "", without_identifier(words))
+    if plain == words:
+        raise ValueError(f'the class of "{words}" is not known, because no word stands in brackets, as [V] does')
+    return plain
+
+
 def subject_in_words(config: EvaluateConfig, protocol: Protocol, adapters: Mapping[str, Path]) -> tuple[str, str]:
     """The subject with its identifier, and its class.
 
@@ -221,15 +233,17 @@ def subject_in_words(config: EvaluateConfig, protocol: Protocol, adapters: Mappi
     """
     words = config.subject
     if words is None:
-        instance_prompt = next(
-            (prompt for path in adapters.values() if (prompt := recorded_config(path).get("instance_prompt"))), None
-        )
-        if not isinstance(instance_prompt, str):
+        recorded = (recorded_config(path).get("instance_prompt") for path in adapters.values())
+        prompt = next((prompt for prompt in recorded if isinstance(prompt, str)), None)
+        if prompt is None:
             raise ValueError('no run says what the subject is: add --subject, such as "[V] dog"')
-        words = re.sub(r"^an? (photo|picture|image|drawing) of (an? |the )?", "", instance_prompt.strip())
-    class_name = config.class_name or protocol.class_name or re.sub(r"^a ", "", without_identifier(words))
-    if class_name == words:
-        raise ValueError(f'the class of "{words}" is not known, because it has no [V]: add --class_name')
+        words = subject_of_prompt(prompt)
+    class_name = config.class_name or protocol.class_name
+    if class_name is None:
+        try:
+            class_name = class_of(words)
+        except ValueError as error:
+            raise ValueError(f"{error}: add --class_name") from error
     return words, class_name
 
 

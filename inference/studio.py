@@ -73,22 +73,24 @@ class Studio:
             bar.update(len(kept))
         names, folder, records = image_names(prompts), self._folder(name), []
         try:
+            groups: dict[tuple[int, ...], list[str]] = {}  # prompts that lack the same seeds are drawn in one go
             for prompt in prompts:
-                lacking = [seed for seed in seeds if (prompt, seed) not in kept]
-                if not lacking:
-                    continue
+                lacking = tuple(seed for seed in seeds if (prompt, seed) not in kept)
+                groups.setdefault(lacking, []).append(prompt)
+            groups.pop((), None)
+            for lacking, several in groups.items():
                 pipeline = self._put_on(adapter, scale)
-                warn_of_truncated_prompts(pipeline, [prompt])
+                warn_of_truncated_prompts(pipeline, several)
                 options = self.config.sampling_options() | {"refiner": self._refiner, "progress": bar or False}
                 folder.mkdir(parents=True, exist_ok=True)
-                for drawn in generate_images(pipeline, [prompt], lacking, **options):
-                    request = self._request(adapter, prompt, drawn.seed, scale)
+                for drawn in generate_images(pipeline, several, lacking, **options):
+                    request = self._request(adapter, drawn.prompt, drawn.seed, scale)
                     adapters = {str(adapter): 1.0} if adapter else {}
-                    record = describe(drawn, f"{names[prompt]}-{request[:8]}.png") | {"request": request}
+                    record = describe(drawn, f"{names[drawn.prompt]}-{request[:8]}.png") | {"request": request}
                     record |= self.config.record(self.base, pipeline, adapters, scale)
                     write_image(folder, record, drawn.image)
                     records.append(record)
-                    kept[prompt, drawn.seed] = drawn.image
+                    kept[drawn.prompt, drawn.seed] = drawn.image
         finally:
             if records:
                 write_manifest(folder, records)  # also when interrupted: what was drawn need not be drawn again

@@ -123,9 +123,7 @@ def test_clip_is_that_of_transformers(clip):
 def test_embedded_encoders_know_a_subject_again(name, request):
     """Each of the 24 pictures is nearer to the others of its subject than to any other subject's, in the mean."""
     encoder = request.getfixturevalue(name)
-    subjects = {
-        path.name: encoder.images(subject(path.name)) for path in (ASSETS / "subjects").iterdir() if path.is_dir()
-    }
+    subjects = {name: encoder.images(subject(name)) for name in ("cat", "dog", "robot", "teapot")}
     right = total = 0
     for own, found in subjects.items():
         for row in range(len(found)):

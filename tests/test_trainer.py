@@ -628,6 +628,12 @@ BAD = {
         "--optimizer_args lr=5 would have no effect: use --learning_rate",
     ),
     "Muon with DoRA's vectors": (with_flags("--use_dora", "--optimizer", "Muon"), "--optimizer Muon refuses"),
+    "best of no evaluation": (with_flags("--best_by", "clip_t"), "--best_by has no effect without --eval_steps"),
+    "evaluation without encoder": (
+        with_flags("--eval_steps", "1", "--clip", "EMPTY", "--dino", "EMPTY"),
+        "--clip .* could not be loaded",
+    ),
+    "evaluation by no protocol": (with_flags("--eval_steps", "1", "--eval_protocol", "x"), "choose one of dreambooth"),
     "xformers on a CPU": (with_flags("--enable_xformers_memory_efficient_attention"), "xformers"),
     "fp16 on a CPU": (with_flags("--mixed_precision", "fp16"), "--mixed_precision fp16 needs a GPU"),
 }

@@ -18,7 +18,7 @@ from dreambooth.launch import PRECISIONS, log_images
 from dreambooth.prior import class_image_name
 from dreambooth.sharding import SplittingAccelerator
 from inference.base import load_pipeline, load_vae
-from inference.generate import generate_images, image_names
+from inference.generate import GeneratedImage, generate_images, image_names
 from storage.files import write_atomic
 from storage.pictures import png_bytes
 
@@ -77,13 +77,28 @@ def draw_class_images(
 def draw_samples(
     config: TrainConfig, accelerator: Accelerator, parts: dict[str, Any], dtype: torch.dtype
 ) -> list[Sample]:
+    """The validation images, by the adapter as it is now."""
+    seeds = range(config.seed, config.seed + config.num_validation_images)
+    names = image_names(config.validation_prompt)
+    drawn = draw_pictures(config, accelerator, parts, dtype, config.validation_prompt, seeds)
+    return [Sample(one.prompt, f"{names[one.prompt]}-seed{one.seed}.png", one.image) for one in drawn]
+
+
+def draw_pictures(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    parts: dict[str, Any],
+    dtype: torch.dtype,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+) -> list[GeneratedImage]:
     """Pictures by the adapter as it is now: inference's own function, on the live modules. For the main process only.
 
     Args:
         parts: of the pipeline, by name: what is trained, and the tokenizers, which may know a new word.
     """
     everyone_draws = isinstance(accelerator, SplittingAccelerator)  # each has a part of the base that the others need
-    if config.num_validation_images == 0 or not (accelerator.is_main_process or everyone_draws):
+    if not seeds or not (accelerator.is_main_process or everyone_draws):
         return []
     # What is frozen is loaded anew, because it was freed after encoding. The trained models are put in afterwards:
     # load_pipeline casts all it holds, and their adapters must stay fp32.
@@ -94,16 +109,12 @@ def draw_samples(
     if config.pretrained_vae_model_name_or_path:
         pipeline.register_modules(vae=load_vae(config.pretrained_vae_model_name_or_path, accelerator.device))
     pipeline.register_modules(**parts)
-    names = image_names(config.validation_prompt)
-    seeds = range(config.seed, config.seed + config.num_validation_images)
-    bar = tqdm(total=len(names) * len(seeds), desc="samples", unit="image", disable=not accelerator.is_main_process)
+    bar = tqdm(total=len(prompts) * len(seeds), desc="samples", unit="image", disable=not accelerator.is_main_process)
     options = {"num_inference_steps": config.num_inference_steps, "batch_size": config.sample_batch_size}
     # What is trained computes in mixed precision by itself; SDXL's autoencoder overflows in fp16.
     pipeline.vae.float()
-    drawn = list(generate_images(pipeline, config.validation_prompt, seeds, progress=bar, **options))
-    if not accelerator.is_main_process:
-        return []
-    return [Sample(one.prompt, f"{names[one.prompt]}-seed{one.seed}.png", one.image) for one in drawn]
+    drawn = list(generate_images(pipeline, prompts, seeds, progress=bar, **options))
+    return drawn if accelerator.is_main_process else []
 
 
 def keep_samples(accelerator: Accelerator, samples: Sequence[Sample], folder: Path, step: int) -> None:

@@ -1,0 +1,89 @@
+"""--eval_steps: scores while training, the best adapter kept, stopping early."""
+
+import json
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+from PIL import Image
+from safetensors.torch import load_file
+from test_trainer import CAT, losses, run
+from tiny_sdxl import saved_base
+
+from dreambooth.config import TrainConfig
+from dreambooth.prepare import read_pictures
+from inference.adapter_files import recorded_base
+from inference.base import load_pipeline
+from inference.components import FOLDED_WEIGHTS
+from inference.generate import GeneratedImage
+from inference.load import load_adapter
+from storage.pictures import find_images, open_image
+from trainer.judging import RunJudge
+
+ASSETS = Path(__file__).parent.parent / "assets"
+JUDGES = {"clip": str(ASSETS / "tiny-clip"), "dino": str(ASSETS / "tiny-dino")}
+SCORED = {"eval_steps": 2, "num_eval_images": 1, "num_inference_steps": 1, "max_train_steps": 4, **JUDGES}
+
+
+def test_the_run_is_scored_and_the_best_adapter_kept(tmp_path):
+    folder = run(tmp_path / "scored", **SCORED, checkpointing_steps=2, best_by="clip_t")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    scored = {line["step"]: line for line in lines if "dino" in line}
+    assert set(scored) == {2, 4} and all(-1 <= scored[2][name] <= 1 for name in ("dino", "clip_i", "clip_t"))
+    assert losses(folder) == losses(run(tmp_path / "plain", max_train_steps=4))  # looking does not change the run
+    best = json.loads((folder / "run.json").read_text())["best"]
+    assert best["step"] == max(scored, key=lambda step: scored[step]["clip_t"]) and best["by"] == "clip_t"
+    assert best == json.loads((folder / "best" / "scores.json").read_text())
+    kept = load_file(folder / "best" / FOLDED_WEIGHTS)
+    expected = load_file(folder / f"checkpoint-{best['step']}" / FOLDED_WEIGHTS)
+    assert all((kept[key] == expected[key]).all() for key in expected)
+    assert recorded_base(folder / "best") == str(saved_base())
+    load_adapter(load_pipeline(saved_base(), device="cpu"), folder / "best")
+
+    # resumed after the first evaluation, it ends with the same best one, having looked again at the last step only
+    (folder / "run.json").unlink()
+    for name in ("checkpoint-4",):
+        for file in (folder / name).iterdir():
+            file.unlink()
+        (folder / name).rmdir()
+    options = SCORED | {"checkpointing_steps": 2, "best_by": "clip_t", "resume_from_checkpoint": "latest"}
+    resumed = run(folder, **options)
+    assert json.loads((resumed / "run.json").read_text())["best"] == best
+    again = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in again if "dino" in line] == [2, 4]
+
+
+def test_stopping_early(tmp_path):
+    """A learning rate of next to nothing leaves the loss where it is: the first evaluation stays the best."""
+    options = SCORED | {"eval_steps": 1, "max_train_steps": 50, "learning_rate": 1e-30}
+    folder = run(tmp_path, **options, best_by="val_loss", early_stopping_patience=2)
+    assert len(losses(folder)) == 3
+    record = json.loads((folder / "run.json").read_text())
+    assert record["best"]["step"] == 1 and record["config"]["max_train_steps"] == 3
+
+
+@pytest.fixture
+def judge(tmp_path):
+    base = {"pretrained_model_name_or_path": str(saved_base()), "output_dir": str(tmp_path), "resolution": 32}
+    config = TrainConfig(
+        **base, instance_data_dir=str(CAT), instance_prompt="a photo of [V] cat", eval_steps=1, **JUDGES
+    ).resolved()
+    return RunJudge(config, Accelerator(cpu=True), read_pictures(config, 8))
+
+
+def test_an_adapter_that_copies_is_never_the_best(judge, tmp_path, capsys):
+    cats = [open_image(path) for path in find_images(CAT, "instance_data_dir")]
+    blank = [GeneratedImage("a [V] cat", seed, Image.new("RGB", (64, 64), "teal")) for seed in range(2)]
+    copies = [GeneratedImage("a [V] cat", seed, image) for seed, image in enumerate(cats)]
+    kept = []
+    first = judge.look(1, blank, 0.5, kept.append)
+    assert judge.best["step"] == 1 and len(kept) == 1 and not capsys.readouterr().err
+    second = judge.look(2, copies, 0.4, kept.append)
+    assert second["dino"] > first["dino"] and judge.best["step"] == 1 and len(kept) == 1
+    printed = capsys.readouterr().err
+    assert "step 2 draws its training images" in printed and "fidelity rises only by memorising" in printed
+    assert judge.waited == 1
+
+
+def test_prompts_are_the_protocol_s_with_the_subject_in_them(judge):
+    assert judge.prompts[0] == "a photo of [V] cat in the jungle" and len(judge.prompts) == 6

@@ -1,0 +1,119 @@
+"""Scores of a run while it trains: which step was the best one, and when there is no better to come."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from dreambooth.config import TrainConfig
+from dreambooth.prepare import Pictures
+from inference.components import BEST
+from inference.evaluate import (
+    CLIP,
+    DINO,
+    FIRST_SEED,
+    Judge,
+    Protocol,
+    subject_of_prompt,
+    warn_of_memorisation,
+    with_article,
+)
+from inference.generate import GeneratedImage
+from storage.files import write_atomic
+from storage.pictures import open_image
+
+SCORES = "scores.json"
+
+
+class RunJudge:
+    """Looks at the run every ``--eval_steps``; nothing where the flag is not given.
+
+    The best adapter has the highest score of ``--best_by`` (the lowest, for val_loss) among the evaluations in which
+    the memorisation alarm is silent. An equal one later is no better.
+
+    Raises:
+        ValueError: if an encoder, the protocol or the subject's class can't be had.
+    """
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, pictures: Pictures) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.best: dict[str, Any] | None = None
+        self.before: dict[str, float] | None = None  # the scores of the last evaluation
+        self.waited = 0  # evaluations since the best one
+        if config.eval_steps is None:
+            return
+        words = subject_of_prompt(config.instance_prompt)
+        self.prompts = [with_article(one, words) for one in Protocol.read(config.eval_protocol, None, False).prompts]
+        self.seeds = range(FIRST_SEED, FIRST_SEED + config.num_eval_images)
+        if accelerator.is_main_process:
+            instances = [open_image(one.example.read(), one.example.name) for one in pictures.instance]
+            # On the CPU: a few small pictures now and then are not worth the training's memory.
+            self.judge = Judge(config.clip or CLIP, config.dino or DINO, instances, torch.device("cpu"))
+
+    def due(self, step: int) -> bool:
+        every = self.config.eval_steps
+        return every is not None and (step % every == 0 or step == self.config.max_train_steps)
+
+    def look(
+        self, step: int, drawn: list[GeneratedImage], val_loss: float, save_adapter: Callable[[Path], Any]
+    ) -> dict[str, float]:
+        """Score the pictures, keep the adapter if it is the best so far; returns what is to be logged. Main process.
+
+        Args:
+            save_adapter: writes the adapter's files into a folder.
+        """
+        scores = self.judge.judge(drawn)
+        copied = scores["memorisation"]
+        found = {name: scores[name].mean for name in ("dino", "clip_i", "clip_t")}
+        found |= {"val_loss": val_loss, "nearest_training_image": copied.nearest}
+        if copied.alarm:
+            warn_of_memorisation(f"step {step}", copied._asdict())
+            if self.before and found["dino"] > self.before["dino"]:
+                print(
+                    f"warning: step {step}: fidelity rises only by memorising, it is not kept as the best",
+                    file=sys.stderr,
+                )
+        self.before = found
+        self.waited += 1
+        if not copied.alarm and self._is_better(found):
+            self.waited = 0
+            self.best = {"step": step, "by": self.config.best_by, **found}
+            self._keep(save_adapter)
+        return found
+
+    def _is_better(self, found: Mapping[str, float]) -> bool:
+        name = self.config.best_by
+        if self.best is None:
+            return True
+        return found[name] < self.best[name] if name == "val_loss" else found[name] > self.best[name]
+
+    def _keep(self, save_adapter: Callable[[Path], Any]) -> None:
+        folder = Path(self.config.output_dir) / BEST
+        fresh = folder.with_name(f".{BEST}.partial")
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        save_adapter(fresh)
+        write_atomic(fresh / SCORES, json.dumps(self.best, indent=1) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        fresh.rename(folder)
+
+    def gives_up(self) -> bool:
+        """Whether ``--early_stopping_patience`` is used up; every process gets the main one's answer."""
+        patience = self.config.early_stopping_patience
+        if patience is None:
+            return False
+        return broadcast_object_list([self.waited >= patience])[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "before": self.before, "waited": self.waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.before, self.waited = state["best"], state["before"], state["waited"]
