@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -81,6 +82,8 @@ def plan(config: CompareConfig, train_flags: Sequence[str]) -> list[Run]:
     for method in config.methods or ["nora", "lora"]:
         name, separator, flags = method.partition("=")
         own = shlex.split(flags) if separator else ["--method", name]
+        if not re.fullmatch(r"[\w.+-]+", name):
+            raise ValueError(f"--methods {name} is no name for a folder: use letters, digits and . + - _")
         if name in names:
             raise ValueError(f"--methods has {name} twice: give one of them another name, such as {name}2={flags!r}")
         names.append(name)
@@ -172,7 +175,7 @@ def run(config: CompareConfig, train_flags: Sequence[str]) -> Path:
     if config.jobs < 1:
         raise ValueError(f"--jobs {config.jobs} must be at least 1")
     runs = plan(config, train_flags)
-    # A mistake in the flags should not be found by the last training: the trainer itself reads them all first.
+    # A mistake in one method's flags is found before another has trained for an hour.
     for one in {run.method: run for run in runs}.values():
         check_flags(one)
     threads = max(1, (os.cpu_count() or 1) // config.jobs) if config.jobs > 1 else None

@@ -1,0 +1,81 @@
+"""trainer.compare: several methods on one subject, one table, one page."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_sdxl import saved_base
+
+from trainer.compare import CompareConfig, Run, main, plan, summarise, table
+
+ASSETS = Path(__file__).parent.parent / "assets"
+ROBOT = str(ASSETS / "subjects" / "robot")
+TRAIN = ["--pretrained_model_name_or_path", str(saved_base()), "--instance_data_dir", ROBOT]
+TRAIN += ["--instance_prompt", "a photo of [V] robot", "--max_train_steps", "1", "--train_batch_size", "1"]
+TRAIN += ["--num_validation_images", "0", "--report_to", "none"]
+JUDGES = ["--clip", str(ASSETS / "tiny-clip"), "--dino", str(ASSETS / "tiny-dino")]
+
+
+def test_trainings_scores_table_and_page(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    command = ["--methods", "lora", "--train_seeds", "0", "1", "--num_inference_steps", "1", "--seeds", "7"]
+    command += [*JUDGES, "--output_dir", str(tmp_path), "--", *TRAIN]
+    main(command)
+    printed = capsys.readouterr().out
+    assert (tmp_path / "table.md").read_text().startswith("| method | trained |") and "| lora |" in printed
+    scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    assert set(scores) == {"base", "lora-seed0", "lora-seed1"}
+    page = (tmp_path / "gallery.html").read_text()
+    assert "lora-seed0" in page and "lora-seed1" not in page and scores["lora-seed0"] != scores["lora-seed1"]
+    assert json.loads((tmp_path / "lora-seed1" / "run.json").read_text())["seed"] == 1
+    main(command)  # all is there: neither trained nor drawn again
+    assert capsys.readouterr().out.count("there already") == 2
+
+
+def test_plan_and_its_refusals():
+    config = CompareConfig(methods=["nora", "lora16=--method lora --rank 16"], train_seeds=[3, 4], output_dir="out")
+    runs = plan(config, ["--learning_rate", "1e-3"])
+    assert [run.folder.name for run in runs] == ["nora-seed3", "nora-seed4", "lora16-seed3", "lora16-seed4"]
+    assert runs[3].flags == ["--learning_rate", "1e-3", "--method", "lora", "--rank", "16", "--seed", "4"]
+    for options, flags, words in (
+        ({"methods": ["lora", "lora"]}, [], "--methods has lora twice"),
+        ({"train_seeds": [1, 1]}, [], "a seed is given twice"),
+        ({}, ["--seed", "3"], "--seed behind -- is this command's own"),
+        ({}, ["--output_dir=x"], "--output_dir behind --"),
+        ({"methods": ["a/b=--method lora"]}, [], "a/b is no name"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            plan(CompareConfig(**options), flags)
+
+
+def test_intervals_are_between_trainings_where_there_are_several():
+    def one(mean, alarm=False):
+        return {
+            "dino": {"mean": mean, "std": 0.0, "low": mean - 0.1, "high": mean + 0.1},
+            "memorisation": {"nearest": 0.5, "between_instances": 0.6, "share": 0.0, "alarm": alarm},
+        }
+
+    runs = [Run("nora", seed, Path(f"nora-seed{seed}"), []) for seed in range(3)] + [Run("lora", 0, Path("x"), [])]
+    scores = {"nora-seed0": one(0.1), "nora-seed1": one(0.2, True), "nora-seed2": one(0.3), "lora-seed0": one(0.5)}
+    found = summarise(scores, runs)
+    assert found["nora"]["dino"]["mean"] == pytest.approx(0.2)
+    assert found["nora"]["dino"]["half"] == pytest.approx(4.30265 * 0.1 / 3**0.5, rel=1e-5)
+    assert found["lora"]["dino"] == {"mean": 0.5, "half": pytest.approx(0.1)}
+    record = {"trainable_parameters": 1000, "timings": {"seconds_per_step": 0.25}}
+    text = table(found, {"nora": record, "lora": record})
+    assert "| nora | 1,000 | 0.25 | 0.200 ± 0.248 | 0.50 (1 memorised) |" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--jobs", "0", "--", *TRAIN], "--jobs 0 must be at least 1"),
+        (["--methods", "lora", "--", *TRAIN, "--learning_rate", "-1"], "lora: --learning_rate -1.0 must be above 0"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, flags, words):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--output_dir", str(tmp_path / "new"), *flags])
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stopped.value.code == 2 and len(errors) == 1 and words in errors[0], errors
+    assert not (tmp_path / "new").exists()
