@@ -114,6 +114,8 @@ def train_alone(config: TrainConfig, lock: FolderLock) -> Path:
         print(pictures.report(config))
         return output_dir
     checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir)
+    if config.resume_from_checkpoint and checkpoint is None:
+        print(f"{output_dir} has no checkpoint yet: starting from the beginning")
     check_earlier_run(output_dir, RESULTS, RUN_RECORD, METRICS, resumes=checkpoint is not None)
     accelerator = make_accelerator(config, output_dir)
     if config.enable_xformers_memory_efficient_attention:
@@ -319,6 +321,7 @@ def train_alone(config: TrainConfig, lock: FolderLock) -> Path:
             folder=output_dir,
             files=files,
             best=judge.best,
+            new_words=getattr(tokenizers["tokenizer"], "new_words", {}),
             device=accelerator.device,
             dtype=dtype,
             num_processes=accelerator.num_processes,
@@ -343,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with explained(config):
             folder = train(config)
         if not config.dry_run:
-            print(f"{folder}: adapter, samples and record are there")
+            print(f"{folder}: adapter and record are there")
 
     run_command(command)
 

@@ -36,7 +36,6 @@ NORA_DEFAULTS = {
 NORA_OPTIONS = ("preset", "outer_rank", "inner_init", *NORA_DEFAULTS)
 PRIOR_OPTIONS = ("class_data_dir", "class_prompt", "prior_teacher")
 TEXTUAL_INVERSION_OPTIONS = ("num_new_tokens_per_abstraction", "train_text_encoder_ti_frac")
-# What --low_vram sets, unless the command line says otherwise.
 EVALUATION_OPTIONS = (
     "best_by",
     "early_stopping_patience",
@@ -45,6 +44,7 @@ EVALUATION_OPTIONS = (
     "clip",
     "dino",
 )
+# What --low_vram sets, unless the command line says otherwise.
 LOW_VRAM = {"gradient_checkpointing": True, "quantize_base": "int8"}
 POSITIVE = (
     "rank",
@@ -154,7 +154,9 @@ class DataOptions:
 @dataclass(kw_only=True)
 class PriorOptions:
     with_prior_preservation: bool = _option(False, "Train on the class too, so that it is not forgotten.")
-    class_data_dir: str | None = _option(None, "Folder with class images; what is missing is generated.")
+    class_data_dir: str | None = _option(
+        None, "Folder for class images; what is missing is drawn. Needed unless --prior_teacher."
+    )
     class_prompt: str | None = _option(None, 'What the class images show, such as "a photo of a cat".')
     num_class_images: int = _option(100, "Class images wanted.")
     prior_loss_weight: float = _option(1.0, "Weight of the class's loss.")
@@ -162,7 +164,7 @@ class PriorOptions:
         None, "Of the generation of class images. Default: fp16 on a GPU, fp32 else."
     )
     prior_teacher: bool = _option(
-        False, "No class images: the base's own prediction for the class prompt is the target."
+        False, "With --with_prior_preservation: the base's prediction for --class_prompt, instead of class images."
     )
     sample_batch_size: int = _option(4, "Pictures at a time when class and validation images are drawn.")
 
@@ -299,7 +301,7 @@ class OutputOptions:
     output_kohya_format: bool = _option(False, "Also write the adapter with kohya's, A1111's and ComfyUI's key names.")
     output_peft_format: bool = _option(False, "Also write a PEFT folder for each trained component.")
     push_to_hub: bool = _option(False, "Upload the adapter and its card, never the checkpoints.")
-    hub_token: str | None = _option(None, "Token for that; better: huggingface-cli login.")
+    hub_token: str | None = _option(None, "Token for that; better: hf auth login.")
     hub_model_id: str | None = _option(None, "Repository for that. Default: the output folder's name.")
 
 

@@ -114,6 +114,6 @@ def push_to_hub(config: TrainConfig, folder: Path) -> str:
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ValueError(
             f"--push_to_hub {name}: {str(error).strip().splitlines()[0]} (the run is whole in {folder}; upload it "
-            "with huggingface-cli upload)"
+            "with hf upload)"
         ) from error
     return repository

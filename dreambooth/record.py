@@ -133,6 +133,7 @@ def run_record(
     folder: Path,
     files: Sequence[str],
     best: Mapping[str, Any] | None,
+    new_words: Mapping[str, str],
     device: torch.device,
     dtype: torch.dtype,
     num_processes: int,
@@ -141,6 +142,7 @@ def run_record(
 
     Args:
         trained, base_fingerprints: by component (unet, text_encoder, text_encoder_2).
+        new_words: what a prompt must hold for the words that the text encoders were taught, such as "[V]".
         best: step and scores of the adapter in best/, where the run was scored.
         outer_ranks: the distinct outer ranks that the layers got; empty for other methods than NoRA.
     """
@@ -161,6 +163,7 @@ def run_record(
         "peak_memory_mb": round(peak_memory_mb(device), 1),
         "files": {name: (folder / name).stat().st_size for name in files},
         "best": best,
+        "new_words": dict(new_words),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "dtype": str(dtype).removeprefix("torch."),
         "num_processes": num_processes,
@@ -175,13 +178,17 @@ def write_card(folder: Path, record: Mapping[str, Any], samples: Sequence[tuple[
         samples: prompt and image file, relative to the folder.
     """
     config = record["config"]
+    instance_prompt = config["instance_prompt"] or config["validation_prompt"][0]  # the first of several subjects'
+    for word, tokens in record["new_words"].items():
+        instance_prompt = instance_prompt.replace(word, tokens)
     data = ModelCardData(
         base_model=config["pretrained_model_name_or_path"],
         library_name="diffusers",
         tags=["text-to-image", "diffusers", "lora", "dreambooth", "stable-diffusion-xl", record["method"]],
-        instance_prompt=config["instance_prompt"],
+        instance_prompt=instance_prompt,
         widget=[{"text": prompt, "output": {"url": file}} for prompt, file in samples],
     )
     options = {"template_path": str(_CARD_TEMPLATE), "record": record, "samples": samples, "loss_plot": LOSS_PLOT}
+    options["prompt"] = instance_prompt
     write_atomic(folder / LOSS_PLOT, loss_plot(folder / METRICS))
     write_atomic(folder / MODEL_CARD, str(ModelCard.from_template(data, **options)))

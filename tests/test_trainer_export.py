@@ -1,13 +1,14 @@
 """The files of an adapter: readable elsewhere, and compared with what is in memory before a run calls itself done."""
 
 import json
+import re
 
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_trainer import run
+from test_trainer import CAT, run
 from tiny_sdxl import live_outputs, outputs, saved_base
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -141,6 +142,31 @@ def test_new_tokens_are_loaded_with_the_adapter_and_leave_with_it(tmp_path):
     unload_adapters(pipeline, name)
     gone = encode_prompts(pipeline, ["a [V] cat"])
     assert torch.equal(before["a [V] cat"]["prompt_embeds"], gone["a [V] cat"]["prompt_embeds"])
+
+
+def test_the_card_s_snippet_runs_and_knows_the_new_tokens(tmp_path, monkeypatch):
+    folder = run(tmp_path, train_text_encoder_ti=True, max_train_steps=2, num_new_tokens_per_abstraction=3)
+    card = (folder / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    assert 'pipeline("a photo of <v0><v1><v2> cat")' in code
+    monkeypatch.chdir(folder)
+    names = {}
+    exec(code, names)
+    learned = load_file(folder / EMBEDDINGS)
+    ids = names["pipeline"].tokenizer("<v0><v1><v2>").input_ids[1:-1]
+    assert torch.equal(names["pipeline"].text_encoder.get_input_embeddings().weight[ids], learned["clip_l"])
+    assert names["image"].size == (32, 32)
+
+
+def test_a_card_of_two_subjects_shows_the_first(tmp_path):
+    concepts = [
+        {"instance_data_dir": str(CAT), "instance_prompt": "a photo of [V] cat"},
+        {"instance_data_dir": str(CAT.parent / "dog"), "instance_prompt": "a photo of [W] dog"},
+    ]
+    (tmp_path / "subjects.json").write_text(json.dumps(concepts))
+    options = {"concepts_list": str(tmp_path / "subjects.json"), "instance_data_dir": None, "instance_prompt": None}
+    card = (run(tmp_path / "run", max_train_steps=1, method="lora", **options) / "README.md").read_text()
+    assert "adapter: a photo of [V] cat" in card and "None" not in card
 
 
 def test_new_tokens_stop_learning_after_their_share_of_the_steps(tmp_path):
