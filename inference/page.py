@@ -19,6 +19,7 @@ LARGEST_PNG = 256  # pixels; above, a lossless file is many times WebP's and the
 WEBP_QUALITY = 90
 PIXELATED = 128  # pixels; up to here a screen shows each pixel as a square, as smoothing would flatter the picture
 THUMBNAIL = 320  # pixels, longest side of an instance image
+LARGEST_TILE, ENLARGED = 480, 4  # pixels; a small picture is shown at most this many times its own size
 NARROWEST_COLUMN = 140  # pixels; where columns would be narrower, rows wrap as on a phone
 PHONE = 640
 
@@ -89,6 +90,7 @@ def render_page(page: Page) -> str:
         rows=rows,
         data=data,
         instances=[{"name": name, **_picture(_thumbnail(image))} for name, image in page.instances],
+        tile=min(LARGEST_TILE, ENLARGED * max((shot.image.width for shot in shots), default=LARGEST_TILE)),
         narrow=max(PHONE, NARROWEST_COLUMN * len(page.columns)),
     )
 

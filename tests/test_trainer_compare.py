@@ -36,6 +36,7 @@ def test_plan_and_its_refusals():
     config = CompareConfig(methods=["nora", "lora16=--method lora --rank 16"], train_seeds=[3, 4], output_dir="out")
     runs = plan(config, ["--learning_rate", "1e-3"])
     assert [run.folder.name for run in runs] == ["nora-seed3", "nora-seed4", "lora16-seed3", "lora16-seed4"]
+    assert [run.folder for run in plan(CompareConfig(), [])] == [Path("out/compare/nora"), Path("out/compare/lora")]
     assert runs[3].flags == ["--learning_rate", "1e-3", "--method", "lora", "--rank", "16", "--seed", "4"]
     for options, flags, words in (
         ({"methods": ["lora", "lora"]}, [], "--methods has lora twice"),
@@ -55,8 +56,9 @@ def test_intervals_are_between_trainings_where_there_are_several():
             "memorisation": {"nearest": 0.5, "between_instances": 0.6, "share": 0.0, "alarm": alarm},
         }
 
-    runs = [Run("nora", seed, Path(f"nora-seed{seed}"), []) for seed in range(3)] + [Run("lora", 0, Path("x"), [])]
-    scores = {"nora-seed0": one(0.1), "nora-seed1": one(0.2, True), "nora-seed2": one(0.3), "lora-seed0": one(0.5)}
+    runs = [Run(f"nora-seed{seed}", "nora", seed, Path("x"), []) for seed in range(3)]
+    runs += [Run("lora", "lora", 0, Path("x"), [])]
+    scores = {"nora-seed0": one(0.1), "nora-seed1": one(0.2, True), "nora-seed2": one(0.3), "lora": one(0.5)}
     found = summarise(scores, runs)
     assert found["nora"]["dino"]["mean"] == pytest.approx(0.2)
     assert found["nora"]["dino"]["half"] == pytest.approx(4.30265 * 0.1 / 3**0.5, rel=1e-5)

@@ -62,7 +62,8 @@ class CompareConfig(SamplingConfig):
 
 @dataclass(frozen=True)
 class Run:
-    method: str  # name of the method's column
+    name: str  # of its column and folder
+    method: str
     seed: int
     folder: Path
     flags: list[str]
@@ -88,8 +89,9 @@ def plan(config: CompareConfig, train_flags: Sequence[str]) -> list[Run]:
             raise ValueError(f"--methods has {name} twice: give one of them another name, such as {name}2={flags!r}")
         names.append(name)
         for seed in seeds:
-            folder = Path(config.output_dir) / f"{name}-seed{seed}"
-            runs.append(Run(name, seed, folder, [*train_flags, *own, "--seed", str(seed)]))
+            own_name = name if len(seeds) == 1 else f"{name}-seed{seed}"
+            folder = Path(config.output_dir) / own_name
+            runs.append(Run(own_name, name, seed, folder, [*train_flags, *own, "--seed", str(seed)]))
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"--train_seeds {seeds}: a seed is given twice")
     return runs
@@ -132,7 +134,7 @@ def summarise(scores: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, dict[
     """
     summary: dict[str, dict[str, dict[str, float]]] = {}
     for method in dict.fromkeys(run.method for run in runs):
-        own = [scores[column_name(run)] for run in runs if run.method == method]
+        own = [scores[run.name] for run in runs if run.method == method]
         summary[method] = {}
         for key in SCORES:
             found = [one[key] for one in own if key in one]
@@ -147,10 +149,6 @@ def summarise(scores: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, dict[
         nearest = [one["memorisation"]["nearest"] for one in own]
         summary[method]["memorisation"] = {"nearest": sum(nearest) / len(nearest), "alarms": sum(alarms)}
     return summary
-
-
-def column_name(run: Run) -> str:
-    return f"{run.method}-seed{run.seed}"
 
 
 def table(summary: Mapping[str, Mapping[str, Mapping[str, float]]], records: Mapping[str, Mapping[str, Any]]) -> str:
@@ -184,7 +182,7 @@ def run(config: CompareConfig, train_flags: Sequence[str]) -> Path:
             finished.result()
 
     shared = {one.name: getattr(config, one.name) for one in fields(SamplingConfig)}
-    adapters = [f"{column_name(one)}={one.folder}" for one in runs]
+    adapters = [f"{one.name}={one.folder}" for one in runs]
     scores_file = output_dir / "scores.json"
     judged = {"protocol": config.protocol, "seeds": config.seeds, "clip": config.clip, "dino": config.dino}
     result = evaluate.run(EvaluateConfig(**shared, **judged, adapters=adapters, output=str(scores_file)))
@@ -200,7 +198,7 @@ def run(config: CompareConfig, train_flags: Sequence[str]) -> Path:
     page, _ = gallery.run(
         GalleryConfig(
             **shared,
-            adapters=[f"{column_name(one)}={one.folder}" for one in runs if one.seed == runs[0].seed],
+            adapters=[f"{one.name}={one.folder}" for one in runs if one.seed == runs[0].seed],
             prompts=result["prompts"],
             seeds=result["seeds"],
             instance_images=recorded_folder(records),
