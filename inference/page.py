@@ -19,7 +19,8 @@ LARGEST_PNG = 256  # pixels; above, a lossless file is many times WebP's and the
 WEBP_QUALITY = 90
 PIXELATED = 128  # pixels; up to here a screen shows each pixel as a square, as smoothing would flatter the picture
 THUMBNAIL = 320  # pixels, longest side of an instance image
-LARGEST_TILE, ENLARGED = 480, 4  # pixels; a small picture is shown at most this many times its own size
+SMALLEST_TILE, LARGEST_TILE = 240, 480  # pixels, on a wide screen
+ENLARGED = 4  # a small picture is shown at most this many times its own size, unless that is too small a tile
 NARROWEST_COLUMN = 140  # pixels; where columns would be narrower, rows wrap as on a phone
 PHONE = 640
 
@@ -90,7 +91,7 @@ def render_page(page: Page) -> str:
         rows=rows,
         data=data,
         instances=[{"name": name, **_picture(_thumbnail(image))} for name, image in page.instances],
-        tile=min(LARGEST_TILE, ENLARGED * max((shot.image.width for shot in shots), default=LARGEST_TILE)),
+        tile=min(LARGEST_TILE, max([SMALLEST_TILE, *(ENLARGED * shot.image.width for shot in shots)])),
         narrow=max(PHONE, NARROWEST_COLUMN * len(page.columns)),
     )
 
