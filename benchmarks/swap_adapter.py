@@ -1,0 +1,98 @@
+"""Swapping adapters on a pipeline in memory: ours, folded and inner-only, against diffusers' own loading of a LoRA.
+
+    python -m benchmarks.swap_adapter --base assets/tiny-sdxl --repeats 7
+    python -m benchmarks.swap_adapter --base quarter --repeats 5
+
+A NoRA adapter with random weights is written once as the diffusers file (a LoRA of the same rank) and as the inner-only
+file. Each swap takes off what is on the pipeline and puts one file on; the three take turns, medians are compared. An
+inner-only file also needs its outer factors: with the cache on disk they are read, without it they are computed anew.
+"""
+
+from __future__ import annotations
+
+import inference  # noqa: F401 -- before the libraries, because it quietens what they print on import
+
+# isort: split
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+import nora
+from benchmarks.loop_shape import ASSETS, QUARTER, save_quarter_width_base
+from inference.base import load_pipeline
+from inference.cli import quiet_libraries
+from inference.components import FOLDED_WEIGHTS, INNER_WEIGHTS
+from inference.generate import generate_images
+from inference.load import load_adapter, unload_adapters
+from storage.files import write_safetensors
+from trainer.methods import UNET_TARGETS
+
+
+def write_adapter(pipeline: StableDiffusionXLPipeline, folder: Path, rank: int, outer_rank: int) -> None:
+    """A NoRA of the UNet with random inner factors, calibrated on one picture: both of its files."""
+    unet = pipeline.unet
+    config = nora.NoraConfig(r=rank, outer_r=outer_rank, target_modules=UNET_TARGETS)
+    draw = {"num_inference_steps": 1, "progress": False, "output_type": "latent"}
+    nora.preprocess_nora(unet, config, lambda *_: list(generate_images(pipeline, ["a cat"], [0], **draw)))
+    unet.add_adapter(config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in unet.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    nora.save_inner(folder / INNER_WEIGHTS, {"unet": unet})
+    write_safetensors(folder / FOLDED_WEIGHTS, {f"unet.{key}": weight for key, weight in nora.fold_nora(unet).items()})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--base", default=str(ASSETS / "tiny-sdxl"), help=f"a folder, a Hub id, or {QUARTER}")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--outer_rank", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args(argv)
+    quiet_libraries()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["NORA_CACHE_DIR"] = str(folder / "cache")
+        base = args.base
+        if base == QUARTER:
+            base = str(folder / "base")
+            save_quarter_width_base(base)
+        write_adapter(load_pipeline(base), folder, args.rank, args.outer_rank)
+        pipeline = load_pipeline(base)
+
+        def without_cache() -> None:
+            os.environ["NORA_CACHE_DIR"] = ""
+            load_adapter(pipeline, folder / INNER_WEIGHTS)
+            os.environ["NORA_CACHE_DIR"] = str(folder / "cache")
+
+        ways: dict[str, Callable[[], object]] = {
+            "diffusers, LoRA": lambda: pipeline.load_lora_weights(folder, weight_name=FOLDED_WEIGHTS),
+            "folded": lambda: load_adapter(pipeline, folder / FOLDED_WEIGHTS),
+            "inner-only, outer factors cached": lambda: load_adapter(pipeline, folder / INNER_WEIGHTS),
+            "inner-only, outer factors computed": without_cache,
+        }
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        for repeat in range(args.repeats + 1):
+            for way, load in ways.items():
+                started = time.perf_counter()
+                unload_adapters(pipeline)
+                load()
+                if repeat:  # the first round warms up
+                    seconds[way].append(time.perf_counter() - started)
+        unload_adapters(pipeline)
+    medians = {way: statistics.median(found) for way, found in seconds.items()}
+    print("| swap | time, ratio |\n|---|---|")
+    for way, median in medians.items():
+        print(f"| {way} | {median / medians['diffusers, LoRA']:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
