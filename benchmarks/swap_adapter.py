@@ -4,8 +4,9 @@
     python -m benchmarks.swap_adapter --base quarter --repeats 5
 
 A NoRA adapter with random weights is written once as the diffusers file (a LoRA of the same rank) and as the inner-only
-file. Each swap takes off what is on the pipeline and puts one file on; the three take turns, medians are compared. An
-inner-only file also needs its outer factors: with the cache on disk they are read, without it they are computed anew.
+file. `swap_adapter` copies weights into the layers that are there; the others take off what is on the pipeline and put
+one file on. They take turns, medians are compared. An inner-only file also needs its outer factors, which are computed
+anew: layers with a side below 512, and both bases have no others, are not kept in the cache on disk.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from inference.base import load_pipeline
 from inference.cli import quiet_libraries
 from inference.components import FOLDED_WEIGHTS, INNER_WEIGHTS
 from inference.generate import generate_images
-from inference.load import load_adapter, unload_adapters
+from inference.load import load_adapter, swap_adapter, unload_adapters
 from storage.files import write_safetensors
 from trainer.methods import UNET_TARGETS
 
@@ -68,23 +69,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_adapter(load_pipeline(base), folder, args.rank, args.outer_rank)
         pipeline = load_pipeline(base)
 
-        def without_cache() -> None:
-            os.environ["NORA_CACHE_DIR"] = ""
-            load_adapter(pipeline, folder / INNER_WEIGHTS)
-            os.environ["NORA_CACHE_DIR"] = str(folder / "cache")
+        def anew(load: Callable[[], object]) -> Callable[[], None]:
+            def swap() -> None:
+                unload_adapters(pipeline)
+                load()
 
-        ways: dict[str, Callable[[], object]] = {
-            "diffusers, LoRA": lambda: pipeline.load_lora_weights(folder, weight_name=FOLDED_WEIGHTS),
-            "folded": lambda: load_adapter(pipeline, folder / FOLDED_WEIGHTS),
-            "inner-only, outer factors cached": lambda: load_adapter(pipeline, folder / INNER_WEIGHTS),
-            "inner-only, outer factors computed": without_cache,
+            return swap
+
+        folded, inner = folder / FOLDED_WEIGHTS, folder / INNER_WEIGHTS
+        ways: dict[str, Callable[[], None]] = {
+            "diffusers, LoRA": anew(lambda: pipeline.load_lora_weights(folder, weight_name=FOLDED_WEIGHTS)),
+            "folded, by load_adapter": anew(lambda: load_adapter(pipeline, folded, name="mine")),
+            "folded, by swap_adapter": lambda: swap_adapter(pipeline, folded, "mine"),
+            "inner-only, by load_adapter": anew(lambda: load_adapter(pipeline, inner)),
         }
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         for repeat in range(args.repeats + 1):
-            for way, load in ways.items():
+            for way, swap in ways.items():
                 started = time.perf_counter()
-                unload_adapters(pipeline)
-                load()
+                swap()
                 if repeat:  # the first round warms up
                     seconds[way].append(time.perf_counter() - started)
         unload_adapters(pipeline)

@@ -21,7 +21,7 @@ logging.getLogger("transformers.utils.import_utils").addFilter(
 from inference.adapter_files import inspect_adapter  # noqa: E402
 from inference.base import load_pipeline  # noqa: E402
 from inference.components import FOLDED_WEIGHTS, INNER_WEIGHTS, RUN_RECORD, adapter_components  # noqa: E402
-from inference.load import load_adapter, set_adapter_scale, unload_adapters  # noqa: E402
+from inference.load import load_adapter, set_adapter_scale, swap_adapter, unload_adapters  # noqa: E402
 
 __all__ = [
     "FOLDED_WEIGHTS",
@@ -32,5 +32,6 @@ __all__ = [
     "load_adapter",
     "load_pipeline",
     "set_adapter_scale",
+    "swap_adapter",
     "unload_adapters",
 ]

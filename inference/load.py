@@ -10,9 +10,11 @@ import math
 import re
 from pathlib import Path
 
+import torch
 from diffusers import StableDiffusionXLPipeline
 from diffusers.utils.state_dict_utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
-from peft import PeftConfig, set_peft_model_state_dict
+from peft import PeftConfig, PeftType, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
@@ -70,6 +72,60 @@ def load_adapter(
     if words.is_file():
         load_new_word(pipeline, words)
     return name
+
+
+def swap_adapter(pipeline: StableDiffusionXLPipeline, path: str | Path, name: str) -> None:
+    """Put another adapter in the place of the one that is loaded under ``name``.
+
+    Where the layers and ranks are the same, which they are between runs of one configuration, only weights are copied,
+    and a swap costs what its file costs to read; otherwise one is taken off and the other put on.
+
+    Args:
+        path: as for `load_adapter`.
+
+    Raises:
+        ValueError: as `load_adapter`; the adapter that was loaded is then still there, or off if the new one's file
+            broke while it was read.
+    """
+    file = inspect_adapter(path)
+    _check_fits(pipeline, file, adapter_components(pipeline))
+    if not _copy_weights(pipeline, file, name):
+        unload_adapters(pipeline, name)
+        load_adapter(pipeline, path, name=name)
+
+
+def _copy_weights(pipeline: StableDiffusionXLPipeline, file: AdapterFile, name: str) -> bool:
+    """Copy a plain LoRA's weights into the loaded one's; False, with nothing done, where the two differ in shape."""
+    words = (file.path if file.path.is_dir() else file.path.parent) / EMBEDDINGS
+    if file.kind != "folded" or "lora_adapter_metadata" in file.metadata or words.is_file():
+        return False
+    live = {}
+    for prefix, module in adapter_components(pipeline).items():
+        config = getattr(module, "peft_config", {}).get(name)
+        if config is None:
+            continue
+        if config.peft_type != PeftType.LORA or config.lora_alpha != config.r or config.alpha_pattern:
+            return False
+        for layer_name, layer in module.named_modules():
+            if isinstance(layer, LoraLayer) and name in layer.lora_A:
+                live[f"{prefix}.{layer_name}.lora_A.weight"] = layer.lora_A[name].weight
+                live[f"{prefix}.{layer_name}.lora_B.weight"] = layer.lora_B[name].weight
+    # files differ in whether they spell transformers' old `text_model` level
+    spelled = {_without_level(key): key for key in file.shapes}
+    live = {_without_level(key): weight for key, weight in live.items()}
+    if {key: tuple(weight.shape) for key, weight in live.items()} != {
+        key: file.shapes[spelled[key]] for key in spelled
+    }:
+        return False
+    weights = load_file(file.path)
+    with torch.no_grad():
+        for key, weight in live.items():
+            weight.copy_(weights[spelled[key]])
+    return True
+
+
+def _without_level(key: str) -> str:
+    return re.sub(r"^(text_encoder(_2)?)\.text_model\.", r"\1.", key)
 
 
 def _check_fits(pipeline: StableDiffusionXLPipeline, file: AdapterFile, components: dict[str, nn.Module]) -> None:

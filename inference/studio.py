@@ -25,7 +25,7 @@ from inference.generate import (
     write_image,
     write_manifest,
 )
-from inference.load import load_adapter, set_adapter_scale, unload_adapters
+from inference.load import load_adapter, set_adapter_scale, swap_adapter, unload_adapters
 from storage.pictures import open_image
 
 
@@ -125,12 +125,15 @@ class Studio:
         if self._pipeline is None:
             self._pipeline = self.config.load_pipeline(self.base)
             self._refiner = self.config.load_refiner(self._pipeline)
-        if self._on is not None and self._on[0] != adapter:
+        if adapter is None:
             unload_adapters(self._pipeline)
             self._on = None
-        if adapter is not None:
+        else:
             if self._on is None:
                 self._on = adapter, load_adapter(self._pipeline, adapter)
+            elif self._on[0] != adapter:
+                swap_adapter(self._pipeline, adapter, self._on[1])
+                self._on = adapter, self._on[1]
             set_adapter_scale(self._pipeline, self._on[1], scale)
         return self._pipeline
 

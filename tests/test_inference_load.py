@@ -29,7 +29,7 @@ import nora
 from inference.adapter_files import inspect_adapter, recorded_base
 from inference.base import check_base, check_xformers, load_pipeline
 from inference.components import FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
-from inference.load import load_adapter, loaded_adapters, set_adapter_scale, unload_adapters
+from inference.load import load_adapter, loaded_adapters, set_adapter_scale, swap_adapter, unload_adapters
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +141,38 @@ def test_folder_and_file_load_the_same_as_diffusers_does(pipeline):
         unload_adapters(pipeline, name)
     effects = {part: (stock[part] - base[part]).abs().max() for part in base}
     assert min(effects.values()) > 1e-2, effects  # both text encoders and the UNet are adapted
+
+
+@pytest.mark.parametrize("new", ["same shape", "no text encoders", "nora", "inner"])
+def test_swapping_in_place_is_loading_anew(pipeline, new, monkeypatch):
+    path = {
+        "same shape": saved_lora(seed=2),
+        "no text encoders": saved_lora(seed=2, text=False),
+        "nora": saved_nora(),
+        "inner": saved_nora() / INNER_WEIGHTS,
+    }[new]
+    base = outputs(pipeline)
+    load_adapter(pipeline, path)
+    expected = outputs(pipeline)
+    unload_adapters(pipeline)
+    load_adapter(pipeline, saved_lora(), name="mine", scale=0.5)
+    before = [module for module in pipeline.unet.modules() if isinstance(module, BaseTunerLayer)]
+    swap_adapter(pipeline, path, "mine")
+    after = [module for module in pipeline.unet.modules() if isinstance(module, BaseTunerLayer)]
+    assert loaded_adapters(pipeline) == ["mine"]
+    assert all(one is other for one, other in zip(before, after)) == (new in ("same shape", "nora"))
+    set_adapter_scale(pipeline, "mine", 1.0)
+    assert max_error(outputs(pipeline), expected) < 1e-6
+    unload_adapters(pipeline)
+    assert max_error(outputs(pipeline), base) == 0
+
+
+def test_a_swap_to_another_base_s_adapter_leaves_the_old_one(pipeline):
+    load_adapter(pipeline, saved_lora(), name="mine")
+    before = outputs(pipeline)
+    with pytest.raises(ValueError, match="belongs to another base"):
+        swap_adapter(pipeline, saved_lora(hidden=64), "mine")
+    assert loaded_adapters(pipeline) == ["mine"] and max_error(outputs(pipeline), before) == 0
 
 
 def test_kohya_files_load_the_same(pipeline, tmp_path):
