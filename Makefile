@@ -25,7 +25,7 @@ demo: $(VENV)/.installed
 		--pretrained_model_name_or_path $(BASE) $(TRAIN) --instance_data_dir $(SUBJECT) --instance_prompt "$(PROMPT)"
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PYTHON) -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PYTHON) -m pytest --numprocesses auto --dist worksteal
 
 check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

@@ -120,7 +120,6 @@ def train_alone(config: TrainConfig, lock: FolderLock) -> Path:
     accelerator = make_accelerator(config, output_dir)
     if config.enable_xformers_memory_efficient_attention:
         check_xformers(accelerator.device)
-    judge = RunJudge(config, accelerator, pictures)
     epoch_steps = pictures.epoch_steps(config, accelerator.num_processes)
     sampling_steps = config.sampling_steps(epoch_steps)
     config = replace(
@@ -130,6 +129,7 @@ def train_alone(config: TrainConfig, lock: FolderLock) -> Path:
         mixed_precision=accelerator.mixed_precision,
         validation_prompt=config.validation_prompt or [concept.instance_prompt for concept in pictures.concepts],
     )
+    judge = RunJudge(config, accelerator, pictures)
     text_steps = config.text_steps
     first_step = read_step(checkpoint, identity(asdict(config)), config.max_train_steps) if checkpoint else 0
 

@@ -35,6 +35,7 @@ def launch(folder: Path, processes: int, *flags: str, config: str | None = None)
     folder.mkdir(exist_ok=True)
     one = command(folder, "--max_train_steps", "4", "--learning_rate", "1e-3", *flags)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+    launcher += ["--main_process_port", "0"]  # any free one: tests run side by side
     if config:
         launcher += ["--config_file", str(CONFIGS / config)]
     elif processes > 1:

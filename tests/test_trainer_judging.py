@@ -53,6 +53,13 @@ def test_the_run_is_scored_and_the_best_adapter_kept(tmp_path):
     assert [line["step"] for line in again if "dino" in line] == [2, 4]
 
 
+def test_the_last_step_is_scored_however_long_the_run_is(tmp_path):
+    options = SCORED | {"max_train_steps": None, "num_train_epochs": 1, "eval_steps": 50}  # six pictures, two a step
+    folder = run(tmp_path, **options)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "dino" in line] == [3]
+
+
 def test_stopping_early(tmp_path):
     """A learning rate of next to nothing leaves the loss where it is: the first evaluation stays the best."""
     options = SCORED | {"eval_steps": 1, "max_train_steps": 50, "learning_rate": 1e-30}
