@@ -19,8 +19,8 @@ from trainer.methods import TRAINED_STATE
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "accelerate"
 VARIANTS = {
-    "unet": ["--random_flip"],
     "text encoders, class images": [
+        "--random_flip",
         *("--train_text_encoder", "--with_prior_preservation", "--class_prompt", "a cat", "--num_class_images", "3"),
         *("--class_data_dir", "CLASSES"),
     ],
