@@ -199,10 +199,14 @@ class Protocol:
             raise ValueError(f"--protocol {name} does not exist: choose one of {known}, or name a file")
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
-            objects, animals = content.get("objects") or {}, content.get("live_subjects") or {}
+            objects, animals = dict(content.get("objects") or {}), dict(content.get("live_subjects") or {})
             live = subject in animals if subject else live
             prompts = [*content["both_prompts"], *content.get("live_subject_prompts" if live else "object_prompts", [])]
-            images_per_prompt = int(content["images_per_prompt"])
+            images_per_prompt = content["images_per_prompt"]
+            if not isinstance(images_per_prompt, int) or images_per_prompt < 1:
+                raise ValueError(f"images_per_prompt is {images_per_prompt}, and a whole number from 1 is needed")
+            if not all(isinstance(name, str) for name in (objects | animals).values()):
+                raise ValueError("every subject needs its class in words")
         except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"--protocol {path} must have both_prompts and images_per_prompt: {error!r}") from error
         if not all(isinstance(prompt, str) and prompt.count("{}") == 1 for prompt in prompts):
@@ -232,6 +236,8 @@ def subject_in_words(config: EvaluateConfig, protocol: Protocol, adapters: Mappi
         ValueError: if neither a flag nor a run's record says them.
     """
     words = config.subject
+    if words is not None and not words.strip():
+        raise ValueError('--subject is empty: say it in words, such as "[V] dog"')
     if words is None:
         recorded = (recorded_config(path).get("instance_prompt") for path in adapters.values())
         prompt = next((prompt for prompt in recorded if isinstance(prompt, str)), None)
@@ -276,6 +282,10 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         raise ValueError("nothing to score: give --adapters NAME=PATH, or --images NAME=FOLDER")
     if taken := set(adapters) & set(folders):
         raise ValueError(f"--images {min(taken)}: the name is an adapter's already, choose another one")
+    if not adapters:
+        drawing = ("prompts", "seeds", "scale", "subject", "class_name", "protocol_subject", "base")
+        for name in (name for name in drawing if getattr(config, name) is not None):
+            raise ValueError(f"--{name} is for what is drawn, and --images are there already: leave it out")
     for path in adapters.values():
         inspect_adapter(path)
     output = Path(config.output)
@@ -294,7 +304,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         base = choose_base(config.base, str(next(iter(adapters.values()))))
     judge = Judge(config.clip, config.dino, instances, check_device(config.device))
     if adapters:
-        unrelated = [prompt for prompt in UNRELATED_PROMPTS if class_name not in prompt]
+        unrelated = [prompt for prompt in UNRELATED_PROMPTS if f" {class_name} " not in prompt]
         asked = {
             "subject": prompts,
             "drift": unrelated,
@@ -330,7 +340,7 @@ def picture_folder(output: Path) -> Path:
 
 def with_article(template: str, words: str) -> str:
     """The template with the subject in it; "a [V] owl", but "an owl"."""
-    prompt = template.format(words)
+    prompt = template.replace("{}", words)
     return prompt.replace(f"a {words}", f"an {words}") if words[0].lower() in "aeio" else prompt
 
 

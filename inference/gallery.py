@@ -223,6 +223,8 @@ def run(config: GalleryConfig) -> tuple[Path, Path]:
         for one in pictures:
             if one.prompt in prompts and one.seed in seeds:
                 shots.setdefault((name, one.prompt, one.seed), []).append(Shot(None, None, one.image))
+    if not shots:
+        raise ValueError("--images have no picture of these --prompts and --seeds: leave them out to show all")
     names = [*([BASE_COLUMN] if adapters else []), *adapters, *given]
     page_columns = [
         PageColumn(

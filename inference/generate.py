@@ -523,7 +523,8 @@ def read_manifest(folder: Path) -> list[dict[str, Any]]:
         return []
     try:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if all(isinstance(record["file"], str) for record in records):
+        types = {"file": str, "prompt": str, "seed": int}
+        if all(isinstance(record[name], kind) for record in records for name, kind in types.items()):
             return records
     except (ValueError, TypeError, KeyError):
         pass
@@ -577,7 +578,7 @@ def run(config: GenerateConfig) -> Path:
             if not config.fuse:
                 for name, path in names.items():
                     set_adapter_scale(pipeline, name, adapters[path] * scale)
-            suffix = f"-scale{scale:g}" if len(config.scales) > 1 else ""
+            suffix = f"-scale{repr(scale).removesuffix('.0')}" if len(config.scales) > 1 else ""
             for drawn in generate_images(pipeline, prompts, seeds, refiner=refiner, **config.sampling_options()):
                 name = f"{stems[drawn.prompt]}-seed{drawn.seed}{suffix}.png"
                 record = describe(drawn, name) | config.record(base, pipeline, adapters, scale) | {"fuse": config.fuse}
@@ -599,8 +600,9 @@ def remake_command(record: Mapping[str, Any]) -> str:
             or (name == "scale" and not record["adapter"])
         ):
             continue
-        values = value if isinstance(value, list) else [] if value is True else [value]
-        command += [f"--{name}", *map(str, values)]
+        values = value if isinstance(value, list) else [value]
+        # with "=", because a prompt or a weight may begin with a dash; a flag with several values may be repeated
+        command += [f"--{name}"] if value is True else [f"--{name}={one}" for one in values]
     return shlex.join(command)
 
 

@@ -97,14 +97,16 @@ def swap_adapter(pipeline: StableDiffusionXLPipeline, path: str | Path, name: st
 def _copy_weights(pipeline: StableDiffusionXLPipeline, file: AdapterFile, name: str) -> bool:
     """Copy a plain LoRA's weights into the loaded one's; False, with nothing done, where the two differ in shape."""
     words = (file.path if file.path.is_dir() else file.path.parent) / EMBEDDINGS
-    if file.kind != "folded" or "lora_adapter_metadata" in file.metadata or words.is_file():
+    new_words = words.is_file() or getattr(pipeline.tokenizer, "new_words", None)
+    if file.kind != "folded" or "lora_adapter_metadata" in file.metadata or new_words:
         return False
     live = {}
     for prefix, module in adapter_components(pipeline).items():
         config = getattr(module, "peft_config", {}).get(name)
         if config is None:
             continue
-        if config.peft_type != PeftType.LORA or config.lora_alpha != config.r or config.alpha_pattern:
+        plain = config.peft_type == PeftType.LORA and not (config.use_dora or config.use_rslora or config.alpha_pattern)
+        if not plain or config.lora_alpha != config.r or config.rank_pattern:
             return False
         for layer_name, layer in module.named_modules():
             if isinstance(layer, LoraLayer) and name in layer.lora_A:

@@ -69,8 +69,10 @@ def draw_sheet(
         for seed in seeds:
             draw.text((gap, y), f"seed {seed}", fill="#68645d", font=small)
             for index, column in enumerate(columns):
-                image = images[column.name, prompt, seed].convert("RGB").resize(tile, Image.Resampling.LANCZOS)
-                sheet.paste(image, (margin + index * (tile[0] + gap), y))
+                image = images.get((column.name, prompt, seed))
+                if image is not None:  # a picture that nobody drew leaves its place empty
+                    image = image.convert("RGB").resize(tile, Image.Resampling.LANCZOS)
+                    sheet.paste(image, (margin + index * (tile[0] + gap), y))
             y += tile[1] + gap
     return sheet
 

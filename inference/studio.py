@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from inference.adapter_files import inspect_adapter
+from inference.components import EMBEDDINGS
 from inference.generate import (
     GeneratedImage,
     Refiner,
@@ -114,9 +116,11 @@ class Studio:
 
     def _request(self, adapter: Path | None, prompt: str, seed: int, scale: float) -> str:
         """A digest of all that a picture depends on, the adapter's bytes among it."""
-        wanted: dict[str, Any] = {"base": self.base, "prompt": prompt, "seed": seed}
+        wanted: dict[str, Any] = {"prompt": prompt, "seed": seed, "dtype": str(self.config.torch_dtype)}
+        parts = {"base": self.base, "vae": self.config.vae, "refiner": self.config.refiner}
+        wanted |= {part: [where, local_state(where)] for part, where in parts.items()}
         wanted |= self.config.sampling_options() | {"batch_size": None}  # which changes no picture
-        names = ("scheduler", "vae", "refiner", "dtype", *(("refiner_start",) if self.config.refiner else ()))
+        names = ("scheduler", *(("refiner_start",) if self.config.refiner else ()))
         wanted |= {name: getattr(self.config, name) for name in names}
         wanted |= {"adapter": adapter_digest(adapter), "scale": scale} if adapter else {}
         return hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
@@ -138,6 +142,16 @@ class Studio:
         return self._pipeline
 
 
+@functools.cache
+def local_state(path: str | None) -> list[list[str | int]]:
+    """Names, sizes and times of a model's files where it lies on this disk: too large to be read for every picture."""
+    root = Path(path) if path else None
+    if root is None or not root.exists():
+        return []
+    files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
 _digests: dict[tuple[Path, int, int], str] = {}
 
 
@@ -145,6 +159,8 @@ def adapter_digest(path: Path) -> str:
     """SHA-256 of the files that an adapter is loaded from; read once as long as they don't change."""
     file = inspect_adapter(path)
     files = sorted(p for part in file.parts.values() for p in part.iterdir() if p.is_file()) or [file.path]
+    words = (file.path if file.path.is_dir() else file.path.parent) / EMBEDDINGS
+    files += [words] if words.is_file() else []
     digest = hashlib.sha256()
     for one in files:
         state = one.stat()

@@ -106,6 +106,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, monkeypa
     (tmp_path / "empty").mkdir()
     (tmp_path / "protocol.yaml").write_text("images_per_prompt: 2\nboth_prompts: [a cat]\n")
     (tmp_path / "list.yaml").write_text("[1, 2]")
+    (tmp_path / "none.yaml").write_text('images_per_prompt: 0\nboth_prompts: ["a {} {x}"]\n')
     good = [*JUDGES, *SUBJECT, "--adapters", f"x={saved_lora()}"]
     cases = {
         "nothing": ([*JUDGES, *SUBJECT], "nothing to score"),
@@ -118,8 +119,11 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, monkeypa
         "no protocol": ([*good, "--protocol", "mine"], "choose one of dreambooth, scenes"),
         "protocol without a place": ([*good, "--protocol", str(tmp_path / "protocol.yaml")], "with one {} for the"),
         "protocol of another form": ([*good, "--protocol", str(tmp_path / "list.yaml")], "must have both_prompts"),
+        "protocol of no pictures": ([*good, "--protocol", str(tmp_path / "none.yaml")], "a whole number from 1"),
+        "prompts for pictures that are there": ([*JUDGES, *SUBJECT, "--images", f"x={tmp_path}"], "--subject is for"),
+        "empty subject": ([*good, "--subject", " "], "--subject is empty"),
         "no such subject": ([*good, "--protocol", "dreambooth", "--protocol_subject", "x"], "x is not in --protocol"),
-        "no manifest": ([*JUDGES, *SUBJECT, "--images", f"x={tmp_path / 'empty'}"], "has no manifest"),
+        "no manifest": ([*JUDGES, *SUBJECT[2:], "--images", f"x={tmp_path / 'empty'}"], "has no manifest"),
         "two scales": ([*good, "--scales", "0", "1"], "scores are of one scale"),
         "no CLIP": ([*good, "--clip", str(ASSETS / "tiny-dino")], "name a CLIP"),
         "no encoder": ([*good, "--dino", str(tmp_path / "empty")], "--dino .* could not be loaded"),

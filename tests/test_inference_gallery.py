@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tiny_sdxl import saved_base, saved_lora, saved_nora
 
 from inference import studio
 from inference.base import load_pipeline
+from inference.components import EMBEDDINGS
 from inference.gallery import adapter_figures, main
 from inference.generate import SamplingConfig, generate_images
 from inference.generate import main as generate_main
@@ -119,6 +121,39 @@ def test_another_adapter_under_the_same_name_is_drawn_anew(tmp_path):
         main(["--adapters", f"mine={path}", *output])
         pages.append(shown(tmp_path / "g.html"))
     assert pages[0] == pages[2] != pages[1] and pages[0][0] == pages[1][0]
+
+
+def test_another_base_or_new_words_at_the_same_path_are_drawn_anew(tmp_path):
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(saved_base(), base)
+    shutil.copytree(saved_lora(), run)
+    command = ["--base", str(base), "--adapters", f"mine={run}", "--prompts", "a [V]", "--seeds", "0"]
+    command += ["--num_inference_steps", "1", "--output", str(tmp_path / "g.html")]
+    main(command)
+    first = shown(tmp_path / "g.html")
+    studio.local_state.cache_clear()
+    shutil.copytree(saved_base(48), base, dirs_exist_ok=True)
+    shutil.copytree(saved_lora(hidden=48), run, dirs_exist_ok=True)
+    main(command)
+    second = shown(tmp_path / "g.html")
+    assert first[0] != second[0] and first[1] != second[1]
+    words = {"clip_l": torch.ones(1, 48), "clip_g": torch.ones(1, 48)}
+    save_file(words, run / EMBEDDINGS, metadata={"word": "[V]"})
+    main(command)
+    third = shown(tmp_path / "g.html")
+    assert third[0] == second[0] and third[1] != second[1]
+
+
+def test_a_grid_with_gaps(tmp_path, capsys):
+    for name, prompt in (("one", "a cat"), ("two", "a dog")):
+        command = ["--base", str(saved_base()), "--prompt", prompt, "--num_inference_steps", "1"]
+        generate_main([*command, "--output", str(tmp_path / name)])
+    images = ["--images", f"one={tmp_path / 'one'}", f"two={tmp_path / 'two'}", "--output", str(tmp_path / "g.html")]
+    main(images)
+    assert len(shown(tmp_path / "g.html")) == 2 and (tmp_path / "g.png").is_file()
+    with pytest.raises(SystemExit):
+        main([*images, "--prompts", "a bird"])
+    assert "have no picture of these --prompts" in capsys.readouterr().err
 
 
 def test_scales_and_checkpoints_are_on_the_page(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from diffusers.utils import convert_state_dict_to_kohya
-from peft import LoHaConfig, LoraConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from tiny_sdxl import (
@@ -28,7 +28,8 @@ from transformers import CLIPTextModel
 import nora
 from inference.adapter_files import inspect_adapter, recorded_base
 from inference.base import check_base, check_xformers, load_pipeline
-from inference.components import FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
+from inference.components import EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
+from inference.generate import encode_prompts
 from inference.load import load_adapter, loaded_adapters, set_adapter_scale, swap_adapter, unload_adapters
 
 
@@ -165,6 +166,25 @@ def test_swapping_in_place_is_loading_anew(pipeline, new, monkeypatch):
     assert max_error(outputs(pipeline), expected) < 1e-6
     unload_adapters(pipeline)
     assert max_error(outputs(pipeline), base) == 0
+
+
+@pytest.mark.parametrize("old", ["dora", "new words"])
+def test_nothing_of_a_richer_adapter_stays_after_a_swap(pipeline, tmp_path, old):
+    load_adapter(pipeline, saved_lora(text=False))
+    expected, prompt = outputs(pipeline), encode_prompts(pipeline, ["a [V] cat"])["a [V] cat"]["prompt_embeds"]
+    unload_adapters(pipeline)
+    own = build_pipeline()
+    own.unet.add_adapter(LoraConfig(r=4, lora_alpha=4, use_dora=old == "dora", target_modules=UNET_TARGETS))
+    randomise_adapter(own.unet, seed=5)
+    layers = get_peft_model_state_dict(own.unet)
+    StableDiffusionXLPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers)
+    if old == "new words":
+        words = {key: torch.ones(1, 32) for key in ("clip_l", "clip_g")}
+        save_file(words, tmp_path / EMBEDDINGS, metadata={"word": "[V]"})
+    load_adapter(pipeline, tmp_path, name="mine")
+    swap_adapter(pipeline, saved_lora(text=False), "mine")
+    assert max_error(outputs(pipeline), expected) < 1e-6
+    assert torch.equal(encode_prompts(pipeline, ["a [V] cat"])["a [V] cat"]["prompt_embeds"], prompt)
 
 
 def test_a_swap_to_another_base_s_adapter_leaves_the_old_one(pipeline):

@@ -41,8 +41,12 @@ def test_plan_and_its_refusals():
     for options, flags, words in (
         ({"methods": ["lora", "lora"]}, [], "--methods has lora twice"),
         ({"train_seeds": [1, 1]}, [], "a seed is given twice"),
-        ({}, ["--seed", "3"], "--seed behind -- is this command's own"),
-        ({}, ["--output_dir=x"], "--output_dir behind --"),
+        ({}, ["--seed", "3"], "--seed is this command's own"),
+        ({}, ["--output_dir=x"], "--output_dir is this command's own"),
+        ({"methods": ["x=--method lora --seed 7"]}, [], "--seed is this command's own"),
+        ({"methods": ["x='"]}, [], "--methods x=': No closing quotation"),
+        ({"methods": ["base=--method lora"]}, [], "base is no name"),
+        ({"methods": ["..=--method lora"]}, [], "is no name for a folder"),
         ({"methods": ["a/b=--method lora"]}, [], "a/b is no name"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -72,7 +76,13 @@ def test_intervals_are_between_trainings_where_there_are_several():
     ("flags", "words"),
     [
         (["--jobs", "0", "--", *TRAIN], "--jobs 0 must be at least 1"),
-        (["--methods", "lora", "--", *TRAIN, "--learning_rate", "-1"], "lora: --learning_rate -1.0 must be above 0"),
+        (["--scales", "0", "1", "--", *TRAIN], "a comparison is at one scale"),
+        (["--clip", "no/such", "--", *TRAIN], "--clip no/such"),
+        ([*JUDGES, "--", *TRAIN, "--instance_prompt", "a photo of sks robot"], "no word stands in brackets"),
+        (
+            [*JUDGES, "--methods", "lora", "--", *TRAIN, "--learning_rate", "-1"],
+            "lora: --learning_rate -1.0 must be above 0",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, flags, words):

@@ -22,18 +22,30 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from inference import evaluate, gallery
 from inference.cli import parse_config, quiet_libraries, run_command
 from inference.components import RUN_RECORD
-from inference.evaluate import CLIP, DINO, SCORES, EvaluateConfig
+from inference.evaluate import (
+    CLIP,
+    DINO,
+    FIRST_SEED,
+    SCORES,
+    EvaluateConfig,
+    Protocol,
+    class_of,
+    subject_of_prompt,
+)
 from inference.gallery import GalleryConfig
 from inference.generate import SamplingConfig
-from inference.scores import confidence_interval
+from inference.scores import ClipEncoder, ImageEncoder, confidence_interval
 from storage.files import check_writable_target, read_json, write_atomic
 
 SCRIPT = Path(__file__).parent.parent / "train_dreambooth_nora_sdxl.py"
 COMMAND = "compare.json"  # in each run's folder: what it was trained with
-OWN_FLAGS = ("--method", "--output_dir", "--seed", "--resume_from_checkpoint")
+OWN_FLAGS = ("--output_dir", "--seed", "--resume_from_checkpoint", "--dry_run", "--config")
+RESERVED = ("base", "pictures")  # what else is in the folder or on the page
 
 
 @dataclass
@@ -52,6 +64,10 @@ class CompareConfig(SamplingConfig):
     )
     jobs: int = field(default=1, metadata={"help": "Trainings at once, a CPU core each; on one GPU leave it at 1."})
     protocol: str = field(default="scenes", metadata={"help": "As in inference.evaluate."})
+    live_subject: bool = field(default=False, metadata={"help": "As in inference.evaluate."})
+    subject: str | None = field(default=None, metadata={"help": "As in inference.evaluate."})
+    class_name: str | None = field(default=None, metadata={"help": "As in inference.evaluate."})
+    instance_images: str | None = field(default=None, metadata={"help": "As in inference.evaluate."})
     seeds: list[int] | None = field(
         default=None, metadata={"action": "extend", "help": "Of the pictures. Default: as many as the protocol says."}
     )
@@ -75,16 +91,19 @@ def plan(config: CompareConfig, train_flags: Sequence[str]) -> list[Run]:
     Raises:
         ValueError: for two methods of one name, and for flags that are this command's.
     """
-    for flag in OWN_FLAGS:
-        if any(given == flag or given.startswith(f"{flag}=") for given in train_flags):
-            raise ValueError(f"{flag} behind -- is this command's own: use --methods, --train_seeds or --output_dir")
     seeds = config.train_seeds or [0]
     runs, names = [], []
     for method in config.methods or ["nora", "lora"]:
         name, separator, flags = method.partition("=")
-        own = shlex.split(flags) if separator else ["--method", name]
-        if not re.fullmatch(r"[\w.+-]+", name):
-            raise ValueError(f"--methods {name} is no name for a folder: use letters, digits and . + - _")
+        if not re.fullmatch(r"[\w+-]+", name) or name in RESERVED:
+            raise ValueError(f"--methods {name} is no name for a folder here: use letters, digits and + - _")
+        try:
+            own = shlex.split(flags) if separator else ["--method", name]
+        except ValueError as error:
+            raise ValueError(f"--methods {method}: {error}") from error
+        for flag in OWN_FLAGS:
+            if any(given == flag or given.startswith(f"{flag}=") for given in [*train_flags, *own]):
+                raise ValueError(f"{flag} is this command's own: use --methods, --train_seeds or --output_dir")
         if name in names:
             raise ValueError(f"--methods has {name} twice: give one of them another name, such as {name}2={flags!r}")
         names.append(name)
@@ -115,7 +134,7 @@ def train(run: Run, threads: int | None) -> None:
     else:
         command += ["--resume_from_checkpoint", "latest"]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    log = run.folder.with_suffix(".log")
+    log = run.folder.with_name(f"{run.folder.name}.log")
     with log.open("w") as file:
         done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
     if done.returncode:
@@ -172,19 +191,36 @@ def run(config: CompareConfig, train_flags: Sequence[str]) -> Path:
     check_writable_target(output_dir, "--output_dir", folder=True)
     if config.jobs < 1:
         raise ValueError(f"--jobs {config.jobs} must be at least 1")
+    if len(config.scales) > 1:
+        raise ValueError("--scale: a comparison is at one scale; inference.gallery shows several")
     runs = plan(config, train_flags)
+    # What would be refused after the training is refused before it.
+    protocol = Protocol.read(config.protocol, None, config.live_subject)
+    seeds = config.seeds or list(range(FIRST_SEED, FIRST_SEED + protocol.images_per_prompt))
+    config.check_sampling(protocol.prompts, seeds)
+    for path, encoder in ((config.clip, ClipEncoder), (config.dino, ImageEncoder)):
+        encoder(path, torch.device("cpu"))
+    for one in runs:
+        prompts = [value for flag, value in zip(one.flags, one.flags[1:]) if flag == "--instance_prompt"]
+        if prompts and config.class_name is None and config.subject is None:
+            class_of(subject_of_prompt(prompts[-1]))
     # A mistake in one method's flags is found before another has trained for an hour.
     for one in {run.method: run for run in runs}.values():
         check_flags(one)
     threads = max(1, (os.cpu_count() or 1) // config.jobs) if config.jobs > 1 else None
     with ThreadPoolExecutor(config.jobs) as pool:
-        for finished in [pool.submit(train, one, threads) for one in runs]:
-            finished.result()
+        try:
+            for finished in [pool.submit(train, one, threads) for one in runs]:
+                finished.result()
+        except BaseException:  # Ctrl-C among them: what has not begun shall not begin
+            pool.shutdown(cancel_futures=True)
+            raise
 
     shared = {one.name: getattr(config, one.name) for one in fields(SamplingConfig)}
     adapters = [f"{one.name}={one.folder}" for one in runs]
     scores_file = output_dir / "scores.json"
-    judged = {"protocol": config.protocol, "seeds": config.seeds, "clip": config.clip, "dino": config.dino}
+    names = ("protocol", "live_subject", "subject", "class_name", "instance_images", "seeds", "clip", "dino")
+    judged = {name: getattr(config, name) for name in names}
     result = evaluate.run(EvaluateConfig(**shared, **judged, adapters=adapters, output=str(scores_file)))
     for name, scores in result["scores"].items():
         evaluate.warn_of_memorisation(name, scores["memorisation"])
@@ -201,7 +237,7 @@ def run(config: CompareConfig, train_flags: Sequence[str]) -> Path:
             adapters=[f"{one.name}={one.folder}" for one in runs if one.seed == runs[0].seed],
             prompts=result["prompts"],
             seeds=result["seeds"],
-            instance_images=recorded_folder(records),
+            instance_images=config.instance_images or recorded_folder(records),
             scores=str(scores_file),
             output=str(output_dir / "gallery.html"),
         )
