@@ -186,6 +186,11 @@ class Protocol:
     images_per_prompt: int
     class_name: str | None = None
 
+    @property
+    def seeds(self) -> list[int]:
+        """Of each prompt's pictures: far from those that trainings begin with."""
+        return list(range(FIRST_SEED, FIRST_SEED + self.images_per_prompt))
+
     @classmethod
     def read(cls, name: str, subject: str | None, live: bool) -> Protocol:
         """A protocol that comes with this package, or a YAML file of the same form.
@@ -295,7 +300,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     pictures = {name: read_pictures(name, folder) for name, folder in folders.items()}
     protocol = Protocol.read(config.protocol, config.protocol_subject, config.live_subject)
     instances = instance_pictures(config.instance_images, adapters)
-    seeds = config.seeds or list(range(FIRST_SEED, FIRST_SEED + protocol.images_per_prompt))
+    seeds = config.seeds or protocol.seeds
     drifts = {}
     if adapters:
         words, class_name = subject_in_words(config, protocol, adapters)

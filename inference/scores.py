@@ -121,7 +121,7 @@ class Memorisation(NamedTuple):
 
 
 THUMBNAIL = 16
-# What a lone training image is compared with: photographs of one thing in other places stay below it.
+# What stands in where a lone training image has no other to be compared with; a choice, not a measurement.
 LONE_REFERENCE = 0.8
 
 
@@ -158,9 +158,6 @@ class Spread(NamedTuple):
     std: float  # between the means of the seeds; 0 for a single seed
     low: float  # 95 % interval of the mean
     high: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} ± {self.std:.3f}"
 
 
 def spread(values: Mapping[int, Sequence[float]], resamples: int = 2000) -> Spread:

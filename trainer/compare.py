@@ -30,7 +30,6 @@ from inference.components import RUN_RECORD
 from inference.evaluate import (
     CLIP,
     DINO,
-    FIRST_SEED,
     SCORES,
     EvaluateConfig,
     Protocol,
@@ -196,8 +195,7 @@ def run(config: CompareConfig, train_flags: Sequence[str]) -> Path:
     runs = plan(config, train_flags)
     # What would be refused after the training is refused before it.
     protocol = Protocol.read(config.protocol, None, config.live_subject)
-    seeds = config.seeds or list(range(FIRST_SEED, FIRST_SEED + protocol.images_per_prompt))
-    config.check_sampling(protocol.prompts, seeds)
+    config.check_sampling(protocol.prompts, config.seeds or protocol.seeds)
     for path, encoder in ((config.clip, ClipEncoder), (config.dino, ImageEncoder)):
         encoder(path, torch.device("cpu"))
     for one in runs:

@@ -40,11 +40,11 @@ class RunJudge:
     the memorisation alarm is silent. An equal one later is no better.
 
     Raises:
-        ValueError: if an encoder, the protocol or the subject's class can't be had.
+        ValueError: if an encoder or the protocol can't be had.
     """
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator, pictures: Pictures) -> None:
-        self.config, self.accelerator = config, accelerator
+        self.config = config
         self.best: dict[str, Any] | None = None
         self.before: dict[str, float] | None = None  # the scores of the last evaluation
         self.waited = 0  # evaluations since the best one
