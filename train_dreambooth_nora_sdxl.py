@@ -35,7 +35,7 @@ from dreambooth.checkpoints import (
 )
 from dreambooth.config import TrainConfig
 from dreambooth.draws import CLASS, INSTANCE, picture_orders, step_seed, training_batch
-from dreambooth.launch import PRECISIONS, make_accelerator, push_to_hub, start_trackers
+from dreambooth.launch import PRECISIONS, end_training, make_accelerator, push_to_hub, start_trackers
 from dreambooth.loss import Objective
 from dreambooth.memory import memory_line, quantize_frozen
 from dreambooth.optim import (
@@ -300,7 +300,7 @@ def train_alone(config: TrainConfig, lock: FolderLock) -> Path:
                 break
             if stop.asked(accelerator) and done < config.max_train_steps:
                 path = save_checkpoint(accelerator, output_dir, done, who, config.checkpoints_total_limit)
-                accelerator.end_training()
+                end_training(accelerator, models)
                 print(f"stopped; {path} is whole, go on with --resume_from_checkpoint latest", file=sys.stderr)
                 sys.exit(128 + stop.signal)
     accelerator.wait_for_everyone()
@@ -334,7 +334,7 @@ def train_alone(config: TrainConfig, lock: FolderLock) -> Path:
         write_card(output_dir, record, [(sample.prompt, f"{SAMPLES}/{sample.file}") for sample in samples])
         if config.push_to_hub:
             print(f"uploaded to {push_to_hub(config, output_dir)}")
-    accelerator.end_training()
+    end_training(accelerator, models)
     return output_dir
 
 

@@ -15,6 +15,7 @@ from accelerate.utils import ProjectConfiguration
 from huggingface_hub import create_repo, upload_folder
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image
+from torch import nn
 
 from .config import TrainConfig
 from .memory import import_torchao
@@ -84,6 +85,19 @@ def start_trackers(accelerator: Accelerator, config: TrainConfig) -> None:
     values = {name: value for name, value in asdict(config).items() if isinstance(value, (int, float, str))}
     values.pop("hub_token", None)  # a secret
     accelerator.init_trackers("dreambooth", values)
+
+
+def end_training(accelerator: Accelerator, models: dict[str, nn.Module]) -> None:
+    """Finish the trackers and the process group.
+
+    Args:
+        models: prepared ones, and the only references to them beside accelerate's; they are dropped here. A DDP model
+            that outlives its group frees it while it holds Python's lock, for which a thread of gloo may be waiting:
+            some runs then never ended (pytorch/pytorch#56297).
+    """
+    models.clear()
+    accelerator.free_memory()
+    accelerator.end_training()
 
 
 def log_images(accelerator: Accelerator, images: Mapping[str, Image.Image], step: int) -> None:

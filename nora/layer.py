@@ -196,11 +196,14 @@ class NoraLinear(nn.Module, BaseTunerLayer):
     # ------------------------------------------------------------------ ΔW, folding and merging
 
     def fold(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """``lora_A`` (r', n) and ``lora_B`` (m, r') in float32 at the adapter's own s, whatever `set_scale` says."""
+        """``lora_A`` (r', n) and ``lora_B`` (m, r') in float32 at the adapter's own s, whatever `set_scale` says.
+
+        On the CPU: what a file holds must not depend on how a GPU rounds its products (TF32: to 3 digits).
+        """
         return fold(
-            self.nora_inner_A[adapter_name].weight.detach(),
-            self.nora_inner_B[adapter_name].weight.detach(),
-            self.outer(adapter_name),
+            self.nora_inner_A[adapter_name].weight.detach().cpu(),
+            self.nora_inner_B[adapter_name].weight.detach().cpu(),
+            OuterFactors(*(factor.cpu() for factor in self.outer(adapter_name))),
             self.nora_alpha[adapter_name] / self.r[adapter_name],
         )
 

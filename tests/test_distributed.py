@@ -4,15 +4,21 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from test_resume import command
 from test_trainer import losses, run
 from tiny_sdxl import saved_base  # noqa: F401 (built before the processes race to build it)
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from dreambooth.launch import end_training
 from dreambooth.prior import class_image_name
 from inference.components import FOLDED_WEIGHTS
 from trainer.methods import TRAINED_STATE
@@ -95,6 +101,22 @@ def test_a_split_base_trains_the_same_adapter(tmp_path):
         assert first.keys() == second.keys()
         for key in first:
             assert torch.allclose(first[key], second[key], atol=1e-5), key
+
+
+def test_nothing_outlives_the_process_group(tmp_path, monkeypatch):
+    """DDP would free the group while it holds Python's lock, for which a thread of gloo may wait: a hang at the end."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        accelerator, models = Accelerator(cpu=True), {"unet": DistributedDataParallel(nn.Linear(2, 2))}
+        models["unet"](torch.ones(1, 2)).sum().backward()
+        accelerator._models.append(models["unet"])  # as prepare does where there are several processes
+        alive = weakref.ref(models["unet"])
+        ended = []
+        monkeypatch.setattr(accelerator, "end_training", lambda: ended.append(alive()))
+        end_training(accelerator, models)
+        assert ended == [None]
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(

@@ -116,72 +116,78 @@ def save_peft_folders(trained: Mapping[str, nn.Module], folder: Path) -> list[st
 # --- reading back -----------------------------------------------------------------------------------------------------
 
 
-def check_files(config: TrainConfig, trained: Mapping[str, nn.Module], folder: Path) -> float:
-    """Read every file back and compare each layer's ΔW with the live one; returns the largest relative error.
+def check_files(config: TrainConfig, trained: Mapping[str, nn.Module], folder: Path) -> None:
+    """Read every file back and compare each layer's ΔW with the live one.
 
     Raises:
         ValueError: naming the file and the layer that differ.
     """
-    live = live_updates(trained)
-    found = {FOLDED_WEIGHTS: updates_of(load_file(folder / FOLDED_WEIGHTS))}
+    live = live_factors(trained)
+    found = {FOLDED_WEIGHTS: diffusers_factors(load_file(folder / FOLDED_WEIGHTS))}
     if config.method == "nora":
-        found[INNER_WEIGHTS] = inner_updates(trained, folder / INNER_WEIGHTS)
+        found[INNER_WEIGHTS] = inner_factors(trained, folder / INNER_WEIGHTS)
     if config.output_kohya_format:
-        found[KOHYA_WEIGHTS] = kohya_updates(load_file(folder / KOHYA_WEIGHTS), live)
+        found[KOHYA_WEIGHTS] = kohya_factors(load_file(folder / KOHYA_WEIGHTS), live)
     if config.output_peft_format:
         for component, model in trained.items():
             file = folder / PEFT_FOLDER / component / SAFETENSORS_WEIGHTS_NAME
             check_same(file, load_file(file), get_peft_model_state_dict(model))
-    largest = 0.0
-    for name, updates in found.items():
-        if missing := sorted(set(live) ^ set(updates)):
+    for name, layers in found.items():
+        if missing := sorted(set(live) ^ set(layers)):
             raise ValueError(f"{folder / name} and the adapter in memory differ in {missing[0]}: the file is not whole")
-        for layer, expected in live.items():
-            error = float((updates[layer] - expected).norm() / expected.norm().clamp(min=1e-12))
-            if not error <= TOLERANCE and float(expected.norm()) > 0:
+    for layer, (up, down) in live.items():
+        expected = up @ down  # one layer's at a time: all of SDXL's would be 4 GB
+        size = float(expected.norm())
+        for name, layers in found.items():
+            other_up, other_down = layers[layer]
+            error = float((other_up @ other_down - expected).norm()) / max(size, 1e-12)
+            if size > 0 and not error <= TOLERANCE:
                 raise ValueError(
                     f"{folder / name} read back differs from the adapter in memory by {error:.1e} at {layer}"
                 )
-            largest = max(largest, error)
-    return largest
+
+
+# ΔW of a layer as two factors (m, r) and (r, n), float32 on the CPU.
+Factors = tuple[torch.Tensor, torch.Tensor]
 
 
 @torch.no_grad()
-def live_updates(trained: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
-    """ΔW of every adapted layer, fp32, by its name in diffusers' files."""
-    updates = {}
+def live_factors(trained: Mapping[str, nn.Module]) -> dict[str, Factors]:
+    """ΔW of every adapted layer by its name in diffusers' files."""
+    factors = {}
     for prefix, model in adapter_components(trained).items():
         for name, layer in model.named_modules():
             if isinstance(layer, NoraLinear):
                 lora_A, lora_B = layer.fold(ADAPTER)
-                updates[f"{prefix}.{name}"] = (lora_B @ lora_A).cpu()
+                factors[f"{prefix}.{name}"] = lora_B, lora_A
             elif isinstance(layer, LoraLayer):
-                updates[f"{prefix}.{name}"] = layer.get_delta_weight(ADAPTER).float().cpu()
-    return updates
+                lora_A, lora_B = (side[ADAPTER].weight.float().cpu() for side in (layer.lora_A, layer.lora_B))
+                factors[f"{prefix}.{name}"] = layer.scaling[ADAPTER] * lora_B, lora_A
+    return factors
 
 
-def updates_of(lora: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def diffusers_factors(lora: Mapping[str, torch.Tensor]) -> dict[str, Factors]:
     """ΔW = B A of a plain LoRA's layers."""
     layers = [key.removesuffix(".lora_A.weight") for key in lora if key.endswith(".lora_A.weight")]
-    return {layer: lora[f"{layer}.lora_B.weight"].float() @ lora[f"{layer}.lora_A.weight"].float() for layer in layers}
+    return {layer: (lora[f"{layer}.lora_B.weight"].float(), lora[f"{layer}.lora_A.weight"].float()) for layer in layers}
 
 
-def kohya_updates(lora: Mapping[str, torch.Tensor], layers: Iterable[str]) -> dict[str, torch.Tensor]:
+def kohya_factors(lora: Mapping[str, torch.Tensor], layers: Iterable[str]) -> dict[str, Factors]:
     """ΔW = alpha / rank · up down of the layers that are in the file under kohya's names."""
     prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
-    updates = {}
+    factors = {}
     for layer in layers:
         component, _, rest = layer.partition(".")
         key = f"{prefixes[component]}_{rest.replace('.', '_')}"
         if f"{key}.alpha" in lora:
             down, up = lora[f"{key}.lora_down.weight"].float(), lora[f"{key}.lora_up.weight"].float()
-            updates[layer] = lora[f"{key}.alpha"] / len(down) * (up @ down)
-    return updates
+            factors[layer] = lora[f"{key}.alpha"] / len(down) * up, down
+    return factors
 
 
-def inner_updates(trained: Mapping[str, nn.Module], path: Path) -> dict[str, torch.Tensor]:
+def inner_factors(trained: Mapping[str, nn.Module], path: Path) -> dict[str, Factors]:
     """ΔW of an inner-only file, with the live layers' outer factors."""
-    updates = {}
+    factors = {}
     with safe_open(path, framework="pt") as file:
         for prefix, model in adapter_components(trained).items():
             for name, layer in nora_layers(model, ADAPTER).items():
@@ -189,8 +195,8 @@ def inner_updates(trained: Mapping[str, nn.Module], path: Path) -> dict[str, tor
                 inner_A, inner_B = (file.get_tensor(f"{key}.lora_{side}.weight").float() for side in "AB")
                 outer_A, outer_B = outer.A.float().cpu(), outer.B.float().cpu()
                 scale = layer.nora_alpha[ADAPTER] / layer.r[ADAPTER]
-                updates[key] = scale * (outer_B @ inner_B) @ (inner_A @ outer_A)
-    return updates
+                factors[key] = scale * (outer_B @ inner_B), inner_A @ outer_A
+    return factors
 
 
 def check_same(path: Path, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
