@@ -35,7 +35,7 @@ from dreambooth.checkpoints import (
 )
 from dreambooth.config import TrainConfig
 from dreambooth.draws import CLASS, INSTANCE, picture_orders, step_seed, training_batch
-from dreambooth.launch import PRECISIONS, end_training, make_accelerator, push_to_hub, start_trackers
+from dreambooth.launch import PRECISIONS, end_training, is_first_process, make_accelerator, push_to_hub, start_trackers
 from dreambooth.loss import Objective
 from dreambooth.memory import memory_line, quantize_frozen
 from dreambooth.optim import (
@@ -57,9 +57,10 @@ from dreambooth.record import (
     module_fingerprint,
     reset_peak_memory,
     run_record,
+    samples_after,
     write_card,
 )
-from dreambooth.validation import validation_loss
+from dreambooth.sharding import share_frozen
 from dreambooth.watch import GradientWatch, check_loss, explained
 from inference.base import base_geometry, check_base, check_xformers
 from inference.cli import parse_config, quiet_libraries, run_command
@@ -80,11 +81,12 @@ from trainer.methods import (
     trained_components,
     trained_parameters,
 )
-from trainer.samples import draw_class_images, draw_pictures, draw_samples, keep_samples, load_base
+from trainer.observe import Observer
+from trainer.samples import draw_class_images, draw_samples, keep_samples, load_base
 
 # What a finished run leaves.
 WEIGHTS = (FOLDED_WEIGHTS, INNER_WEIGHTS, KOHYA_WEIGHTS, EMBEDDINGS, PEFT_FOLDER)
-RESULTS = (RUN_RECORD, MODEL_CARD, LOSS_PLOT, SAMPLES, *WEIGHTS)
+RESULTS = (RUN_RECORD, MODEL_CARD, LOSS_PLOT, *WEIGHTS)
 
 
 def train(config: TrainConfig) -> Path:
@@ -111,12 +113,13 @@ def train_alone(config: TrainConfig, lock: FolderLock) -> Path:
     config = replace(config, resolution=config.resolution or resolution)
     pictures = read_pictures(config, granularity)
     if config.dry_run:
-        print(pictures.report(config))
+        if is_first_process():
+            print(pictures.report(config))
         return output_dir
     checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir)
     if config.resume_from_checkpoint and checkpoint is None:
         print(f"{output_dir} has no checkpoint yet: starting from the beginning")
-    check_earlier_run(output_dir, RESULTS, RUN_RECORD, METRICS, resumes=checkpoint is not None)
+    check_earlier_run(output_dir, [*RESULTS, SAMPLES, BEST], RUN_RECORD, METRICS, resumes=checkpoint is not None)
     accelerator = make_accelerator(config, output_dir)
     if config.enable_xformers_memory_efficient_attention:
         check_xformers(accelerator.device)
@@ -127,7 +130,7 @@ def train_alone(config: TrainConfig, lock: FolderLock) -> Path:
         max_train_steps=config.total_steps(epoch_steps),
         learning_rate=scaled_learning_rate(config, accelerator.num_processes),
         mixed_precision=accelerator.mixed_precision,
-        validation_prompt=config.validation_prompt or [concept.instance_prompt for concept in pictures.concepts],
+        validation_prompt=config.validation_prompt or pictures.instance_prompts,
     )
     judge = RunJudge(config, accelerator, pictures)
     text_steps = config.text_steps
@@ -176,12 +179,14 @@ def train_alone(config: TrainConfig, lock: FolderLock) -> Path:
             inject(model, configs[name], partial(run_passes, config, accelerator, name, model, encoded, objective))
         cast_training_params(model, dtype=torch.float32)
         model.train()  # a text encoder's dropout is 0 in SDXL; gradient checkpointing asks for training mode
+        share_frozen(model)
         if config.gradient_checkpointing:  # diffusers and transformers name it differently
             (getattr(model, "enable_gradient_checkpointing", None) or model.gradient_checkpointing_enable)()
     parameters = [parameter for _, parameter in trained_parameters(trained)]
     if accelerator.is_main_process:
         samples = config.train_batch_size * (2 if config.with_prior_preservation else 1)
-        print(memory_line(trained, samples, encoded.largest_shape, encoded.prompt_length, accelerator.device))
+        largest = encoded.largest_shape, encoded.prompt_length
+        print(memory_line(trained, samples, *largest, accelerator.device, config.quantize_base))
     if config.quantize_base == "int8":
         for model in trained.values():
             quantize_frozen(model)
@@ -213,15 +218,23 @@ def train_alone(config: TrainConfig, lock: FolderLock) -> Path:
         unit="step",
         disable=not accelerator.is_main_process,
     )
+    observer = Observer(
+        config, accelerator, trained, tokenizers, dtype, encoded, objective, average, judge, metrics, sampling_steps
+    )
     watch = GradientWatch({} if checkpoint else trained, config.mixed_precision)
-    results = RESULTS if checkpoint else (*RESULTS, BEST)
-    clear_earlier = partial(clear_earlier_run, accelerator, output_dir, results, keep_state=checkpoint is not None)
+    earlier = samples_after(output_dir, first_step) if checkpoint else [SAMPLES, BEST]
+    clear_earlier = partial(
+        clear_earlier_run, accelerator, output_dir, [*RESULTS, *earlier], keep_state=checkpoint is not None
+    )
     if first_step == config.max_train_steps:
         clear_earlier()
+    settled = None  # the prompts' embeddings, once the text encoders have learned
     with metrics, GracefulStop() as stop:
         for step in progress:
             step_started, step_loss = time.perf_counter(), 0.0
             torch.manual_seed(step_seed(config.seed, step, accelerator.process_index))  # for dropout
+            if config.trains_text and settled is None and step >= text_steps:
+                settled = current_prompts(config, trained, encoded)  # the text encoders learn no more
             for micro_step in range(config.gradient_accumulation_steps):
                 with accelerator.accumulate(*models.values()):
                     share = micro_step * accelerator.num_processes + accelerator.process_index
@@ -239,7 +252,7 @@ def train_alone(config: TrainConfig, lock: FolderLock) -> Path:
                     ).to(accelerator.device)
                     if config.prior_teacher:
                         batch = with_class_prompts(batch, encoded, config.prior_loss_weight)
-                    prompt_embeds, pooled = embed_prompts(config, models, encoded, batch, learning=step < text_steps)
+                    prompt_embeds, pooled = embed_prompts(config, models, encoded, batch, settled)
                     noisy_latents, timesteps = objective.model_input(batch)
                     noisy_latents, target = noisy_latents.to(dtype), objective.target(batch)
                     if config.prior_teacher:
@@ -255,11 +268,11 @@ def train_alone(config: TrainConfig, lock: FolderLock) -> Path:
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         if watch.unseen:
-                            norms = watch.norms(
-                                step < text_steps and encoded.teaches_text(batch, config.train_batch_size)
-                            )
-                            norms = {f"gradient_norm/{name}": norm for name, norm in norms.items()}
-                            accelerator.log(norms, step=step + 1)
+                            teaches_text = settled is None and encoded.teaches_text(batch, config.train_batch_size)
+                            loss_scale = accelerator.scaler.get_scale() if accelerator.scaler else 1
+                            norms = watch.norms(teaches_text).items()
+                            logged = {f"gradient_norm/{name}": norm / loss_scale for name, norm in norms}
+                            accelerator.log(logged, step=step + 1)
                         accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
                     step_loss += accelerator.reduce(loss.detach(), "mean").item() / config.gradient_accumulation_steps
                     check_loss(step_loss, step + 1, config.mixed_precision, config.learning_rate)
@@ -275,24 +288,8 @@ def train_alone(config: TrainConfig, lock: FolderLock) -> Path:
             metrics.write(done, **logged, seconds=round(time.perf_counter() - step_started, 5))
             accelerator.log(logged, step=done)
             progress.set_postfix(loss=f"{step_loss:.4f}", lr=f"{learning_rate:.1e}")
-            with clock.pause(), average.applied():  # looking is not training
-                if judge.due(done) or (config.validation_loss_steps and done % config.validation_loss_steps == 0):
-                    prompts = current_prompts(config, trained, encoded)
-                    watched = validation_loss(
-                        trained["unet"], encoded.held_out, prompts, objective, config.train_batch_size
-                    )
-                    accelerator.log({"validation_loss": watched}, step=done)
-                    metrics.write(done, validation_loss=watched)
-                if judge.due(done):
-                    parts = trained | tokenizers
-                    drawn = draw_pictures(config, accelerator, parts, dtype, judge.prompts, judge.seeds)
-                    if accelerator.is_main_process:
-                        scores = judge.look(done, drawn, watched, partial(save_adapter, config, trained))
-                        accelerator.log({f"eval/{name}": score for name, score in scores.items()}, step=done)
-                        metrics.write(done, **scores)
-                if sampling_steps and done % sampling_steps == 0 and done < config.max_train_steps:
-                    samples = draw_samples(config, accelerator, trained | tokenizers, dtype)
-                    keep_samples(accelerator, samples, output_dir / SAMPLES / f"step-{done:06d}", done)
+            with clock.pause():  # looking is not training
+                observer.look(done)
             if done % config.checkpointing_steps == 0:
                 save_checkpoint(accelerator, output_dir, done, who, config.checkpoints_total_limit)
             if judge.due(done) and judge.gives_up():
@@ -301,7 +298,8 @@ def train_alone(config: TrainConfig, lock: FolderLock) -> Path:
             if stop.asked(accelerator) and done < config.max_train_steps:
                 path = save_checkpoint(accelerator, output_dir, done, who, config.checkpoints_total_limit)
                 end_training(accelerator, models)
-                print(f"stopped; {path} is whole, go on with --resume_from_checkpoint latest", file=sys.stderr)
+                if accelerator.is_main_process:
+                    print(f"stopped; {path} is whole, go on with --resume_from_checkpoint latest", file=sys.stderr)
                 sys.exit(128 + stop.signal)
     accelerator.wait_for_everyone()
     clock.lap("train_seconds")
@@ -334,6 +332,7 @@ def train_alone(config: TrainConfig, lock: FolderLock) -> Path:
         write_card(output_dir, record, [(sample.prompt, f"{SAMPLES}/{sample.file}") for sample in samples])
         if config.push_to_hub:
             print(f"uploaded to {push_to_hub(config, output_dir)}")
+        print(f"{output_dir}: adapter and record are there")
     end_training(accelerator, models)
     return output_dir
 
@@ -344,9 +343,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def command() -> None:
         with explained(config):
-            folder = train(config)
-        if not config.dry_run:
-            print(f"{folder}: adapter and record are there")
+            train(config)
 
     run_command(command)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, parse_flag_from_env
 from huggingface_hub import create_repo, upload_folder
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image
@@ -37,7 +38,7 @@ def make_accelerator(config: TrainConfig, output_dir: Path) -> Accelerator:
     if config.quantize_base == "int8":
         import_torchao()
     mixed_precision = config.mixed_precision
-    if mixed_precision is None and torch.cuda.is_available():
+    if mixed_precision is None and torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         # SDXL in fp32 fits few cards, and an accelerate that was never configured says "no".
         configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         mixed_precision = "fp16" if configured == "no" else configured
@@ -51,7 +52,9 @@ def make_accelerator(config: TrainConfig, output_dir: Path) -> Accelerator:
                 broadcast_buffers=False,  # NoRA's frozen factors are buffers, the same in every process
                 # SDXL reads the last but one layer of its first text encoder: adapters above it get no gradient.
                 find_unused_parameters=config.trains_text,
-            )
+            ),
+            # The others wait while the main process draws and scores; NCCL's own limit is ten minutes.
+            InitProcessGroupKwargs(timeout=timedelta(hours=3)),
         ],
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -68,6 +71,11 @@ def make_accelerator(config: TrainConfig, output_dir: Path) -> Accelerator:
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
+
+
+def is_first_process() -> bool:
+    """Of those that were launched; known before there is an accelerator."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def check_trackers(report_to: str) -> None:

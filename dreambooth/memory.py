@@ -20,15 +20,24 @@ def memory_line(
     shape: tuple[int, int],
     tokens: int,
     device: torch.device,
+    quantize_base: str = "none",
 ) -> str:
     """One sentence: what the run will hold, and what the device has free.
 
     Args:
+        trained: before its frozen part is quantised.
         batch_size: samples of one forward pass.
         shape: (h, w) of the largest latents.
         tokens: length of a prompt.
     """
     weights = sum(tensor.nbytes for model in trained.values() for tensor in (*model.parameters(), *model.buffers()))
+    if quantize_base == "int8":
+        weights -= sum(
+            module.weight.nbytes - module.weight.numel()
+            for model in trained.values()
+            for name, module in model.named_modules()
+            if is_quantized(module, name)
+        )
     parameters = sum(p.numel() for model in trained.values() for p in model.parameters() if p.requires_grad)
     learning = parameters * (OPTIMIZER_BYTES + GRADIENT_BYTES)
     activations = saved_activation_bytes(trained["unet"], batch_size, shape, tokens)
@@ -98,7 +107,9 @@ def quantize_frozen(model: nn.Module) -> None:
     quantize_(
         model,
         Int8WeightOnlyConfig(),
-        filter_fn=lambda module, name: (
-            isinstance(module, nn.Linear) and not module.weight.requires_grad and "nora_" not in name
-        ),
+        filter_fn=is_quantized,
     )
+
+
+def is_quantized(module: nn.Module, name: str) -> bool:
+    return isinstance(module, nn.Linear) and not module.weight.requires_grad and "nora_" not in name

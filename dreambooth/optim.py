@@ -208,3 +208,4 @@ class Average:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.ema:
             self.ema.load_state_dict(state)
+            self.ema.to(self.parameters[0].device)  # accelerate reads it to the CPU

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,6 +43,7 @@ from .prior import class_images, missing_seeds
 from .record import module_fingerprint
 
 ENCODED = "encoded"  # folder of the cache inside --output_dir
+PROMPTS_AT_ONCE = 64  # a few hundred MB in SDXL's second text encoder
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,11 @@ class Pictures:
     classes: list[Inspected]  # those that are there; others may still have to be drawn
     held_out: list[Inspected]  # for the validation loss
     settings: CropSettings
+
+    @property
+    def instance_prompts(self) -> list[str]:
+        """Of the subjects; two concepts may share one."""
+        return list(dict.fromkeys(concept.instance_prompt for concept in self.concepts))
 
     def epoch_steps(self, config: TrainConfig, num_processes: int) -> int:
         """Optimiser steps in which every picture is seen once, repeats counted."""
@@ -267,8 +272,9 @@ def encode_run(
     vae_fingerprint = module_fingerprint(pipeline.vae.float())
     cuts = [cut_picture(picture, pictures.settings) for picture in pictures.instance]
     # A step's samples have one shape, so class images are there in every shape that instance pictures have.
+    # They are many, so one crop each will do.
     class_cuts = [
-        cut_picture(picture, pictures.settings, bucket=shape)
+        cut_picture(picture, replace(pictures.settings, variants=1), bucket=shape)
         for picture in pictures.classes
         for shape in dict.fromkeys(cut.shape for cut in cuts)
     ]
@@ -322,13 +328,21 @@ def with_class_prompts(batch: Batch, encoded: Encoded, prior_loss_weight: float)
 
 
 def embed_prompts(
-    config: TrainConfig, models: Mapping[str, nn.Module], encoded: Encoded, batch: Batch, learning: bool
+    config: TrainConfig,
+    models: Mapping[str, nn.Module],
+    encoded: Encoded,
+    batch: Batch,
+    settled: EncodedPrompts | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompt embeddings (B, tokens, d) and pooled ones (B, d2) of the batch's prompts."""
-    prompts = encoded.prompts.rows(batch.prompts)
-    if config.trains_text:
-        with nullcontext() if learning else torch.no_grad():
-            prompts = encode_prompts([models[name] for name in TEXT_ENCODERS], encoded.tokens, batch.prompts)
+    """Prompt embeddings (B, tokens, d) and pooled ones (B, d2) of the batch's prompts.
+
+    Args:
+        settled: all prompts as text encoders make them that learned, and no longer do.
+    """
+    if config.trains_text and settled is None:
+        prompts = encode_prompts([models[name] for name in TEXT_ENCODERS], encoded.tokens, batch.prompts)
+    else:
+        prompts = (settled or encoded.prompts).rows(batch.prompts)
     nothing = batch.uncaptioned
     prompt_embeds, pooled = prompts
     if nothing.any():
@@ -339,7 +353,15 @@ def embed_prompts(
 
 @torch.no_grad()
 def current_prompts(config: TrainConfig, models: Mapping[str, nn.Module], encoded: Encoded) -> EncodedPrompts:
-    """All prompts of the run as the text encoders make them now."""
+    """All prompts of the run as the text encoders make them now, without dropout."""
     if not config.trains_text:
         return encoded.prompts
-    return encode_prompts([models[name] for name in TEXT_ENCODERS], encoded.tokens)
+    text_encoders = [models[name] for name in TEXT_ENCODERS]
+    training = [model.training for model in text_encoders]
+    for model in text_encoders:
+        model.eval()
+    rows = torch.arange(len(encoded.prompts.prompt_embeds), device=encoded.prompts.prompt_embeds.device)
+    parts = [encode_prompts(text_encoders, encoded.tokens, some) for some in rows.split(PROMPTS_AT_ONCE)]
+    for model, was in zip(text_encoders, training):
+        model.train(was)
+    return EncodedPrompts(*map(torch.cat, zip(*parts)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 import resource
 import statistics
 import time
@@ -31,6 +32,21 @@ LOSS_PLOT = "loss.png"
 SAMPLES = "samples"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 _CARD_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+
+
+def step_samples(step: int) -> str:
+    """Folder of the samples that a run draws after a step, inside its own."""
+    return f"{SAMPLES}/step-{step:06d}"
+
+
+def samples_after(folder: Path, step: int) -> list[str]:
+    """Samples in a run's folder that a run resumed from the step draws again."""
+    names = (path.name for path in (folder / SAMPLES).glob("*"))
+    return [
+        f"{SAMPLES}/{name}"
+        for name in names
+        if not ((found := re.fullmatch(r"step-(\d+)", name)) and int(found[1]) <= step)
+    ]
 
 
 class Clock:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from diffusers import UNet2DConditionModel
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -46,10 +47,7 @@ class SplittingAccelerator(Accelerator):
     def prepare_model(self, model: nn.Module, *args: Any, **options: Any) -> nn.Module:
         if self.num_processes == 1 or not isinstance(model, UNet2DConditionModel):
             return super().prepare_model(model, *args, **options)
-        # DDP would hold on to the whole frozen tensors, and accelerate refuses to wrap a model that is split already.
-        model._ddp_params_and_buffers_to_ignore = [
-            name for name, parameter in model.named_parameters() if not parameter.requires_grad
-        ]
+        # Before it is split, because accelerate refuses to wrap a model that is.
         prepared = super().prepare_model(model, *args, **options)
         frozen = split_frozen(model, self.device, self.num_processes)
         if self.is_main_process:
@@ -84,6 +82,19 @@ def accelerator_class(config: TrainConfig) -> type[Accelerator]:
                 "supported here: use configs/accelerate/fsdp.yaml"
             )
     return SplittingAccelerator
+
+
+def share_frozen(model: nn.Module) -> None:
+    """Make what is frozen the same in every process, so that DDP has only what is trained to share.
+
+    The base is the same already, and a quantised one can't be sent. NoRA's outer factors, which are buffers, are sent
+    here: unlike GPUs may turn those of near-equal singular values differently.
+    """
+    for buffer in model.buffers():
+        broadcast(buffer)
+    model._ddp_params_and_buffers_to_ignore = [
+        name for name, parameter in model.named_parameters() if not parameter.requires_grad
+    ]
 
 
 def asked_for(engine: str) -> bool:

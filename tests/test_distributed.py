@@ -18,8 +18,10 @@ from tiny_sdxl import saved_base  # noqa: F401 (built before the processes race 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dreambooth.launch import end_training
+from dreambooth.config import TrainConfig
+from dreambooth.launch import end_training, make_accelerator
 from dreambooth.prior import class_image_name
+from dreambooth.sharding import share_frozen
 from inference.components import FOLDED_WEIGHTS
 from trainer.methods import TRAINED_STATE
 
@@ -101,6 +103,21 @@ def test_a_split_base_trains_the_same_adapter(tmp_path):
         assert first.keys() == second.keys()
         for key in first:
             assert torch.allclose(first[key], second[key], atol=1e-5), key
+
+
+def test_ddp_shares_only_what_is_trained():
+    """A quantised base can't be sent from process to process."""
+    model = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
+    share_frozen(model)
+    assert model._ddp_params_and_buffers_to_ignore == ["0.weight", "0.bias"]
+
+
+def test_a_cpu_of_a_machine_with_a_gpu_trains_in_fp32(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    options = {"pretrained_model_name_or_path": "base", "instance_data_dir": "x", "instance_prompt": "y"}
+    accelerator = make_accelerator(TrainConfig(**options, report_to="none").resolved(), tmp_path)
+    assert accelerator.mixed_precision == "no"
 
 
 def test_nothing_outlives_the_process_group(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from dreambooth.encode import (
     scale_latents,
     tokenize,
 )
+from dreambooth.prepare import current_prompts
 
 SQUARE = CropSettings([(32, 32)])
 
@@ -225,3 +227,18 @@ def test_keys_tell_lists_apart(one, other):
     from dreambooth.data import content_hash
 
     assert (content_hash(*one) == content_hash(*other)) == (one == other)
+
+
+def test_prompts_of_now_are_read_without_dropout(pipeline, monkeypatch):
+    monkeypatch.setattr("dreambooth.prepare.PROMPTS_AT_ONCE", 2)
+    tokens = tokenize([pipeline.tokenizer, pipeline.tokenizer_2], ["a cat", "a dog", "an owl"])
+    models = {"text_encoder": pipeline.text_encoder, "text_encoder_2": pipeline.text_encoder_2}
+    expected = encode_prompts(list(models.values()), tokens)
+    for model in models.values():
+        model.train()
+        for layer in model.modules():
+            if hasattr(layer, "dropout"):
+                layer.dropout = 0.5
+    found = current_prompts(SimpleNamespace(trains_text=True), models, SimpleNamespace(prompts=expected, tokens=tokens))
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(found, expected))
+    assert all(model.training for model in models.values())

@@ -142,3 +142,12 @@ def test_average_is_applied_and_taken_away():
     with nothing.applied():
         assert parameter.item() == inside
     assert nothing.state_dict() == {}
+
+
+def test_an_average_goes_on_where_its_parameters_are():
+    """accelerate reads a checkpoint to the CPU; meta stands for a GPU."""
+    saved = Average([nn.Parameter(torch.ones(2))], 0.9).state_dict()
+    average = Average([nn.Parameter(torch.ones(2, device="meta"))], 0.9)
+    average.load_state_dict(saved)
+    average.step()
+    assert average.ema.shadow_params[0].device.type == "meta"

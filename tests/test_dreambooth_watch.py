@@ -1,6 +1,7 @@
 """Guards and figures around the loop: memory before it is taken, losses that are no numbers, parts that don't learn."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -56,6 +57,19 @@ def test_memory_line_adds_up(unet):
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     line = memory_line({"unet": unet}, 3, (8, 12), 7, torch.device("cpu"))
     assert f"{trained * 12 / 1e6:.1f} MB gradients and optimizer" in line and "activations of 3 samples" in line
+
+
+def test_memory_line_counts_the_quantized_base(unet):
+    def weights(quantize_base):
+        line = memory_line({"unet": unet}, 3, (8, 12), 7, torch.device("cpu"), quantize_base)
+        return float(re.search(r"([\d.]+) MB weights", line)[1])
+
+    linear = sum(
+        module.weight.numel()
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad
+    )
+    assert weights("none") - weights("int8") == pytest.approx(linear * 3 / 1e6, abs=0.11)  # 1 of fp32's 4 bytes is left
 
 
 def test_int8_base_still_learns(unet):

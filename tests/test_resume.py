@@ -233,6 +233,18 @@ def test_a_run_that_did_not_finish_is_not_overwritten(copy):
     assert checkpoints(copy) == []
 
 
+def test_earlier_samples_are_kept(tmp_path):
+    options = {"validation_steps": 1, "num_validation_images": 1, "checkpointing_steps": 2, "max_train_steps": 4}
+    folder = run(tmp_path, **options)
+    names = sorted(str(path.relative_to(folder)) for path in (folder / "samples").rglob("*.png"))
+    first = folder / "samples" / "step-000001" / Path(names[-1]).name
+    first.write_bytes(b"of the first two steps")
+    (folder / "samples" / "step-000003" / "stale.png").touch()
+    run(tmp_path, **options, resume_from_checkpoint=str(folder / "checkpoint-2"))
+    assert first.read_bytes() == b"of the first two steps"
+    assert sorted(str(path.relative_to(folder)) for path in (folder / "samples").rglob("*.png")) == names
+
+
 def test_more_steps_than_before(copy):
     resumed = run(copy, max_train_steps=5, resume_from_checkpoint="latest")
     assert losses(resumed) == losses(run(copy.parent / "whole", max_train_steps=5))

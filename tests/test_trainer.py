@@ -245,6 +245,14 @@ def test_validation_while_training(tmp_path):
     assert losses(folder) == losses(run(tmp_path / "unwatched"))  # looking does not change the run
 
 
+def test_subjects_of_one_prompt_are_drawn_once(tmp_path):
+    concepts = [{"instance_prompt": "[V] cat", "instance_data_dir": str(CAT)}] * 2
+    (tmp_path / "concepts.json").write_text(json.dumps(concepts))
+    options = {"instance_data_dir": None, "instance_prompt": None, "concepts_list": str(tmp_path / "concepts.json")}
+    folder = run(tmp_path / "run", **options, num_validation_images=1)
+    assert len(list((folder / "samples").glob("*.png"))) == 1
+
+
 def test_buckets_captions_and_several_subjects_in_one_run(tmp_path):
     for name, size in (("wide.png", (80, 40)), ("tall.png", (40, 80)), ("square.png", (50, 50))):
         (tmp_path / "cat").mkdir(exist_ok=True)
@@ -345,6 +353,12 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     assert "6 instance pictures" in capsys.readouterr().out and not (tmp_path / "run").exists()
 
 
+def test_one_process_reports(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    run(tmp_path / "run", dry_run=True)
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("optimizer", ["SGD", "prodigy", "Adafactor", "Muon"])
 def test_other_optimizers_train(tmp_path, optimizer):
     first, *_, last = losses(run(tmp_path, optimizer=optimizer, learning_rate=1.0, max_train_steps=4))
@@ -395,6 +409,19 @@ def test_latents_and_prompts_are_encoded_once(tmp_path, monkeypatch):
     assert len(calls) == 2 * once
 
 
+def test_text_encoders_that_learn_no_more_are_not_run(tmp_path, monkeypatch):
+    calls = []
+    forward = CLIPTextModel.forward
+    monkeypatch.setattr(CLIPTextModel, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    options = {"train_text_encoder": True, "encoded_cache_dir": str(tmp_path / "encoded")}
+    counts = []
+    for steps in (2, 4, 8):  # they learn during the first 2; the first run also encodes the base's prompts
+        calls.clear()
+        run(tmp_path / str(steps), max_train_steps=steps, train_text_encoder_frac=2 / steps, **options)
+        counts.append(len(calls))
+    assert counts[1] == counts[2]
+
+
 def test_base_is_left_as_it_was(tmp_path):
     base = tmp_path / "base"
     shutil.copytree(saved_base(), base)
@@ -418,6 +445,15 @@ def test_a_second_run_leaves_nothing_of_the_first(tmp_path):
     run(tmp_path, method="lora")
     files = {FOLDED_WEIGHTS, "run.json", "README.md", "loss.png", "metrics.jsonl"}
     assert set(os.listdir(tmp_path)) == {*files, "encoded"}
+
+
+@pytest.mark.parametrize("name", ["best/mine.txt", "samples/mine.png", "README.md"])
+def test_a_users_own_files_are_not_replaced(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match="it looks like your own"):
+        run(tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_a_run_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):

@@ -116,6 +116,7 @@ def save_peft_folders(trained: Mapping[str, nn.Module], folder: Path) -> list[st
 # --- reading back -----------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def check_files(config: TrainConfig, trained: Mapping[str, nn.Module], folder: Path) -> None:
     """Read every file back and compare each layer's ΔW with the live one.
 
@@ -151,7 +152,6 @@ def check_files(config: TrainConfig, trained: Mapping[str, nn.Module], folder: P
 Factors = tuple[torch.Tensor, torch.Tensor]
 
 
-@torch.no_grad()
 def live_factors(trained: Mapping[str, nn.Module]) -> dict[str, Factors]:
     """ΔW of every adapted layer by its name in diffusers' files."""
     factors = {}

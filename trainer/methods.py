@@ -18,7 +18,7 @@ from dreambooth.calibration import run_unet_passes
 from dreambooth.config import TEXT_ENCODERS, TrainConfig
 from dreambooth.draws import INSTANCE, Batch
 from dreambooth.loss import Objective
-from dreambooth.prepare import Encoded
+from dreambooth.prepare import PROMPTS_AT_ONCE, Encoded
 from inference.components import INNER_WEIGHTS, adapter_components
 from inference.tokens import ENCODERS, add_new_word, token_names
 from nora import NoraConfig, NoraLinear, calibration_mask, check_targets, load_inner, preprocess_nora
@@ -184,8 +184,10 @@ def run_passes(
         )
         return
     tokens = encoded.calibration_tokens[TEXT_ENCODERS.index(component)]
-    with calibration_mask(tokens["attention_mask"].to(accelerator.device)):  # padding does not count
-        model(tokens["input_ids"].to(accelerator.device))
+    parts = (tokens[name].to(accelerator.device).split(PROMPTS_AT_ONCE) for name in ("input_ids", "attention_mask"))
+    for input_ids, attention_mask in zip(*parts):
+        with calibration_mask(attention_mask):  # padding does not count
+            model(input_ids)
 
 
 @torch.no_grad()
