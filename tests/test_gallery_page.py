@@ -257,6 +257,24 @@ def test_zoom_opens_by_click_and_walks_to_neighbours(visit):
     assert comes_to_focus(page, f"{NAMES[0]}, seed 0: {PROMPTS[0]}")  # where the walk ended
 
 
+def test_keys_still_walk_after_a_button_reached_the_edge(visit):
+    page = visit()
+    page.locator(".picture").nth(1).click()
+    page.click("#zoom button[value=ArrowLeft]")  # there is no column further left, so the button gives up its focus
+    page.keyboard.press("ArrowRight")
+    assert colours(page, "#zoom img") == [(1, 0, 3)]
+
+
+def test_the_browsers_own_keys_are_left_to_it(visit):
+    page = visit()
+    page.locator(".picture").nth(1).focus()
+    page.evaluate("document.addEventListener('keydown', event => { window.taken = event.defaultPrevented; })")
+    page.keyboard.press("Control+ArrowDown")
+    assert page.evaluate("window.taken") is False
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate("window.taken") is True
+
+
 def test_zoom_fits_large_pictures_and_shows_training_pictures(visit):
     page = visit("large", width=390, height=800)
     page.click(".picture")
@@ -495,6 +513,16 @@ def test_votes_are_counted_for_the_right_column(visit):
     page.click("#blind")  # leaving asks nothing, and a new vote starts from nothing
     page.click("#blind")
     assert voted.inner_text() == "voted 0 of 6 rows" and not page.locator("#tally").is_visible()
+
+
+def test_leaving_a_vote_counts_it_first(visit):
+    page = visit()
+    page.keyboard.press("b")
+    page.locator(".best").first.click()
+    page.keyboard.press("b")
+    assert page.locator("#tally").is_visible() and "1 of 1" in page.locator("#tally tbody").inner_text()
+    page.keyboard.press("b")
+    assert page.locator("body").get_attribute("data-mode") == "grid"
 
 
 def test_a_reveal_without_votes_has_no_shares(visit):

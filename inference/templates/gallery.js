@@ -209,6 +209,7 @@ function placeOf(stop) {
   return { row, place: stops(row).indexOf(stop) };
 }
 
+const modified = (event) => event.ctrlKey || event.metaKey || event.altKey; // the browser's own, such as Alt+←
 const STOPS = ".picture, .row .pair input";
 find("main").addEventListener("focusin", ({ target }) => target.matches(STOPS) && rove(target));
 find("main").addEventListener("click", ({ target }) => {
@@ -216,7 +217,7 @@ find("main").addEventListener("click", ({ target }) => {
   if (button) openZoom(placeOf(button));
 });
 find("main").addEventListener("keydown", (event) => {
-  if (!event.target.matches(STOPS)) return;
+  if (!event.target.matches(STOPS) || modified(event)) return;
   const slider = event.target.matches("input");
   const direction = ARROWS[event.key];
   if (slider && event.key === "Enter") openZoom(placeOf(event.target));
@@ -244,10 +245,12 @@ function enlarged({ uri, width, height }, alt) {
 function fillZoom(content, text) {
   find(".stage", zoom).replaceChildren(content);
   find(".caption", zoom).textContent = text;
+  const focused = document.activeElement;
   for (const button of findAll(".steps button", zoom)) {
     button.hidden = !zoomed || (state.mode === "compare" && ARROWS[button.value][0] !== 0);
     button.disabled = button.hidden || !neighbour(zoomed, ARROWS[button.value]);
   }
+  if (focused.disabled) find("form > button", zoom).focus(); // at an edge; keys would go nowhere
 }
 
 function openZoom(at) {
@@ -278,7 +281,7 @@ for (const button of findAll(".steps button", zoom)) {
 }
 zoom.addEventListener("keydown", (event) => {
   const direction = ARROWS[event.key];
-  if (!direction || (event.target.matches("input") && direction[0])) return;
+  if (!direction || modified(event) || (event.target.matches("input") && direction[0])) return;
   event.preventDefault();
   walkZoom(direction);
 });
@@ -363,11 +366,14 @@ function reveal() {
   scrollTo(0, 0);
 }
 
-function setBlind(on) {
-  if (find("#blind")) setMode(on ? "blind" : "grid");
+// Votes are never thrown away unseen: who leaves with some gets them counted first.
+function toggleBlind() {
+  if (!find("#blind")) return;
+  if (state.mode === "blind" && rows.some((row) => row.vote)) reveal();
+  else setMode(voting() ? "grid" : "blind");
 }
 
-find("#blind")?.addEventListener("click", () => setBlind(!voting()));
+find("#blind")?.addEventListener("click", toggleBlind);
 find("#reveal")?.addEventListener("click", reveal);
 find("#copy").addEventListener("click", async () => {
   const area = find("#tally textarea");
@@ -437,13 +443,13 @@ find("#theme").addEventListener("click", () => {
 
 const KEYS = {
   "/": () => filter.focus(),
-  b: () => setBlind(!voting()),
+  b: toggleBlind,
   c: () => setCompare(state.mode !== "compare"),
   "?": () => find("#keys").showModal(),
 };
 find("#help").addEventListener("click", KEYS["?"]);
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || find("dialog[open]")) return;
+  if (modified(event) || find("dialog[open]")) return;
   if (event.target.matches("input[type=search], textarea, select") || !Object.hasOwn(KEYS, event.key)) return;
   event.preventDefault();
   KEYS[event.key]();
