@@ -249,7 +249,9 @@ class LoopOptions:
     gradient_accumulation_steps: int = _option(1, "Batches per optimiser step.")
     checkpointing_steps: int = _option(500, "Save the state of the run every so many steps.")
     checkpoints_total_limit: int | None = _option(None, "Keep so many of these; the oldest go first.")
-    resume_from_checkpoint: str | None = _option(None, 'Go on from "latest", or from a checkpoint folder.')
+    resume_from_checkpoint: str | None = _option(
+        None, 'Go on from "latest", or from a checkpoint folder; those of later steps go once the run saves its own.'
+    )
 
 
 @dataclass(kw_only=True)
