@@ -159,6 +159,52 @@ def test_two_processes_share_the_work(pipeline, folder, monkeypatch):
     assert all(torch.equal(one.mean, other.mean) for one, other in zip(first, second))
 
 
+def test_another_run_fills_the_shared_cache_meanwhile(pipeline, folder):
+    """One process finds an entry that the other did not: what each of them misses differs."""
+    whole = encode(pipeline, folder)
+    first, *rest = [path.relative_to(folder / "cache") for path in entries(folder)]
+
+    class Late(EncodedCache):
+        """Sees what another run wrote after the other process had looked."""
+
+        def read(self, key):
+            return EncodedCache(folder / "cache").read(key) if self.path(key).name == first.name else super().read(key)
+
+    meeting = threading.Barrier(2)
+    for late in (0, 1):
+        shared = folder / f"shared-{late}"
+        caches = [EncodedCache(shared), EncodedCache(shared)]
+        caches[late] = Late(shared)
+
+        def process(index, caches=caches):
+            options = {"process_index": index, "num_processes": 2, "wait": meeting.wait}
+            return encode(pipeline, folder, cache=caches[index], **options)
+
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(process, range(2)))
+        assert all(torch.equal(a.mean, b.mean) for one in found for a, b in zip(whole, one))
+
+
+def test_what_is_half_there_is_shared_too(pipeline, folder, monkeypatch):
+    """A picture's crops and mirror images lie side by side; an earlier run may have needed the crops alone."""
+    plain = CropSettings([(32, 32)], center_crop=True, variants=1)
+    for number in range(13):
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(folder / f"d{number}.png")
+    encode(pipeline, folder, plain)
+    meeting, shares = threading.Barrier(2), []
+
+    def process(index):
+        sizes = []
+        options = {"process_index": index, "num_processes": 2, "wait": meeting.wait}
+        options["progress"] = lambda total: sizes.append(total) or range(total)
+        encode(pipeline, folder, CropSettings([(32, 32)], True, True, 2), **options)
+        shares.append(sum(sizes))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(process, range(2)))
+    assert sum(shares) == 16 and min(shares) >= 4
+
+
 def test_worker_processes_read_the_same(pipeline, folder):
     plain = encode(pipeline, folder)
     workers = encode(pipeline, folder, cache=EncodedCache(folder / "other"), num_workers=2)
