@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from storage.files import write_safetensors
+from storage.files import tensor_bytes, write_safetensors
 
 from .functional import OuterFactors
 
@@ -62,7 +62,7 @@ def cache_key(W: torch.Tensor, statistic: torch.Tensor | None, settings: tuple) 
     digest.update(repr((ALGORITHM_VERSION, str(W.dtype), tuple(W.shape), settings)).encode())
     for tensor in (W, statistic):
         if tensor is not None:
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_sdxl import build_pipeline
 
-from dreambooth.cache import EncodedCache
+from dreambooth.cache import EncodedCache, checksum
 from dreambooth.data import Example
 from dreambooth.encode import (
     CropSettings,
@@ -23,6 +23,8 @@ from dreambooth.encode import (
     scale_latents,
     tokenize,
 )
+from dreambooth.record import module_fingerprint
+from nora.cache import cache_key
 
 SQUARE = CropSettings([(32, 32)])
 
@@ -235,6 +237,15 @@ def test_bases_that_shift_their_latents():
     expected = (latents - torch.tensor([1.0, 2, 3, 4]).reshape(1, 4, 1, 1)) * 0.5
     expected = expected / torch.tensor([1.0, 2, 4, 8]).reshape(1, 4, 1, 1)
     assert torch.allclose(scale_latents(vae, latents), expected)
+
+
+def test_hashes_on_users_disks_stay():
+    """Entries of both caches are found by them, and a resumed run's base is compared by them."""
+    tensors = {"b": torch.arange(6.0).reshape(2, 3).T, "a": torch.ones(2, dtype=torch.bfloat16)}
+    module = torch.nn.ParameterDict({name: torch.nn.Parameter(tensor) for name, tensor in tensors.items()})
+    assert checksum(tensors) == "1337bbef9da8ff7721ce681690db3ed2"
+    assert module_fingerprint(module) == "6847abdcd17837420dd0451a77172f3c572f5c43ae1f3e8acb26f44ea22e747c"
+    assert cache_key(tensors["b"], tensors["a"].half(), ("svd", 2)) == "b1c9eaa8b708f5523b02121cc31ad042f24c4178"
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
