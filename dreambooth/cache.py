@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from storage.files import write_safetensors
+from storage.files import hash_tensors, write_safetensors
 
 
 class EncodedCache:
@@ -44,8 +44,4 @@ class EncodedCache:
 
 def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
     """BLAKE2 of the tensors' names, dtypes, shapes and bytes."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return hash_tensors(hashlib.blake2b(digest_size=16), tensors.items())

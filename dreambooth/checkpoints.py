@@ -9,7 +9,8 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -70,7 +71,9 @@ def find_checkpoint(resume_from: str | None, folder: Path) -> Path | None:
 def save_checkpoint(
     accelerator: Accelerator, folder: Path, step: int, identity: Mapping[str, Any], total_limit: int | None
 ) -> Path:
-    """Write ``checkpoint-{step}`` under a temporary name, sync, rename; only then do the oldest go. All processes.
+    """Write ``checkpoint-{step}`` under a temporary name, sync, rename; only then do others go. All processes.
+
+    Those of later steps go too: a run that went on from an older checkpoint has left them behind.
 
     Raises:
         OSError: if it could not be written; nothing of it stays.
@@ -80,30 +83,47 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    try:
+    with _whole_or_gone(path, partial):
         accelerator.save_state(str(partial))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
+    accelerator.wait_for_everyone()  # outside: another process that died is no full disk
+    if accelerator.is_main_process:
+        with _whole_or_gone(path, partial):
             files = {str(file.relative_to(partial)): file for file in partial.rglob("*") if file.is_file()}
             state = {"step": step, **identity, "files": {name: _digest(file) for name, file in files.items()}}
             (partial / STATE).write_text(json.dumps(state, indent=1, sort_keys=True))
             for file in (*files.values(), partial / STATE):
                 _sync(file)
+        if path.exists():  # saved before a run was cut off and resumed from an older one
+            _remove(path)
+        partial.rename(path)
+        _sync(folder)
+        found = checkpoints(folder)
+        kept = [old for saved, old in found if saved <= step][-(total_limit or len(found)) :]
+        for _, old in found:
+            if old not in kept:
+                _remove(old)
+    accelerator.wait_for_everyone()
+    return path
+
+
+@contextmanager
+def _whole_or_gone(path: Path, partial: Path) -> Iterator[None]:
+    """What fails inside takes the partial folder with it, and says which checkpoint is not there."""
+    try:
+        yield
     except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own word for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
             f"{path} could not be written ({error}): is the disk full? Older checkpoints are whole"
         ) from error
-    if accelerator.is_main_process:
-        if path.exists():  # saved before a run was cut off and resumed from an older one
-            shutil.rmtree(path)
-        partial.rename(path)
-        _sync(folder)
-        if total_limit is not None:
-            for _, old in checkpoints(folder)[:-total_limit]:
-                shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-    return path
+
+
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint; cut off, it leaves a hidden rest and none that looks like somebody else's."""
+    rest = checkpoint.with_name(f".{checkpoint.name}.old.partial")
+    shutil.rmtree(rest, ignore_errors=True)
+    checkpoint.rename(rest)
+    shutil.rmtree(rest)
 
 
 def _digest(file: Path) -> str | None:
@@ -182,6 +202,12 @@ def check_earlier_run(folder: Path, results: Sequence[str], record: str, metrics
         ValueError: naming the file, or the newest checkpoint.
     """
     old = checkpoints(folder)
+    named = sorted(path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name))
+    if other := [path for path in named if path not in {mine for _, mine in old}]:
+        raise ValueError(
+            f"--output_dir {folder} has {other[0].name} without {STATE}: it is not of this trainer, or not whole, and "
+            "a run may replace it; choose another folder, or move it away"
+        )
     if old and not resumes and not (folder / record).exists():
         raise ValueError(
             f"--output_dir {folder} has {old[-1][1].name} of a run that did not finish: add "
@@ -206,7 +232,7 @@ def clear_earlier_run(accelerator: Accelerator, folder: Path, results: Sequence[
         return
     if not keep_state:
         for _, path in checkpoints(folder):
-            shutil.rmtree(path)
+            _remove(path)
     for partial in folder.glob(".checkpoint-*.partial"):
         shutil.rmtree(partial)
     for name in results:

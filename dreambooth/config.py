@@ -6,8 +6,11 @@ the few that differ, and why.
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -34,16 +37,6 @@ NORA_DEFAULTS = {
     "calibration_passes": 32,
 }
 NORA_OPTIONS = ("preset", "outer_rank", "inner_init", *NORA_DEFAULTS)
-PRIOR_OPTIONS = ("class_data_dir", "class_prompt", "prior_teacher")
-TEXTUAL_INVERSION_OPTIONS = ("num_new_tokens_per_abstraction", "train_text_encoder_ti_frac")
-EVALUATION_OPTIONS = (
-    "best_by",
-    "early_stopping_patience",
-    "eval_protocol",
-    "num_eval_images",
-    "clip",
-    "dino",
-)
 # What --low_vram sets, unless the command line says otherwise.
 LOW_VRAM = {"gradient_checkpointing": True, "quantize_base": "int8"}
 POSITIVE = (
@@ -99,6 +92,79 @@ BELOW_1 = ("adam_beta1", "adam_beta2", "prodigy_beta3", "ema_decay", "caption_dr
 # piecewise_constant needs rules that no flag gives.
 LR_SCHEDULES = [schedule.value for schedule in SchedulerType if schedule is not SchedulerType.PIECEWISE_CONSTANT]
 INTERPOLATION_MODES = ("lanczos", "bilinear", "bicubic", "box", "nearest", "hamming")
+Idle = Sequence[tuple[Sequence[str], "Callable[[TrainConfig], object]", str]]
+# Flags, when they do something, and where they don't. Given there, these are refused:
+IDLE: Idle = (
+    (("dataset_config_name",), lambda config: config.dataset_name, "without --dataset_name"),
+    (
+        ("cache_variants",),
+        lambda config: config.random_flip or not config.center_crop or config.cache_variants == 1,
+        "with --center_crop and without --random_flip: all are one crop",
+    ),
+    (
+        ("class_data_dir", "class_prompt", "prior_teacher", "prior_loss_weight", "num_class_images"),
+        lambda config: config.with_prior_preservation,
+        "without --with_prior_preservation",
+    ),
+    (("num_class_images",), lambda config: not config.prior_teacher, "with --prior_teacher, which needs none"),
+    (("huber_c",), lambda config: config.loss_type == "huber", "without --loss_type huber"),
+    (("train_text_encoder_frac",), lambda config: config.train_text_encoder, "without --train_text_encoder"),
+    (
+        ("token_abstraction", "num_new_tokens_per_abstraction", "train_text_encoder_ti_frac"),
+        lambda config: config.train_text_encoder_ti,
+        "without --train_text_encoder_ti",
+    ),
+    (
+        ("validation_data_dir",),
+        lambda config: config.validation_loss_steps is not None or config.best_by == "val_loss",
+        "without --validation_loss_steps",
+    ),
+    (
+        ("best_by", "early_stopping_patience", "eval_protocol", "num_eval_images", "clip", "dino"),
+        lambda config: config.eval_steps is not None,
+        "without --eval_steps",
+    ),
+    (("hub_model_id", "hub_token"), lambda config: config.push_to_hub, "without --push_to_hub"),
+)
+# diffusers' script takes these without a word, and its commands run here: they get a warning.
+IDLE_AS_IN_DIFFUSERS: Idle = (
+    (("image_column",), lambda config: config.dataset_name, "without --dataset_name"),
+    (
+        ("prior_generation_precision",),
+        lambda config: config.with_prior_preservation and not config.prior_teacher,
+        "where no class images are drawn",
+    ),
+    (
+        ("text_encoder_lr", "adam_weight_decay_text_encoder"),
+        lambda config: config.trains_text,
+        "where no text encoder is trained",
+    ),
+    (
+        ("text_encoder_lr",),
+        lambda config: not config.trains_text or not config.uses_prodigy,
+        "with --optimizer prodigy, which has one learning rate",
+    ),
+    (
+        ("prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup"),
+        lambda config: config.uses_prodigy,
+        "without --optimizer prodigy",
+    ),
+    (("adam_beta1", "adam_beta2"), lambda config: config.optimizer_takes("betas", tuple), "with this --optimizer"),
+    (("adam_epsilon",), lambda config: config.optimizer_takes("eps", float), "with this --optimizer"),
+    (("lr_warmup_steps",), lambda config: config.lr_scheduler != "constant", "with --lr_scheduler constant"),
+    (
+        ("lr_num_cycles",),
+        lambda config: config.lr_scheduler == "cosine_with_restarts",
+        "without --lr_scheduler cosine_with_restarts",
+    ),
+    (("lr_power",), lambda config: config.lr_scheduler == "polynomial", "without --lr_scheduler polynomial"),
+    (("num_train_epochs",), lambda config: config.max_train_steps is None, "beside --max_train_steps"),
+    (
+        ("validation_epochs",),
+        lambda config: config.validation_prompt and config.validation_steps is None,
+        "without --validation_prompt, or beside --validation_steps",
+    ),
+)
 WHICH_BASE = "SDXL: a diffusers folder, a Hub id or a .safetensors file."
 
 
@@ -249,7 +315,9 @@ class LoopOptions:
     gradient_accumulation_steps: int = _option(1, "Batches per optimiser step.")
     checkpointing_steps: int = _option(500, "Save the state of the run every so many steps.")
     checkpoints_total_limit: int | None = _option(None, "Keep so many of these; the oldest go first.")
-    resume_from_checkpoint: str | None = _option(None, 'Go on from "latest", or from a checkpoint folder.')
+    resume_from_checkpoint: str | None = _option(
+        None, 'Go on from "latest", or from a checkpoint folder; those of later steps go once the run saves its own.'
+    )
 
 
 @dataclass(kw_only=True)
@@ -328,6 +396,17 @@ class TrainConfig(
     def trains_text(self) -> bool:
         return self.train_text_encoder or self.train_text_encoder_ti
 
+    @property
+    def uses_prodigy(self) -> bool:
+        return self.optimizer.lower() == "prodigy"
+
+    def optimizer_takes(self, argument: str, kind: type) -> bool:
+        """Whether ``--optimizer`` has an argument of that kind; one that is not of torch.optim has Adam's."""
+        classes = {name.lower(): found for name, found in vars(torch.optim).items() if isinstance(found, type)}
+        found = classes.get(self.optimizer.lower(), torch.optim.Adam)
+        parameter = inspect.signature(found).parameters.get(argument)
+        return parameter is not None and isinstance(parameter.default, kind)
+
     def download_options(self) -> dict[str, str]:
         """Keyword arguments of ``from_pretrained`` for the base."""
         names = ("revision", "variant", "cache_dir")
@@ -404,7 +483,7 @@ class TrainConfig(
         return replace(self, preset=preset, **{**wanted, **given})
 
     def check(self) -> None:
-        """Refuse wrong values and contradictions, before anything is read.
+        """Refuse wrong values and contradictions, before anything is read; say which of diffusers' flags do nothing.
 
         Raises:
             ValueError: with the value, the limit and the fix.
@@ -444,6 +523,7 @@ class TrainConfig(
         self._check_optimizer()
         self._check_text()
         self._check_watching()
+        self._check_idle()
 
     def _check_data(self) -> None:
         sources = {name: getattr(self, name) for name in ("instance_data_dir", "dataset_name", "concepts_list")}
@@ -459,9 +539,6 @@ class TrainConfig(
             for name in ("instance_prompt", "class_prompt", "class_data_dir"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"--{name} belongs into the entries of --concepts_list: leave the flag out")
-        for name in ("dataset_config_name",):
-            if getattr(self, name) is not None and self.dataset_name is None:
-                raise ValueError(f"--{name} has no effect without --dataset_name: leave it out")
         if self.mask_data_dir is not None and (self.alpha_mask or self.instance_data_dir is None):
             raise ValueError("--mask_data_dir goes with --instance_data_dir and without --alpha_mask: choose one")
         if self.resolution is not None and self.resolution % 8:
@@ -469,14 +546,6 @@ class TrainConfig(
 
     def _check_prior(self) -> None:
         if not self.with_prior_preservation:
-            for name in PRIOR_OPTIONS:
-                if getattr(self, name):
-                    raise ValueError(f"--{name} has no effect alone: add --with_prior_preservation or leave it out")
-            for name, default in (("prior_loss_weight", 1.0), ("num_class_images", 100)):
-                if getattr(self, name) != default:
-                    raise ValueError(
-                        f"--{name} {getattr(self, name)} has no effect: add --with_prior_preservation or leave it out"
-                    )
             return
         if self.prior_teacher and self.class_data_dir:
             raise ValueError("--prior_teacher needs no class images: leave --class_data_dir out, or --prior_teacher")
@@ -490,8 +559,6 @@ class TrainConfig(
             raise ValueError("--snr_gamma and --debiased_estimation weight the same loss: choose one")
         if self.do_edm_style_training and (self.snr_gamma is not None or self.debiased_estimation):
             raise ValueError("--do_edm_style_training has weights of its own: leave the other ones out")
-        if self.huber_c != 0.1 and self.loss_type != "huber":
-            raise ValueError(f"--huber_c {self.huber_c} has no effect with --loss_type {self.loss_type}")
 
     def _check_optimizer(self) -> None:
         if self.lr_scheduler == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
@@ -501,7 +568,7 @@ class TrainConfig(
             )
         if self.lr_scheduler not in LR_SCHEDULES:
             raise ValueError(f"--lr_scheduler {self.lr_scheduler} is not known: choose {', '.join(LR_SCHEDULES)}")
-        if self.optimizer.lower() == "prodigy" and self.loraplus_lr_ratio is not None:
+        if self.uses_prodigy and self.loraplus_lr_ratio is not None:
             raise ValueError("--loraplus_lr_ratio needs learning rates of its own, and --optimizer prodigy has one")
         if self.use_8bit_adam and self.optimizer.lower() != "adamw":
             raise ValueError(f"--use_8bit_adam is AdamW's, not --optimizer {self.optimizer}'s: leave one out")
@@ -518,11 +585,6 @@ class TrainConfig(
             )
         if self.use_dora and self.output_kohya_format:
             raise ValueError("--use_dora has no kohya names in diffusers: leave --output_kohya_format out")
-        if self.train_text_encoder_frac != 1.0 and not self.train_text_encoder:
-            raise ValueError("--train_text_encoder_frac has no effect without --train_text_encoder: leave it out")
-        for name, default in ((f.name, f.default) for f in fields(self) if f.name in TEXTUAL_INVERSION_OPTIONS):
-            if getattr(self, name) != default and not self.train_text_encoder_ti:
-                raise ValueError(f"--{name} has no effect without --train_text_encoder_ti: leave it out")
 
     def _check_watching(self) -> None:
         if self.validation_prompt is not None and not all(prompt.strip() for prompt in self.validation_prompt):
@@ -532,15 +594,8 @@ class TrainConfig(
                 raise ValueError(f"--validation_prompt has {prompt!r} twice: once is enough")
         if self.num_validation_images == 0 and (self.validation_prompt or self.validation_steps):
             raise ValueError("--num_validation_images 0 draws nothing: leave --validation_prompt and _steps out")
-        if self.validation_data_dir is not None and self.validation_loss_steps is None and self.best_by != "val_loss":
-            raise ValueError("--validation_data_dir has no effect without --validation_loss_steps: add it")
-        for name, default in ((f.name, f.default) for f in fields(self) if f.name in EVALUATION_OPTIONS):
-            if getattr(self, name) != default and self.eval_steps is None:
-                raise ValueError(f"--{name} has no effect without --eval_steps: add it, or leave this out")
         if self.eval_steps is not None and self.concepts_list:
             raise ValueError("--eval_steps scores one subject: leave it out with --concepts_list")
-        if (self.hub_model_id or self.hub_token) and not self.push_to_hub:
-            raise ValueError("--hub_model_id and --hub_token have no effect without --push_to_hub: add it")
         folder = Path(self.output_dir).resolve()
         if self.push_to_hub:
             try:
@@ -549,3 +604,16 @@ class TrainConfig(
                 raise ValueError(f"--push_to_hub needs another --hub_model_id: {error}") from error
         if not Path(os.path.normpath(folder / self.logging_dir)).is_relative_to(folder):
             raise ValueError(f"--logging_dir {self.logging_dir} must be inside --output_dir: name a folder there")
+
+    def _check_idle(self) -> None:
+        for name, where in self._idle(IDLE):
+            raise ValueError(f"--{name} has no effect {where}: leave it out, or change that")
+        for name, where in self._idle(IDLE_AS_IN_DIFFUSERS):
+            if os.environ.get("RANK", "0") == "0":  # one of several processes says it
+                print(f"warning: --{name} has no effect {where}", file=sys.stderr)
+
+    def _idle(self, table: Idle) -> list[tuple[str, str]]:
+        """(name, where) of a table's flags that were given and do nothing."""
+        defaults = {f.name: f.default for f in fields(self)}
+        idle = [(name, where) for names, works, where in table if not works(self) for name in names]
+        return [(name, where) for name, where in idle if getattr(self, name) != defaults[name]]

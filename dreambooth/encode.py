@@ -198,13 +198,15 @@ def encode_pictures(
     entries = {key: cache.read(key) for key in wanted}
     missing = [key for key, entry in entries.items() if entry is None]
     wait()  # all have looked before the first writes
-    mine = missing[process_index::num_processes]
-    if mine:
-        vae = vae.float().eval()
+
+    def encode(some: Sequence[str]) -> None:
+        if not some:
+            return
+        vae.float().eval()
         pixels = DataLoader(
-            _CropPixels([wanted[key] for key in mine], settings.interpolation), batch_size=1, num_workers=num_workers
+            _CropPixels([wanted[key] for key in some], settings.interpolation), batch_size=1, num_workers=num_workers
         )
-        for key, crop_pixels, _ in zip(mine, pixels, progress(len(mine))):
+        for key, crop_pixels, _ in zip(some, pixels, progress(len(some))):
             posterior = vae.encode(crop_pixels.to(vae.device)).latent_dist  # (1, 3, H, W) -> (1, 4, h, w)
             mean, std = scale_latents(vae, posterior.mean), posterior.std * vae.config.scaling_factor
             if not bool(torch.isfinite(mean).all()):
@@ -215,9 +217,15 @@ def encode_pictures(
             latents_std = getattr(vae.config, "latents_std", None)
             if latents_std is not None:
                 std = std / torch.tensor(latents_std, device=std.device).reshape(1, -1, 1, 1)
-            cache.write(key, {"mean": mean[0], "std": std[0]})
+            entries[key] = {"mean": mean[0].cpu(), "std": std[0].cpu()}
+            cache.write(key, entries[key])
+
+    # Shares are of all entries: another run may fill the cache meanwhile, and each process then misses others. By key,
+    # which is a hash, what is missing falls to all of them alike.
+    encode([key for key in sorted(wanted)[process_index::num_processes] if entries[key] is None])
     wait()
-    entries |= {key: cache.read(key) for key in missing}
+    entries |= {key: cache.read(key) for key in missing if entries[key] is None}
+    encode([key for key in missing if entries[key] is None])  # somebody cleared the cache
     encoded = []
     for cut, prompt in zip(cuts, prompts):
         variants = [entries[keys[cut.picture.digest, crop]] for crop in cut.crops]

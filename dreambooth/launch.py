@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -14,7 +15,6 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, parse_flag_from_env
 from huggingface_hub import create_repo, upload_folder
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image
 from torch import nn
 
@@ -23,8 +23,16 @@ from .memory import import_torchao
 from .sharding import accelerator_class
 
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# What a hub repository gets; checkpoints, logs and encoded pictures stay at home.
-UPLOADED = ["*.safetensors", "README.md", "run.json", "metrics.jsonl", "loss.png", "samples/*.png", "peft/**"]
+# What a hub repository gets; checkpoints, best/, logs and encoded pictures, wherever they are kept, stay at home.
+UPLOADED = (
+    "*.safetensors",
+    "README.md",
+    "run.json",
+    "metrics.jsonl",
+    "loss.png",
+    "samples/**/*.png",
+    "peft/[!.]*/adapter_*",
+)
 
 
 def make_accelerator(config: TrainConfig, output_dir: Path) -> Accelerator:
@@ -120,22 +128,23 @@ def push_to_hub(config: TrainConfig, folder: Path) -> str:
     """Upload the adapter, its card and its samples; returns the repository's id.
 
     Raises:
-        ValueError: if the hub refuses.
+        ValueError: if the hub refuses, or can't be reached.
     """
     name = config.hub_model_id or folder.resolve().name
+    # found here, because a * of the hub's patterns goes into sub-folders
+    files = [path.relative_to(folder).as_posix() for pattern in UPLOADED for path in folder.glob(pattern)]
     try:
         repository = create_repo(name, token=config.hub_token, exist_ok=True).repo_id
         upload_folder(
             repo_id=repository,
             folder_path=folder,
             token=config.hub_token,
-            allow_patterns=UPLOADED,
-            ignore_patterns=["checkpoint-*/**", "encoded/**", f"{config.logging_dir}/**"],
+            allow_patterns=[glob.escape(file) for file in files],
             commit_message="Upload the adapter",
         )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except Exception as error:  # the hub's client lets the errors of its HTTP and storage libraries through
         raise ValueError(
-            f"--push_to_hub {name}: {str(error).strip().splitlines()[0]} (the run is whole in {folder}; upload it "
-            "with hf upload)"
+            f"--push_to_hub {name}: {(str(error).strip() or repr(error)).splitlines()[0]} (the run is whole in "
+            f"{folder}; upload it with hf upload)"
         ) from error
     return repository

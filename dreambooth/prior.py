@@ -6,7 +6,7 @@ import hashlib
 import re
 from pathlib import Path
 
-from storage.pictures import find_images
+from storage.pictures import images_in
 
 _DRAWN = re.compile(r"class-([0-9a-f]{8})-seed\d{6}\.png")
 
@@ -19,10 +19,10 @@ def class_image_name(class_prompt: str, seed: int) -> str:
 def class_images(folder: str | Path, class_prompt: str) -> list[Path]:
     """The class images that are there: the user's own, then those drawn for this prompt, not for another."""
     folder = Path(folder)
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir():
         return []
     wanted = _DRAWN.fullmatch(class_image_name(class_prompt, 0))[1]
-    drawn_for = {path: _DRAWN.fullmatch(path.name) for path in find_images(folder, "class_data_dir")}
+    drawn_for = {path: _DRAWN.fullmatch(path.name) for path in images_in(folder)}
     own = [path for path, match in drawn_for.items() if match is None]
     return own + [path for path, match in drawn_for.items() if match is not None and match[1] == wanted]
 

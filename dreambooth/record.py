@@ -20,7 +20,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
-from storage.files import write_atomic
+from storage.files import hash_tensors, write_atomic
 
 from .config import TrainConfig
 from .plot import loss_plot
@@ -118,11 +118,7 @@ class MetricsLog:
 
 def module_fingerprint(module: nn.Module) -> str:
     """SHA-256 of a module's parameters: names, dtypes, shapes and bytes. Taken before anything is injected."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(module.named_parameters()):
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)};".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return hash_tensors(hashlib.sha256(), module.named_parameters())
 
 
 def reset_peak_memory() -> None:

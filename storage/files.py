@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
@@ -84,6 +86,19 @@ def read_safetensors_header(path: Path, role: str) -> tuple[dict[str, str], dict
             return dict(file.metadata() or {}), shapes
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{role} {path} is not a readable safetensors file: {error}") from error
+
+
+def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
+    """The bytes of a tensor of any device, layout and dtype, for a hash."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+
+
+def hash_tensors(digest: hashlib._Hash, tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Hexadecimal digest of the tensors' names, dtypes, shapes and bytes, in the order of their names."""
+    for name, tensor in sorted(tensors):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -26,16 +26,20 @@ def find_images(folder: str | Path, flag: str) -> list[Path]:
     if not folder.is_dir():
         problem = "is not a folder" if folder.exists() else "does not exist"
         raise ValueError(f"--{flag} {folder} {problem}: name the folder that holds the pictures")
+    if not (paths := images_in(folder)):
+        raise ValueError(f"--{flag} {folder} holds no picture: put at least one PNG, JPEG or WebP file into it")
+    return paths
+
+
+def images_in(folder: Path) -> list[Path]:
+    """`find_images` of a folder that may have none."""
     files = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".") and p.name.lower() not in LITTER]
     stems = {path.stem for path in files if path.suffix.lower() not in CAPTION_SUFFIXES}
-    paths = [
+    return sorted(
         path
         for path in files
         if path.name != METADATA and not (path.suffix.lower() in CAPTION_SUFFIXES and path.stem in stems)
-    ]
-    if not paths:
-        raise ValueError(f"--{flag} {folder} holds no picture: put at least one PNG, JPEG or WebP file into it")
-    return sorted(paths)
+    )
 
 
 def open_image(source: Path | bytes, name: str | None = None, keep_alpha: bool = False) -> Image.Image:
@@ -55,7 +59,7 @@ def open_image(source: Path | bytes, name: str | None = None, keep_alpha: bool =
             image = ImageOps.exif_transpose(file)
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} is not a picture that can be read: take it out of the folder") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} is broken or cut off ({error}): replace it or take it out of the folder") from error
     if image.mode.startswith("I"):  # 16 bits a channel: Pillow's own conversion clips at 255
         values = np.asarray(image).astype(np.float64)

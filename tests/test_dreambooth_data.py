@@ -288,3 +288,11 @@ def test_class_images_of_another_prompt_do_not_count(tmp_path):
     assert [path.name for path in class_images(tmp_path, "a cat")] == ["mine.jpg", class_image_name("a cat", 0)]
     assert missing_seeds(tmp_path, "a cat", 4) == [1, 2]
     assert missing_seeds(tmp_path, "a dog", 2) == [] and missing_seeds(tmp_path / "none", "a dog", 2) == [0, 1]
+
+
+def test_a_class_folder_of_litter_has_no_pictures_yet(tmp_path):
+    """Also a temporary folder, with which another process tries whether it can write there."""
+    for name in (".gitkeep", ".DS_Store", "Thumbs.db", f".{class_image_name('a cat', 0)}.x.part"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "tmp1").mkdir()
+    assert class_images(tmp_path, "a cat") == [] and missing_seeds(tmp_path, "a cat", 2) == [0, 1]

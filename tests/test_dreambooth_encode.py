@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_sdxl import build_pipeline
 
-from dreambooth.cache import EncodedCache
+from dreambooth.cache import EncodedCache, checksum
 from dreambooth.data import Example
 from dreambooth.encode import (
     CropSettings,
@@ -25,6 +25,8 @@ from dreambooth.encode import (
     tokenize,
 )
 from dreambooth.prepare import current_prompts
+from dreambooth.record import module_fingerprint
+from nora.cache import cache_key
 
 SQUARE = CropSettings([(32, 32)])
 
@@ -161,6 +163,52 @@ def test_two_processes_share_the_work(pipeline, folder, monkeypatch):
     assert all(torch.equal(one.mean, other.mean) for one, other in zip(first, second))
 
 
+def test_another_run_fills_the_shared_cache_meanwhile(pipeline, folder):
+    """One process finds an entry that the other did not: what each of them misses differs."""
+    whole = encode(pipeline, folder)
+    first, *rest = [path.relative_to(folder / "cache") for path in entries(folder)]
+
+    class Late(EncodedCache):
+        """Sees what another run wrote after the other process had looked."""
+
+        def read(self, key):
+            return EncodedCache(folder / "cache").read(key) if self.path(key).name == first.name else super().read(key)
+
+    meeting = threading.Barrier(2)
+    for late in (0, 1):
+        shared = folder / f"shared-{late}"
+        caches = [EncodedCache(shared), EncodedCache(shared)]
+        caches[late] = Late(shared)
+
+        def process(index, caches=caches):
+            options = {"process_index": index, "num_processes": 2, "wait": meeting.wait}
+            return encode(pipeline, folder, cache=caches[index], **options)
+
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(process, range(2)))
+        assert all(torch.equal(a.mean, b.mean) for one in found for a, b in zip(whole, one))
+
+
+def test_what_is_half_there_is_shared_too(pipeline, folder, monkeypatch):
+    """A picture's crops and mirror images lie side by side; an earlier run may have needed the crops alone."""
+    plain = CropSettings([(32, 32)], center_crop=True, variants=1)
+    for number in range(13):
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(folder / f"d{number}.png")
+    encode(pipeline, folder, plain)
+    meeting, shares = threading.Barrier(2), []
+
+    def process(index):
+        sizes = []
+        options = {"process_index": index, "num_processes": 2, "wait": meeting.wait}
+        options["progress"] = lambda total: sizes.append(total) or range(total)
+        encode(pipeline, folder, CropSettings([(32, 32)], True, True, 2), **options)
+        shares.append(sum(sizes))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(process, range(2)))
+    assert sum(shares) == 16 and min(shares) >= 4
+
+
 def test_worker_processes_read_the_same(pipeline, folder):
     plain = encode(pipeline, folder)
     workers = encode(pipeline, folder, cache=EncodedCache(folder / "other"), num_workers=2)
@@ -191,6 +239,15 @@ def test_bases_that_shift_their_latents():
     expected = (latents - torch.tensor([1.0, 2, 3, 4]).reshape(1, 4, 1, 1)) * 0.5
     expected = expected / torch.tensor([1.0, 2, 4, 8]).reshape(1, 4, 1, 1)
     assert torch.allclose(scale_latents(vae, latents), expected)
+
+
+def test_hashes_on_users_disks_stay():
+    """Entries of both caches are found by them, and a resumed run's base is compared by them."""
+    tensors = {"b": torch.arange(6.0).reshape(2, 3).T, "a": torch.ones(2, dtype=torch.bfloat16)}
+    module = torch.nn.ParameterDict({name: torch.nn.Parameter(tensor) for name, tensor in tensors.items()})
+    assert checksum(tensors) == "1337bbef9da8ff7721ce681690db3ed2"
+    assert module_fingerprint(module) == "6847abdcd17837420dd0451a77172f3c572f5c43ae1f3e8acb26f44ea22e747c"
+    assert cache_key(tensors["b"], tensors["a"].half(), ("svd", 2)) == "b1c9eaa8b708f5523b02121cc31ad042f24c4178"
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------

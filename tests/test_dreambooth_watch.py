@@ -1,5 +1,6 @@
 """Guards and figures around the loop: memory before it is taken, losses that are no numbers, parts that don't learn."""
 
+import errno
 import math
 import re
 
@@ -9,12 +10,14 @@ from tiny_sdxl import UNET_TARGETS, build_pipeline
 from torch import nn
 
 import nora
+from dreambooth.config import TrainConfig
 from dreambooth.draws import VALIDATION, fixed_batches
 from dreambooth.encode import EncodedPicture, EncodedPrompts
 from dreambooth.loss import Objective
 from dreambooth.memory import memory_line, quantize_frozen, saved_activation_bytes
+from dreambooth.record import MetricsLog
 from dreambooth.validation import SEED, validation_loss
-from dreambooth.watch import TrainingFailure, check_loss, gradient_norms
+from dreambooth.watch import TrainingFailure, check_loss, explained, gradient_norms
 
 
 @pytest.fixture
@@ -100,6 +103,22 @@ def test_a_part_without_gradient_stops_the_run():
     assert gradient_norms({"unet": learning}, "no") == {"unet": pytest.approx(6**0.5)}
     with pytest.raises(TrainingFailure, match="text_encoder gets no gradient"):
         gradient_norms({"unet": learning, "text_encoder": still}, "no")
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    """A line of metrics.jsonl is written as it is; what is written whole or not at all says so itself."""
+
+    class Full:
+        def write(self, line):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    metrics = MetricsLog(tmp_path / "metrics.jsonl", enabled=True)
+    metrics.file = Full()
+    config = TrainConfig(pretrained_model_name_or_path="base", output_dir="out")
+    with pytest.raises(ValueError, match="the disk is full .* make room for --output_dir out"), explained(config):
+        metrics.write(1, loss=1.0)
+    with pytest.raises(OSError, match="other"), explained(config):
+        raise OSError("other")
 
 
 # --- validation loss --------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth.config import TrainConfig
+from dreambooth.config import IDLE, IDLE_AS_IN_DIFFUSERS, TrainConfig
 from inference.cli import parse_config, read_config_file
 
 ROOT = Path(__file__).parent.parent
@@ -126,6 +126,77 @@ def test_values_that_can_t_be_meant_are_refused(name):
         TrainConfig(**given, **BESIDE.get(name, {})).resolved().check()
 
 
+PRIOR = {"with_prior_preservation": True, "class_prompt": "c"}
+# Each is refused, and taken with what is beside it.
+IDLE_CASES = (
+    ({"dataset_config_name": "x"}, {"dataset_name": "d", "instance_data_dir": None}),
+    ({"center_crop": True, "cache_variants": 8}, {"random_flip": True}),
+    ({"center_crop": True, "cache_variants": 8}, {"cache_variants": 1}),
+    ({"prior_loss_weight": 0.5}, PRIOR | {"class_data_dir": "d"}),
+    (PRIOR | {"prior_teacher": True, "num_class_images": 7}, {"prior_teacher": False, "class_data_dir": "d"}),
+    ({"huber_c": 0.2}, {"loss_type": "huber"}),
+    ({"train_text_encoder_frac": 0.5}, {"train_text_encoder": True}),
+    ({"token_abstraction": "<x>"}, {"train_text_encoder_ti": True}),
+    ({"validation_data_dir": "d"}, {"validation_loss_steps": 5}),
+    ({"clip": "x"}, {"eval_steps": 5}),
+    ({"hub_token": "secret"}, {"push_to_hub": True}),
+)
+# diffusers takes these: each is a warning, and none with what is beside it.
+WARNED_CASES = (
+    ({"image_column": "x"}, {"dataset_name": "d", "instance_data_dir": None}),
+    ({"prior_generation_precision": "fp16"}, PRIOR | {"class_data_dir": "d"}),
+    (PRIOR | {"prior_teacher": True, "prior_generation_precision": "fp16"}, {"prior_generation_precision": None}),
+    ({"text_encoder_lr": 1e-3}, {"train_text_encoder": True}),
+    ({"adam_weight_decay_text_encoder": 1.0}, {"train_text_encoder_ti": True}),
+    ({"text_encoder_lr": 1e-3, "train_text_encoder": True, "optimizer": "Prodigy"}, {"optimizer": "AdamW"}),
+    ({"prodigy_decouple": False}, {"optimizer": "prodigy"}),
+    ({"prodigy_beta3": 0.5}, {"optimizer": "prodigy"}),
+    ({"adam_beta1": 0.5, "optimizer": "SGD"}, {"optimizer": "nadam"}),
+    ({"adam_epsilon": 1e-6, "optimizer": "Adafactor"}, {"optimizer": "prodigy"}),
+    ({"lr_warmup_steps": 100}, {"lr_scheduler": "constant_with_warmup"}),
+    ({"lr_num_cycles": 5}, {"lr_scheduler": "cosine_with_restarts"}),
+    ({"lr_power": 2.0}, {"lr_scheduler": "polynomial"}),
+    ({"max_train_steps": 5, "num_train_epochs": 7}, {"max_train_steps": None}),
+    ({"validation_epochs": 1}, {"validation_prompt": ["a cat"]}),
+)
+
+
+def check(**options):
+    given = {"pretrained_model_name_or_path": "base", "instance_data_dir": "x", "instance_prompt": "y"} | options
+    TrainConfig(**given).resolved().check()
+
+
+@pytest.mark.parametrize(("idle", "beside"), IDLE_CASES)
+def test_a_flag_without_effect_is_refused(idle, beside, capsys):
+    with pytest.raises(ValueError, match="has no effect with.*: leave it out") as error:
+        check(**idle)
+    assert "secret" not in str(error.value)
+    check(**idle | beside)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("idle", "beside"), WARNED_CASES)
+def test_diffusers_flags_without_effect_are_warned_of(idle, beside, capsys, monkeypatch):
+    check(**idle)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: --") and any(f"--{name} has no effect " in line for name in idle)
+    check(**idle | beside)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("RANK", "1")
+    check(**idle)
+    assert capsys.readouterr().err == "", "one process says it"
+
+
+def test_only_these_flags_of_diffusers_are_refused_where_idle():
+    """Those of diffusers that are refused belong to a group of flags that its script needs together, too."""
+    warned, refused = ({name for names, _, _ in table for name in names} for table in (IDLE_AS_IN_DIFFUSERS, IDLE))
+    assert warned <= set(DIFFUSERS)
+    assert refused & set(DIFFUSERS) == {
+        *("dataset_config_name", "class_data_dir", "class_prompt", "prior_loss_weight", "num_class_images"),
+        *("hub_model_id", "hub_token"),
+    }
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -156,10 +227,11 @@ COMMAND = """
 """
 
 
-def test_diffusers_own_command_is_taken():
+def test_diffusers_own_command_is_taken(capsys):
     """The command of diffusers' README for SDXL, with flags of its later sections."""
     config = parse_config(TrainConfig, COMMAND.split())
     config.resolved().check()
+    assert capsys.readouterr().err == ""
     assert config.optimizer == "prodigy" and config.validation_prompt == ["bucket"] and config.snr_gamma == 5.0
     assert config.prodigy_decouple and config.train_text_encoder and config.train_batch_size == 1
 

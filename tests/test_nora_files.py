@@ -14,7 +14,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from nora import NoraConfig, NoraLinear, inner_prefixes, load_inner, preprocess_nora, save_inner
-from nora.cache import SMALLEST_SIDE, cached_outer_factors
+from nora.cache import SMALLEST_SIDE, cached_outer_factors, evict
 from nora.functional import outer_factors
 
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -406,6 +406,39 @@ def test_broken_and_unwritable_caches_only_cost_time(cache, monkeypatch, tmp_pat
     (tmp_path / "occupied").write_text("a file where the folder should be")
     monkeypatch.setenv("NORA_CACHE_DIR", str(tmp_path / "occupied"))
     cached_outer_factors(W, None, (), lambda: outer_factors(W, 4))
+
+
+def test_the_least_recently_used_entries_go(cache, monkeypatch):
+    """Every subject has a statistic of its own, and so entries of its own."""
+    W = large_base()[0].weight.detach()
+
+    def use(number):
+        before = set(os.listdir(cache)) if cache.exists() else set()
+        cached_outer_factors(W, None, (number,), lambda: outer_factors(W, 4))
+        return set(os.listdir(cache)) - before
+
+    (first,), (second,), (third,) = map(use, range(3))
+    size = (cache / first).stat().st_size
+    for age, name in enumerate((third, second, first)):
+        os.utime(cache / name, (1e9 - age, 1e9 - age))
+    (cache / "mine.safetensors").write_bytes(bytes(9 * size))
+    assert use(0) == set()  # read, so the second is now the least recently used
+    monkeypatch.setenv("NORA_CACHE_GB", str(3 * size / 1e9))
+    (fourth,) = use(3)
+    assert set(os.listdir(cache)) == {first, third, fourth, "mine.safetensors"}
+    monkeypatch.setenv("NORA_CACHE_GB", "0")  # no limit
+    (fifth,) = use(4)
+    assert set(os.listdir(cache)) == {first, third, fourth, fifth, "mine.safetensors"}
+
+
+def test_the_cache_is_evicted_beside_others(cache, monkeypatch):
+    cache.mkdir()
+    (cache / "outer-1.safetensors").symlink_to("gone")  # as one that goes between listing and looking
+    evict(cache, 0)
+    for wrong in ("lots", "-1", "nan"):
+        monkeypatch.setenv("NORA_CACHE_GB", wrong)
+        with pytest.raises(ValueError, match=f"NORA_CACHE_GB={wrong} must be a number of gigabytes"):
+            cached_outer_factors(large_base()[0].weight.detach(), None, (), never)
 
 
 def test_injection_uses_the_cache(cache, monkeypatch):

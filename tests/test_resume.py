@@ -18,7 +18,15 @@ from test_trainer import QUICK, losses, run
 from tiny_sdxl import saved_base
 
 import train_dreambooth_nora_sdxl as trainer
-from dreambooth.checkpoints import STATE, checkpoints, find_checkpoint, read_step, save_checkpoint
+from dreambooth.checkpoints import (
+    STATE,
+    check_earlier_run,
+    checkpoints,
+    clear_earlier_run,
+    find_checkpoint,
+    read_step,
+    save_checkpoint,
+)
 from inference.components import FOLDED_WEIGHTS, INNER_WEIGHTS
 
 ROOT = Path(__file__).parent.parent
@@ -266,13 +274,84 @@ def test_limit_keeps_the_newest_and_deletes_only_after_writing(tmp_path, monkeyp
     assert json.loads((folder / "checkpoint-6" / "training_state.json").read_text())["step"] == 6
 
 
-def test_old_checkpoints_survive_a_failed_write(tmp_path):
-    class Failing:
-        is_main_process = True
+class OneProcess:
+    """As much of an accelerator as saving a checkpoint needs."""
 
+    is_main_process = True
+
+    def wait_for_everyone(self):
+        pass
+
+    def save_state(self, folder):
+        (Path(folder) / "weights").write_text("")
+
+
+def save_steps(folder: Path, *steps: int, limit: int | None = None) -> list[int]:
+    for step in steps:
+        assert save_checkpoint(OneProcess(), folder, step, {}, limit).is_dir()
+    return [step for step, _ in checkpoints(folder)]
+
+
+@pytest.mark.parametrize(("limit", "left"), [(None, [2, 3]), (1, [3]), (2, [2, 3]), (5, [2, 3])])
+def test_going_on_from_an_older_one_leaves_the_later_ones_behind(tmp_path, limit, left):
+    """With the highest steps kept, the limit would take the checkpoint that was just written."""
+    assert save_steps(tmp_path, 2, 4, 6) == [2, 4, 6]
+    assert save_steps(tmp_path, 3, limit=limit) == left
+    assert len(list(tmp_path.iterdir())) == len(left)
+
+
+def test_later_ones_go_only_after_writing(tmp_path):
+    class Looking(OneProcess):
+        def save_state(self, folder):
+            super().save_state(folder)
+            assert [step for step, _ in checkpoints(tmp_path)] == [2, 4]
+
+    save_steps(tmp_path, 2, 4)
+    save_checkpoint(Looking(), tmp_path, 2, {}, total_limit=1)
+    assert [step for step, _ in checkpoints(tmp_path)] == [2]
+
+
+def test_a_checkpoint_of_another_trainer_is_refused(tmp_path):
+    """diffusers' script has the same default folder, and the same names in it."""
+    (tmp_path / "checkpoint-500").mkdir()
+    (tmp_path / "checkpoint-500" / "optimizer.bin").write_text("weeks of work")
+    save_steps(tmp_path, 2)
+    with pytest.raises(ValueError, match="has checkpoint-500 without training_state.json: it is not of this trainer"):
+        run(tmp_path, resume_from_checkpoint="latest")
+    shutil.rmtree(tmp_path / "checkpoint-500")
+    check_earlier_run(tmp_path, ["run.json"], "run.json", "metrics.jsonl", resumes=True)
+
+
+def test_a_deletion_that_is_cut_off_leaves_nothing_that_is_refused(tmp_path, monkeypatch):
+    rmtree = shutil.rmtree
+
+    def cut_off(path, **options):
+        if Path(path).exists():
+            (Path(path) / STATE).unlink()
+            raise KeyboardInterrupt
+
+    save_steps(tmp_path, 2)
+    monkeypatch.setattr(shutil, "rmtree", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        save_steps(tmp_path, 4, limit=1)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    check_earlier_run(tmp_path, [], "run.json", "metrics.jsonl", resumes=True)
+    clear_earlier_run(OneProcess(), tmp_path, [], keep_state=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+
+
+def test_a_process_that_died_is_no_full_disk(tmp_path):
+    class Alone(OneProcess):
         def wait_for_everyone(self):
-            pass
+            if list(tmp_path.rglob("weights")):
+                raise RuntimeError("connection closed by peer")
 
+    with pytest.raises(RuntimeError, match="^connection closed by peer"):
+        save_checkpoint(Alone(), tmp_path, 3, {}, total_limit=None)
+
+
+def test_old_checkpoints_survive_a_failed_write(tmp_path):
+    class Failing(OneProcess):
         def save_state(self, folder):
             (Path(folder) / "half").write_text("")
             raise OSError("no space left on device")

@@ -1,8 +1,10 @@
 """Pictures as users have them: orientation, modes, transparency, junk."""
 
+import contextlib
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from storage.pictures import find_images, open_image
 
@@ -105,3 +107,14 @@ def test_cut_off_picture_is_named(tmp_path):
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="cut.jpg is broken or cut off"):
         open_image(tmp_path / "cut.jpg")
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF: nothing of it can be broken")
+def test_broken_avif_is_no_traceback(tmp_path):
+    """Its decoder raises RuntimeError; whatever a flipped byte does, it is a picture or a ValueError."""
+    corners().save(tmp_path / "a.avif")
+    whole = (tmp_path / "a.avif").read_bytes()
+    for place in range(len(whole)):
+        (tmp_path / "a.avif").write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        with contextlib.suppress(ValueError):
+            open_image(tmp_path / "a.avif")

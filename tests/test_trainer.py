@@ -585,7 +585,7 @@ BAD = {
     "samples of none": (with_flags("--num_validation_images", "0", "--validation_steps", "5"), "draws nothing"),
     "idle gamma": (with_flags("--awsvd_gamma", "1", "--outer_init", "svd"), "--awsvd_gamma 1.0 has no effect with svd"),
     "idle std": (with_flags("--inner_std", "1"), "--inner_std 1.0 has no effect with matched"),
-    "idle prior weight": (with_flags("--prior_loss_weight", "2"), "--prior_loss_weight 2.0 has no effect"),
+    "idle prior weight": (with_flags("--prior_loss_weight", "2"), "--prior_loss_weight has no effect"),
     "class folder is a file": (
         with_flags("--with_prior_preservation", "--class_data_dir", "FILE", "--class_prompt", "a cat"),
         "--class_data_dir file is a file",
@@ -601,9 +601,12 @@ BAD = {
     ),
     "odd resolution": (with_flags("--resolution", "30"), "--resolution 30 must be a multiple of 8"),
     "prior without class": (with_flags("--with_prior_preservation"), "needs --class_data_dir"),
-    "class without prior": (with_flags("--class_prompt", "a cat"), "--class_prompt has no effect alone"),
+    "class without prior": (with_flags("--class_prompt", "a cat"), "--class_prompt has no effect without --with_prior"),
     "output is a file": (with_flags("--output_dir", "FILE"), "is a file"),
-    "idle class folder": (with_flags("--class_data_dir", "EMPTY"), "--class_data_dir has no effect alone"),
+    "idle class folder": (
+        with_flags("--class_data_dir", "EMPTY"),
+        "--class_data_dir has no effect without",
+    ),
     "unknown optimizer": (with_flags("--optimizer", "SGDM"), "--optimizer SGDM is not known"),
     "optimizer that needs a closure": (with_flags("--optimizer", "LBFGS"), "can't train an adapter"),
     "argument it does not take": (with_flags("--optimizer_args", "nesterov=1"), "--optimizer_args nesterov: AdamW"),
@@ -620,7 +623,7 @@ BAD = {
         with_flags("--resume_from_checkpoint", "checkpoint-7"),
         "checkpoint-7 is no whole checkpoint",
     ),
-    "hub without push": (with_flags("--hub_model_id", "me/cat"), "have no effect without --push_to_hub"),
+    "hub without push": (with_flags("--hub_model_id", "me/cat"), "--hub_model_id has no effect without --push"),
     "config that is not there": (with_flags("--config", "none.yaml"), "none.yaml"),
     "base of the wrong kind": (
         with_flags("--pretrained_vae_model_name_or_path", "EMPTY"),

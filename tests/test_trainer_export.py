@@ -14,6 +14,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import dreambooth.launch
 import train_dreambooth_nora_sdxl as script
+from dreambooth.config import TrainConfig
 from inference.base import load_pipeline
 from inference.components import EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS
 from inference.generate import encode_prompts
@@ -187,21 +188,26 @@ def test_text_encoders_stop_learning_after_their_share_of_the_steps(tmp_path):
 # --- the hub ----------------------------------------------------------------------------------------------------------
 
 
-def test_only_the_adapter_is_uploaded(tmp_path, monkeypatch):
-    """diffusers uploads the checkpoints too."""
+@pytest.fixture
+def uploaded(monkeypatch):
+    """What a hub would get, instead of a hub."""
     from huggingface_hub.utils import filter_repo_objects
 
-    uploaded = {}
+    got = {}
 
-    def upload(folder_path, allow_patterns, ignore_patterns, token, **options):
+    def upload(folder_path, allow_patterns, token, **options):
         files = [str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()]
-        kept = filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
-        uploaded.update(files=set(kept), token=token, **options)
+        got.update(files=set(filter_repo_objects(files, allow_patterns=allow_patterns)), token=token, **options)
 
     monkeypatch.setattr(dreambooth.launch, "upload_folder", upload)
     monkeypatch.setattr(
         dreambooth.launch, "create_repo", lambda name, token, exist_ok: type("Url", (), {"repo_id": f"me/{name}"})
     )
+    return got
+
+
+def test_only_the_adapter_is_uploaded(tmp_path, uploaded):
+    """diffusers uploads the checkpoints too."""
     options = {"num_validation_images": 1, "checkpointing_steps": 1, "report_to": "tensorboard"}
     folder = run(tmp_path / "my-cat", push_to_hub=True, hub_token="secret", **options)
     sample = "samples/a-photo-of-v-cat-seed0.png"
@@ -210,3 +216,29 @@ def test_only_the_adapter_is_uploaded(tmp_path, monkeypatch):
     assert uploaded["repo_id"] == "me/my-cat" and uploaded["token"] == "secret"
     kept = [path for path in folder.rglob("*") if path.is_file() and b"secret" in path.read_bytes()]
     assert not kept, "the token is written nowhere"
+
+
+def test_nothing_of_a_sub_folder_is_uploaded_unasked(tmp_path, uploaded):
+    """Encodings are the user's pictures, and may be kept anywhere inside the folder."""
+    wanted = {"a.safetensors", "[V].safetensors", "samples/a.png", "samples/step-000050/a.png"}
+    wanted |= {"peft/unet/adapter_model.safetensors", "peft/unet/adapter_config.json"}
+    at_home = {"best/a.safetensors", "enc/ab/ab1.safetensors", "encoded/ab/ab1.safetensors", "peft/ab/ab1.safetensors"}
+    at_home |= {"peft/.unet.partial/adapter_model.safetensors", "checkpoint-2/a.safetensors", "logs/run.json", "x.png"}
+    at_home |= {".checkpoint-2.partial/a.safetensors", "V.safetensors/x.safetensors"}
+    for name in wanted | at_home:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    dreambooth.launch.push_to_hub(TrainConfig(pretrained_model_name_or_path="base"), tmp_path)
+    assert uploaded["files"] == wanted
+
+
+@pytest.mark.parametrize(("error", "words"), [(RuntimeError("no\nroute"), "no .the run is"), (Exception(), "Exc")])
+def test_a_hub_that_is_not_reached_is_one_sentence(tmp_path, monkeypatch, error, words):
+    """An error of the hub's HTTP library is no OSError, and may say nothing."""
+
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(dreambooth.launch, "create_repo", fail)
+    with pytest.raises(ValueError, match=f"^--push_to_hub me/x: {words}"):
+        dreambooth.launch.push_to_hub(TrainConfig(pretrained_model_name_or_path="base", hub_model_id="me/x"), tmp_path)
