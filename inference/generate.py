@@ -33,7 +33,6 @@ from inference.base import (
     default_dtype,
     load_pipeline,
     load_refiner,
-    load_vae,
     make_scheduler,
 )
 from inference.cli import parse_config, quiet_libraries, run_command
@@ -345,9 +344,7 @@ class SamplingConfig:
         return self.scale or [1.0]
 
     def load_pipeline(self, base: str) -> StableDiffusionXLPipeline:
-        pipeline = load_pipeline(base, torch_dtype=self.torch_dtype, device=self.first_device)
-        if self.vae:
-            pipeline.register_modules(vae=load_vae(self.vae, pipeline.device))
+        pipeline = load_pipeline(base, torch_dtype=self.torch_dtype, device=self.first_device, vae=self.vae)
         if self.scheduler:
             pipeline.scheduler = make_scheduler(self.scheduler, pipeline.scheduler)
         if self.enable_xformers_memory_efficient_attention:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
+from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
 from PIL import Image
 from tiny_sdxl import build_pipeline, saved_base, saved_lora, saved_refiner
 
@@ -255,10 +255,32 @@ def test_another_autoencoder_decodes(tmp_path):
     command = ["--base", str(saved_base()), "--prompt", "a", "--num_inference_steps", "1"]
     main([*command, "--output", str(tmp_path / "own")])
     main([*command, "--vae", str(tmp_path / "vae"), "--output", str(tmp_path / "other")])
-    pipeline = load_pipeline(saved_base(), torch.float32, "cpu", vae=other)
+    pipeline = load_pipeline(saved_base(), torch.float32, "cpu")
+    pipeline.register_modules(vae=other)
     [drawn] = generate_images(pipeline, ["a"], [0], num_inference_steps=1, progress=False)
     assert np.array_equal(pixels(tmp_path / "other" / "a-seed0.png"), np.asarray(drawn.image, np.int16))
     assert not np.array_equal(pixels(tmp_path / "other" / "a-seed0.png"), pixels(tmp_path / "own" / "a-seed0.png"))
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_another_autoencoder_decodes_in_half_precision(tmp_path, dtype):
+    build_pipeline(seed=5).vae.save_pretrained(tmp_path / "vae")
+    command = ["--base", str(saved_base()), "--prompt", "a", "--num_inference_steps", "1"]
+    command += ["--vae", str(tmp_path / "vae")]
+    main([*command, "--dtype", dtype, "--output", str(tmp_path / "half")])
+    main([*command, "--output", str(tmp_path / "full")])
+    assert np.abs(pixels(tmp_path / "half" / "a-seed0.png") - pixels(tmp_path / "full" / "a-seed0.png")).mean() < 3
+
+
+def test_an_autoencoder_in_a_single_file_has_the_bases_configuration(tmp_path):
+    base, other = build_pipeline(), build_pipeline(seed=5).vae
+    base.vae.register_to_config(scaling_factor=0.5)
+    base.save_pretrained(tmp_path / "base")
+    other.save_pretrained(tmp_path / "vae")
+    file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    loaded = load_pipeline(tmp_path / "base", torch.float32, "cpu", vae=file).vae
+    assert loaded.config.scaling_factor == 0.5 and not loaded.training and loaded.use_slicing
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), other.parameters()))
 
 
 def test_refiner_goes_on_where_the_base_stops(pipeline):
@@ -327,6 +349,8 @@ def bad_commands(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
     (tmp_path / "empty").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "taken").mkdir()
+    vae = AutoencoderKL.load_config(saved_base() / "vae") | {"latent_channels": 8}
+    AutoencoderKL.from_config(vae).save_pretrained(tmp_path / "wide")
     (tmp_path / "taken" / "manifest.jsonl").write_text("[1]\n")
     (tmp_path / "run" / "pytorch_lora_weights.safetensors").write_bytes(
         (saved_lora() / "pytorch_lora_weights.safetensors").read_bytes()
@@ -360,6 +384,15 @@ def bad_commands(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "no such refiner": ([*base, *prompt, "--refiner", str(tmp_path / "empty")], "could not be loaded"),
         "refiner from nowhere": ([*base, *prompt, "--refiner_start", "1"], "--refiner_start 1 must be between 0 and 1"),
         "no such autoencoder": ([*base, *prompt, "--vae", str(tmp_path / "empty")], "could not be loaded"),
+        "adapter for an autoencoder": (
+            [*base, *prompt, "--vae", str(saved_lora() / "pytorch_lora_weights.safetensors")],
+            "could not be loaded",
+        ),
+        "autoencoder of another family": ([*base, *prompt, "--vae", str(tmp_path / "wide")], "makes 8 latent channels"),
+        "another family's file": (
+            [*base, *prompt, "--vae", str(tmp_path / "wide" / "diffusion_pytorch_model.safetensors")],
+            "could not be loaded",
+        ),
         "merged at two scales": ([*base, *prompt, *adapter, "--fuse", "--scales", "0", "1"], "give one --scale"),
         "offload from a CPU": ([*base, *prompt, "--device", "cpu", "--offload", "model"], "leave it out on a CPU"),
         "odd size": ([*base, *prompt, "--height", "100"], "height=100 must be a positive multiple of 8"),

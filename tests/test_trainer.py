@@ -340,6 +340,14 @@ def test_another_autoencoder_is_used_everywhere_and_gets_no_variant(tmp_path, mo
         assert all(torch.equal(a, b) for a, b in zip(vae.parameters(), base.vae.parameters()))
 
 
+def test_another_autoencoder_draws_class_images_in_half_precision(tmp_path):
+    build_pipeline(seed=5).vae.save_pretrained(tmp_path / "vae")
+    options = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "class"), "class_prompt": "a cat"}
+    options |= {"num_class_images": 1, "pretrained_vae_model_name_or_path": str(tmp_path / "vae")}
+    run(tmp_path / "run", mixed_precision="bf16", max_train_steps=1, **options)
+    assert len(list((tmp_path / "class").glob("*.png"))) == 1
+
+
 def test_dry_run_writes_nothing(tmp_path, capsys):
     run(tmp_path / "run", dry_run=True)
     assert "6 instance pictures" in capsys.readouterr().out and not (tmp_path / "run").exists()
