@@ -17,7 +17,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
 from inference.base import check_base
-from inference.components import BEST, COMPONENT_NAMES, FOLDED_WEIGHTS, INNER_WEIGHTS, RUN_RECORD
+from inference.components import BEST, COMPONENT_NAMES, EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS, RUN_RECORD
 from storage.files import read_json, read_safetensors_header
 
 _LORA_MATRIX = re.compile(r"(?P<layer>.+)\.(?P<side>lora_A|lora_B|lora\.down|lora\.up)\.weight")
@@ -37,6 +37,12 @@ class AdapterFile:
     shapes: dict[str, tuple[int, ...]]  # of a PEFT adapter: {component}.{key}
     metadata: dict[str, str]
     parts: dict[str, Path] = field(default_factory=dict)  # component -> folder, of a PEFT adapter
+
+    @property
+    def new_word(self) -> Path | None:
+        """The learned embeddings beside it, if there are any."""
+        path = (self.path if self.path.is_dir() else self.path.parent) / EMBEDDINGS
+        return path if path.is_file() else None
 
 
 def inspect_adapter(path: str | Path) -> AdapterFile:
