@@ -18,7 +18,8 @@ from PIL import Image
 from tiny_sdxl import build_pipeline, saved_base, saved_lora, saved_refiner
 
 from inference.base import load_pipeline, make_scheduler
-from inference.generate import Refiner, encode_prompts, generate_images, image_names, main
+from inference.cli import parse_config
+from inference.generate import GenerateConfig, Refiner, encode_prompts, generate_images, image_names, main
 from inference.load import load_adapter, unload_adapters
 
 PROMPTS = ["[V] photo of a cat", "[V] photo of a cat in the jungle"]
@@ -330,6 +331,15 @@ def test_an_interrupted_command_lists_the_images_it_has(tmp_path, monkeypatch):
         )
     assert stopped.value.code == 130
     assert [record["file"] for record in read_manifest(tmp_path / "images")] == ["a-seed0.png"]
+
+
+def test_lists_of_the_command_line_win_over_the_files(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("scale: [0.5]\nprompts: [one]\nseeds: [0, 1]\nadapter-weights: [2]\nadapter: [a, b]\nheight: 64\n")
+    flags = ["--config", str(path), "--scales", "1", "--prompt=two", "--seeds", "5", "--adapter_weights", "3", "4"]
+    config = parse_config(GenerateConfig, flags)
+    assert (config.scale, config.prompt, config.seeds, config.adapter_weights) == ([1], ["two"], [5], [3, 4])
+    assert config.adapter == ["a", "b"] and config.height == 64
 
 
 def test_a_prompt_longer_than_the_encoders_read_is_reported(tmp_path, capsys):
