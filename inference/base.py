@@ -212,12 +212,13 @@ def make_scheduler(name: str, current: SchedulerMixin) -> SchedulerMixin:
 def load_refiner(
     path: str, base: StableDiffusionXLPipeline, torch_dtype: torch.dtype, device: str | torch.device | None
 ) -> StableDiffusionXLImg2ImgPipeline:
-    """SDXL's refiner; it shares the base's autoencoder, because it goes on with the base's latents.
+    """SDXL's refiner; it has the base's autoencoder and scheduler, because it goes on with the base's noisy latents.
 
     Raises:
         ValueError: if there is none, or if it is of another family.
     """
-    options = {"dtype": torch_dtype, "vae": base.vae, "add_watermarker": False}
+    scheduler = type(base.scheduler).from_config(base.scheduler.config)
+    options = {"dtype": torch_dtype, "vae": base.vae, "scheduler": scheduler, "add_watermarker": False}
     try:
         if Path(path).is_file():
             refiner = StableDiffusionXLImg2ImgPipeline.from_single_file(path, **options)

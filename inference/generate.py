@@ -355,6 +355,8 @@ class SamplingConfig:
         if not self.refiner:
             return None
         refiner = load_refiner(self.refiner, pipeline, self.torch_dtype, self.first_device)
+        if self.enable_xformers_memory_efficient_attention:
+            refiner.enable_xformers_memory_efficient_attention()
         return Refiner(refiner, self.refiner_start)
 
     @property
@@ -507,10 +509,11 @@ def image_names(prompts: Sequence[str]) -> dict[str, str]:
         prompt: re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60].rstrip("-") or "prompt" for prompt in prompts
     }
     counts = {slug: list(slugs.values()).count(slug) for slug in slugs.values()}
-    return {
-        prompt: slug if counts[slug] == 1 else f"{slug}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
-        for prompt, slug in slugs.items()
-    }
+    return {prompt: slug if counts[slug] == 1 else f"{slug}-{_digest(prompt)}" for prompt, slug in slugs.items()}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def read_manifest(folder: Path) -> list[dict[str, Any]]:
@@ -560,10 +563,14 @@ def run(config: GenerateConfig) -> Path:
         inspect_adapter(path)
     base = choose_base(config.base, next(iter(adapters), None))
     check_writable_target(folder, "--output", folder=True)
-    read_manifest(folder)
+    listed = {record["file"]: record for record in read_manifest(folder)}
 
     pipeline = config.load_pipeline(base)
-    names = {load_adapter(pipeline, path, scale=weight * config.scales[0]): path for path, weight in adapters.items()}
+    # named by number, because folders of two runs may have one name
+    names = {
+        load_adapter(pipeline, path, weight * config.scales[0], f"adapter_{number}"): path
+        for number, (path, weight) in enumerate(adapters.items())
+    }
     refiner = config.load_refiner(pipeline)
     for one in (pipeline, *([refiner.pipeline] if refiner else [])):
         config.settle(one)
@@ -579,6 +586,8 @@ def run(config: GenerateConfig) -> Path:
             for drawn in generate_images(pipeline, prompts, seeds, refiner=refiner, **config.sampling_options()):
                 name = f"{stems[drawn.prompt]}-seed{drawn.seed}{suffix}.png"
                 record = describe(drawn, name) | config.record(base, pipeline, adapters, scale) | {"fuse": config.fuse}
+                if listed.get(name, record) != record and (folder / name).is_file():
+                    record["file"] = f"{Path(name).stem}-{_digest(json.dumps(record))}.png"  # leave the other image
                 write_image(folder, record, drawn.image)
                 records.append(record)
     finally:

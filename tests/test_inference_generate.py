@@ -6,14 +6,16 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, EulerAncestralDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
 from PIL import Image
 from tiny_sdxl import build_pipeline, saved_base, saved_lora, saved_refiner
 
@@ -167,16 +169,25 @@ def test_command_writes_images_and_a_manifest(tmp_path, pipeline, capsys):
         difference = np.abs(np.asarray(image, np.int16) - np.asarray(drawn.image, np.int16)).max()
     assert difference <= 1  # the command's batch of four, one image here: rounding to 8 bits may differ by one
 
-    # a second command into the same folder adds its line, and replaces the line of an image drawn again
-    main(
-        ["--base", str(saved_base()), "--prompt", PROMPTS[0], "--prompt", "new", "--seeds", "7"]
-        + ["--num_inference_steps", "1", "--output", str(output)]
-    )
+    # a second command into the same folder adds its lines, and replaces those of images drawn again
+    before = {path.name: path.read_bytes() for path in output.glob("*.png")}
+    again = ["--base", str(saved_base()), "--prompt", PROMPTS[0], "--prompt", "new", "--seeds", "7"]
+    for _ in range(2):
+        main([*again, "--num_inference_steps", "1", "--output", str(output)])
+        assert "8 images" in capsys.readouterr().out
     records = {record["file"]: record for record in read_manifest(output)}
-    assert len(records) == 7
-    assert records["v-photo-of-a-cat-seed7.png"]["adapter"] is None
-    assert records["v-photo-of-a-cat-seed8.png"]["adapter"] == [str(adapter)]
-    assert "8 images" not in capsys.readouterr().out
+    assert len(records) == 8 and sorted(records) == sorted(path.name for path in output.glob("*.png"))
+    assert {name: (output / name).read_bytes() for name in before} == before
+    (other,) = set(records) - set(before) - {"new-seed7.png"}
+    assert re.fullmatch(r"v-photo-of-a-cat-seed7-[0-9a-f]{8}\.png", other) and records[other]["adapter"] is None
+
+
+def test_prompts_that_differ_late_do_not_overwrite_each_other(tmp_path):
+    prompts = [f"{'a very long prompt ' * 4}{word}" for word in ("day", "night")]
+    for prompt in prompts:
+        main(["--base", str(saved_base()), "--prompt", prompt, "--num_inference_steps", "1", "--output", str(tmp_path)])
+    assert [record["prompt"] for record in read_manifest(tmp_path)] == prompts
+    assert len(list(tmp_path.glob("*.png"))) == 2
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -230,6 +241,16 @@ def test_several_adapters_add_up(pipeline, tmp_path):
     [drawn] = generate_images(pipeline, ["a"], [0], num_inference_steps=2, progress=False)
     unload_adapters(pipeline)
     assert np.abs(pixels(tmp_path / "a-seed0.png") - np.asarray(drawn.image, np.int16)).max() <= 1
+
+
+def test_adapters_in_folders_of_one_name_are_combined(tmp_path):
+    paths = [tmp_path / run / "nora" for run in ("r1", "r2")]
+    for seed, path in enumerate(paths, 1):
+        shutil.copytree(saved_lora(seed), path)
+    main(
+        ["--adapters", *map(str, paths), "--prompt", "a", "--num_inference_steps", "1", "--output", str(tmp_path / "o")]
+    )
+    assert read_manifest(tmp_path / "o")[0]["adapter"] == [str(path) for path in paths]
 
 
 def test_merged_weights_draw_the_same_and_cost_nothing_per_step(tmp_path, monkeypatch):
@@ -298,6 +319,23 @@ def test_refiner_goes_on_where_the_base_stops(pipeline):
     assert np.abs(drawn[PROMPTS[1], 7] - draw(pipeline, **options)[PROMPTS[1], 7]).max() > 1e-2
     alone = draw(pipeline, PROMPTS[1:], [7], refiner=both, **options)
     assert np.abs(drawn[PROMPTS[1], 7] - alone[PROMPTS[1], 7]).max() < 1e-5
+
+
+def test_the_refiner_steps_as_the_base_does(monkeypatch):
+    """Schedulers differ in how they scale noisy latents, which go from one to the other as they are."""
+    config = GenerateConfig(refiner=str(saved_refiner()), scheduler="ddim", device="cpu")
+    pipeline = config.load_pipeline(str(saved_base()))
+    refiner = config.load_refiner(pipeline).pipeline
+    assert type(refiner.scheduler) is type(pipeline.scheduler) is DDIMScheduler
+    assert refiner.scheduler.config == pipeline.scheduler.config and refiner.scheduler is not pipeline.scheduler
+
+    fast = []
+    name = "enable_xformers_memory_efficient_attention"
+    for cls in (type(pipeline), type(refiner)):
+        monkeypatch.setattr(cls, name, lambda pipeline: fast.append(type(pipeline)))
+    config = replace(config, **{name: True})
+    config.load_refiner(config.load_pipeline(str(saved_base())))
+    assert fast == [type(pipeline), type(refiner)]
 
 
 @pytest.mark.parametrize("name", ["DDIM", "dpmsolvermultistep", "EulerAncestralDiscreteScheduler", "UniPCMultistep"])
