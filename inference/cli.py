@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import diffusers
+import torch
 import transformers
 import yaml
 from transformers import HfArgumentParser
@@ -111,7 +112,10 @@ def _join_negative_numbers(argv: Sequence[str]) -> list[str]:
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Run `command`; a ValueError or OSError is the user's, so it becomes one line on stderr and exit status 2."""
+    """Run `command`; a ValueError or OSError is the user's, so it becomes one line on stderr and exit status 2.
+
+    So does a GPU's memory that runs out: models that are loaded or merged fill it as well as pictures do.
+    """
     try:
         command()
     except OSError as error:
@@ -120,6 +124,9 @@ def run_command(command: Callable[[], None]) -> None:
         _exit_with(str(error))
     except ValueError as error:
         _exit_with(str(error))
+    except torch.OutOfMemoryError as error:
+        reason = str(error).strip().split("\n")[0].removesuffix(".")
+        _exit_with(f"{reason}: lower --batch_size or the size, use --dtype fp16, or free the GPU of other programs")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

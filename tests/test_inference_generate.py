@@ -480,6 +480,18 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, monkeypa
         assert sorted(tmp_path.rglob("*")) == before, case
 
 
+@pytest.mark.parametrize("place", ["load_pipeline", "encode_prompts"])
+def test_memory_that_runs_out_anywhere_is_one_sentence(tmp_path, monkeypatch, capsys, place):
+    def fail(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has …")
+
+    monkeypatch.setattr(f"inference.generate.{place}", fail)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--base", str(saved_base()), "--prompt", "a", "--output", str(tmp_path / "images")])
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stopped.value.code == 2 and "out of memory" in error and "lower --batch_size" in error
+
+
 def test_the_module_runs_as_a_command():
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "inference.generate", "--adapter", "no-such-run", "--prompt", "a"]
