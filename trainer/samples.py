@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionXLPipeline
+from diffusers.training_utils import free_memory
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
@@ -18,7 +19,7 @@ from dreambooth.data import Concept
 from dreambooth.launch import PRECISIONS, log_images
 from dreambooth.prior import class_image_name
 from dreambooth.sharding import SplittingAccelerator
-from inference.base import load_pipeline
+from inference.base import default_dtype, load_pipeline
 from inference.generate import GeneratedImage, generate_images, image_names
 from storage.files import write_atomic
 from storage.pictures import png_bytes
@@ -57,18 +58,28 @@ def draw_class_images(
     concept: Concept,
     seeds: Sequence[int],
 ) -> None:
-    """The base's own pictures of a subject's class, with the given seeds, into its folder."""
+    """The base's own pictures of a subject's class, with the given seeds, into its folder.
+
+    Where their precision is not the training's, the base is loaded once more for them.
+    """
     if not seeds:
         return
     precision = config.prior_generation_precision
-    if precision is not None and PRECISIONS[precision] != pipeline.unet.dtype:
-        pipeline = load_base(config, accelerator, PRECISIONS[precision])
+    dtype = PRECISIONS[precision] if precision else default_dtype(accelerator.device)
+    drawing = pipeline
+    if dtype != pipeline.unet.dtype:
+        pipeline.to("cpu")  # two of SDXL are too much for most GPUs
+        drawing = load_base(config, accelerator, dtype)
     folder = Path(concept.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=len(seeds), desc="class images", unit="image", disable=not accelerator.is_main_process)
     options = {"num_inference_steps": config.num_inference_steps, "batch_size": config.sample_batch_size}
-    for image in generate_images(pipeline, [concept.class_prompt], seeds, progress=bar, **options):
+    for image in generate_images(drawing, [concept.class_prompt], seeds, progress=bar, **options):
         write_atomic(folder / class_image_name(concept.class_prompt, image.seed), png_bytes(image.image))
+    if drawing is not pipeline:
+        drawing = None
+        free_memory()
+        pipeline.to(accelerator.device)
 
 
 def draw_samples(
