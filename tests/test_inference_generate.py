@@ -353,6 +353,30 @@ def test_output_defaults_to_the_adapters_folder(tmp_path):
     assert len(read_manifest(tmp_path / "images")) == 2
 
 
+def test_the_base_is_the_one_that_the_run_downloaded(tmp_path, monkeypatch):
+    """Its variant is the only one there, so that another could not be loaded."""
+    build_pipeline().save_pretrained(tmp_path / "base", variant="fp16")
+    shutil.copytree(saved_lora(), tmp_path / "run")
+    (tmp_path / "downloads").mkdir()
+    of_run = {"pretrained_model_name_or_path": str(tmp_path / "base"), "variant": "fp16", "revision": "v1"}
+    options = []
+    load = load_pipeline
+    monkeypatch.setattr("inference.generate.load_pipeline", lambda *a, **k: options.append(k) or load(*a, **k))
+    command = ["--adapter", str(tmp_path / "run"), "--prompt", "a", "--num_inference_steps", "1"]
+    command += ["--output", str(tmp_path / "images")]
+    for cache_dir in ("downloads", "on-another-machine"):
+        record = {"config": of_run | {"cache_dir": str(tmp_path / cache_dir)}}
+        (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+        main(command)
+    (record,) = read_manifest(tmp_path / "images")
+    assert (record["revision"], record["variant"]) == ("v1", "fp16")
+    main([*command, "--base", str(tmp_path / "base"), "--variant", "fp16"])  # said: nothing of the run's is added
+    names = ("revision", "variant", "cache_dir")
+    given = [{name: one[name] for name in names if name in one} for one in options]
+    expected = {"revision": "v1", "variant": "fp16"}
+    assert given == [expected | {"cache_dir": str(tmp_path / "downloads")}, expected, {"variant": "fp16"}]
+
+
 def test_an_interrupted_command_lists_the_images_it_has(tmp_path, monkeypatch):
     import inference.generate as module
 
