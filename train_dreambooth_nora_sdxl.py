@@ -65,7 +65,7 @@ from dreambooth.watch import GradientWatch, check_loss, explained
 from inference.base import base_geometry, check_base, check_xformers
 from inference.cli import parse_config, quiet_libraries, run_command
 from inference.components import BEST, EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS, RUN_RECORD
-from inference.tokens import spell_out
+from inference.tokens import spell_out, spellings
 from storage.files import check_writable_target, write_atomic
 from trainer.export import KOHYA_WEIGHTS, PEFT_FOLDER, check_files, save_adapter, save_components
 from trainer.judging import RunJudge
@@ -319,7 +319,7 @@ def train_alone(config: TrainConfig, lock: FolderLock) -> Path:
             folder=output_dir,
             files=files,
             best=judge.best,
-            new_words=getattr(tokenizers["tokenizer"], "new_words", {}),
+            new_words=spellings(tokenizers["tokenizer"]),
             device=accelerator.device,
             dtype=dtype,
             num_processes=accelerator.num_processes,

@@ -17,11 +17,12 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
 from inference.base import check_base
-from inference.components import BEST, COMPONENT_NAMES, FOLDED_WEIGHTS, INNER_WEIGHTS, RUN_RECORD
+from inference.components import BEST, COMPONENT_NAMES, EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS, RUN_RECORD
 from storage.files import read_json, read_safetensors_header
 
 _LORA_MATRIX = re.compile(r"(?P<layer>.+)\.(?P<side>lora_A|lora_B|lora\.down|lora\.up)\.weight")
 BASE_COLUMN = "base"
+DOWNLOAD_OPTIONS = ("revision", "variant", "cache_dir")  # flags of the trainer and of the commands here
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _KOHYA_PREFIXES = ("lora_unet_", "lora_te1_", "lora_te2_", "lora_te_")
 _PEFT_PREFIX = "base_model.model."
@@ -37,6 +38,12 @@ class AdapterFile:
     shapes: dict[str, tuple[int, ...]]  # of a PEFT adapter: {component}.{key}
     metadata: dict[str, str]
     parts: dict[str, Path] = field(default_factory=dict)  # component -> folder, of a PEFT adapter
+
+    @property
+    def new_word(self) -> Path | None:
+        """The learned embeddings beside it, if there are any."""
+        path = (self.path if self.path.is_dir() else self.path.parent) / EMBEDDINGS
+        return path if path.is_file() else None
 
 
 def inspect_adapter(path: str | Path) -> AdapterFile:
@@ -142,6 +149,15 @@ def recorded_base(path: str | Path) -> str:
             f"{RUN_RECORD} of adapter {path} names a base that can't be used: {error}; or use --base"
         ) from error
     return base
+
+
+def recorded_downloads(path: str | Path) -> dict[str, str]:
+    """The keyword arguments of ``from_pretrained`` that an adapter's run loaded its base with."""
+    config = recorded_config(path)
+    options = {name: value for name in DOWNLOAD_OPTIONS if isinstance(value := config.get(name), str)}
+    if not Path(options.get("cache_dir", "")).is_dir():  # another machine's
+        options.pop("cache_dir", None)
+    return options
 
 
 def check_lora_fits(path: Path, shapes: Mapping[str, tuple[int, ...]], components: dict[str, nn.Module]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ def load_pipeline(
     base: str | Path,
     torch_dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
+    vae: str | Path | None = None,
     **from_pretrained_options: Any,
 ) -> StableDiffusionXLPipeline:
     """Load SDXL from a diffusers folder, a Hub id or a single `.safetensors` file.
@@ -77,10 +79,11 @@ def load_pipeline(
         torch_dtype: of every model in the pipeline, text encoders stored in another dtype included.
             None: float16 on a GPU, float32 on a CPU.
         device: None: a GPU where there is one.
+        vae: another autoencoder, as for `load_vae`.
         from_pretrained_options: passed on, such as `variant="fp16"` or `local_files_only=True`.
 
     Raises:
-        ValueError: the base is missing, incomplete, not SDXL, or can't be fetched.
+        ValueError: the base is missing, incomplete, not SDXL, or can't be fetched; or the autoencoder doesn't fit it.
     """
     check_base(base)
     device = torch.device(device or default_device())
@@ -101,6 +104,8 @@ def load_pipeline(
         reason = textwrap.shorten(str(error).strip().split("\n")[0], 200, placeholder="…")
         raise ValueError(f"base {base}{where} could not be loaded: {reason}") from error
     _check_loaded(base, pipeline, from_pretrained_options)
+    if vae is not None:
+        pipeline.register_modules(vae=load_vae(vae, like=pipeline.vae))
     pipeline.vae.enable_slicing()  # one image at a time: decoding four at 1024 px takes more memory than the UNet
     for model in pipeline.components.values():
         if isinstance(model, nn.Module) and model.dtype != torch_dtype:
@@ -151,22 +156,37 @@ def base_geometry(base: str | Path, **download_options: Any) -> tuple[int, int]:
         ) from error
 
 
-def load_vae(path: str, device: torch.device | str) -> AutoencoderKL:
-    """An autoencoder to use instead of the base's own, in fp32, because SDXL's overflows in fp16.
+def load_vae(path: str | Path, like: AutoencoderKL) -> AutoencoderKL:
+    """An autoencoder to use instead of the base's own: a folder, a single file, or a Hub id.
+
+    Args:
+        like: the base's own. A single file says nothing of its configuration, its scaling factor among it, and is taken
+            to have the same.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or if its latents are of another shape.
     """
     folder = Path(path)
     subfolder = "vae" if (folder / "vae" / "config.json").is_file() else None
     try:
         if folder.is_file():
-            vae = AutoencoderKL.from_single_file(path)
+            with tempfile.TemporaryDirectory() as config:
+                like.save_config(config)
+                vae = AutoencoderKL.from_single_file(str(path), config=config)
         else:
-            vae = AutoencoderKL.from_pretrained(path, subfolder=subfolder, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"autoencoder {path} could not be loaded: {str(error).strip().splitlines()[0]}") from error
-    return vae.to(device, torch.float32).requires_grad_(False)
+            vae = AutoencoderKL.from_pretrained(str(path), subfolder=subfolder, use_safetensors=True)
+    except (OSError, ValueError, KeyError, SafetensorError, SingleFileComponentError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"autoencoder {path} could not be loaded: {reason}") from error
+    other, own = (
+        f"{one.config.latent_channels} latent channels of 1/{2 ** (len(one.config.block_out_channels) - 1)}"
+        for one in (vae, like)
+    )
+    if other != own:
+        raise ValueError(
+            f"autoencoder {path} makes {other} of a picture's size, and the base's own {own}: name one that fits"
+        )
+    return vae
 
 
 def make_scheduler(name: str, current: SchedulerMixin) -> SchedulerMixin:
@@ -192,12 +212,13 @@ def make_scheduler(name: str, current: SchedulerMixin) -> SchedulerMixin:
 def load_refiner(
     path: str, base: StableDiffusionXLPipeline, torch_dtype: torch.dtype, device: str | torch.device | None
 ) -> StableDiffusionXLImg2ImgPipeline:
-    """SDXL's refiner; it shares the base's autoencoder, because it goes on with the base's latents.
+    """SDXL's refiner; it has the base's autoencoder and scheduler, because it goes on with the base's noisy latents.
 
     Raises:
         ValueError: if there is none, or if it is of another family.
     """
-    options = {"dtype": torch_dtype, "vae": base.vae, "add_watermarker": False}
+    scheduler = type(base.scheduler).from_config(base.scheduler.config)
+    options = {"dtype": torch_dtype, "vae": base.vae, "scheduler": scheduler, "add_watermarker": False}
     try:
         if Path(path).is_file():
             refiner = StableDiffusionXLImg2ImgPipeline.from_single_file(path, **options)

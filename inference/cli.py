@@ -8,9 +8,10 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import diffusers
+import torch
 import transformers
 import yaml
 from transformers import HfArgumentParser
@@ -41,7 +42,7 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None, 
     if file.config is not None:
         try:
             one_value = {field.name for field in fields(config_class) if "list[" not in str(field.type)}
-            argv = [*read_config_file(file.config, one_value), *argv]
+            argv = [*read_config_file(file.config, one_value, _given(config_class, argv)), *argv]
         except OSError as error:
             _exit_with(f"--config {file.config} can't be read: {error.strerror}")
         except ValueError as error:
@@ -57,11 +58,23 @@ def _config_option() -> argparse.ArgumentParser:
     return parser
 
 
-def read_config_file(path: str | Path, one_value: Collection[str] = ()) -> list[str]:
+def _given(config_class: type[Any], argv: Sequence[str]) -> set[str]:
+    """The flags that a command line gives, under all of their names."""
+    words = {_flag_name(argument.partition("=")[0]) for argument in argv if argument.startswith("--")}
+    names = [{field.name, *map(_flag_name, field.metadata.get("aliases", ()))} for field in fields(config_class)]
+    return {name for several in names if several & words for name in several}
+
+
+def _flag_name(spelled: str) -> str:
+    return spelled.lstrip("-").replace("-", "_")
+
+
+def read_config_file(path: str | Path, one_value: Collection[str] = (), overruled: Collection[str] = ()) -> list[str]:
     """A YAML mapping of flag names to values, as the arguments that say the same.
 
     Args:
         one_value: flags that take no list.
+        overruled: flags to leave out: argparse would add the command line's list to the file's.
 
     Raises:
         ValueError: if the file is no such mapping.
@@ -78,6 +91,8 @@ def read_config_file(path: str | Path, one_value: Collection[str] = ()) -> list[
             raise ValueError(f"--config {path}: {name} is a mapping, and flags take a value or a list of them")
         if isinstance(value, list) and name in one_value:
             raise ValueError(f"--config {path}: {name} is a list, and this flag takes one value")
+        if _flag_name(name) in overruled:
+            continue
         if isinstance(value, list):
             arguments += [f"--{name}", *map(str, value)]
         elif value is not None:
@@ -97,7 +112,10 @@ def _join_negative_numbers(argv: Sequence[str]) -> list[str]:
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Run `command`; a ValueError or OSError is the user's, so it becomes one line on stderr and exit status 2."""
+    """Run `command`; a ValueError or OSError is the user's, so it becomes one line on stderr and exit status 2.
+
+    So does a GPU's memory that runs out: models that are loaded or merged fill it as well as pictures do.
+    """
     try:
         command()
     except OSError as error:
@@ -106,6 +124,9 @@ def run_command(command: Callable[[], None]) -> None:
         _exit_with(str(error))
     except ValueError as error:
         _exit_with(str(error))
+    except torch.OutOfMemoryError as error:
+        reason = str(error).strip().split("\n")[0].removesuffix(".")
+        _exit_with(f"{reason}: lower --batch_size or the size, use --dtype fp16, or free the GPU of other programs")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -306,7 +306,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         words, class_name = subject_in_words(config, protocol, adapters)
         prompts = config.prompts or [with_article(prompt, words) for prompt in protocol.prompts]
         config.check_sampling(prompts, seeds)
-        base = choose_base(config.base, str(next(iter(adapters.values()))))
+        config = choose_base(config, str(next(iter(adapters.values()))))
     judge = Judge(config.clip, config.dino, instances, check_device(config.device))
     if adapters:
         unrelated = [prompt for prompt in UNRELATED_PROMPTS if f" {class_name} " not in prompt]
@@ -315,7 +315,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             "drift": unrelated,
             "class_drift": [with_article(prompt, class_name) for prompt in CLASS_PROMPTS],
         }
-        studio = Studio(config, base, picture_folder(output))
+        studio = Studio(config, config.base, picture_folder(output))
         studio.check_adapters(list(adapters.values()))
         drawn = draw_all(studio, adapters, asked, seeds, config.scales[0])
         pictures = {name: drawn[name]["subject"] for name in (BASE_COLUMN, *adapters)} | pictures

@@ -212,13 +212,13 @@ def run(config: GalleryConfig) -> tuple[Path, Path]:
     figures: dict[str, dict[str, str]] = {}
     settings = {}
     if adapters:
-        base = choose_base(config.base, str(next(iter(adapters.values()))))
-        studio = Studio(config, base, picture_folder(page_path))
+        config = choose_base(config, str(next(iter(adapters.values()))))
+        studio = Studio(config, config.base, picture_folder(page_path))
         columns = {BASE_COLUMN: [Take(None, None, None)]}
         columns |= {name: takes(path, config.scales, config.checkpoints) for name, path in adapters.items()}
         figures = {name: adapter_figures(path) for name, path in adapters.items()}
         shots = draw_columns(studio, columns, prompts, seeds)
-        settings = describe_settings(config, base, next(iter(shots.values()))[0].image)
+        settings = describe_settings(config, config.base, next(iter(shots.values()))[0].image)
     for name, pictures in given.items():
         for one in pictures:
             if one.prompt in prompts and one.seed in seeds:
@@ -269,8 +269,8 @@ def draw_columns(
 def describe_settings(config: GalleryConfig, base: str, image: Image.Image) -> dict[str, str]:
     width, height = image.size
     sampling = f"{config.num_inference_steps} steps, guidance {config.guidance_scale:g}, {width}×{height} pixels"
-    named = {"Scheduler": config.scheduler, "Autoencoder": config.vae, "Refiner": config.refiner}
-    named["Negative prompt"] = config.negative_prompt
+    named = {"Revision": config.revision, "Variant": config.variant, "Scheduler": config.scheduler}
+    named |= {"Autoencoder": config.vae, "Refiner": config.refiner, "Negative prompt": config.negative_prompt}
     if config.scales != [1]:
         named["Adapter scale"] = ", ".join(f"{scale:g}" for scale in config.scales)
     return {"Base": base, "Sampling": sampling} | {label: value for label, value in named.items() if value}

@@ -14,9 +14,9 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipelin
 from PIL import Image
 from tqdm.auto import tqdm
 
-from inference.adapter_files import inspect_adapter, recorded_base
+from inference.adapter_files import DOWNLOAD_OPTIONS, inspect_adapter, recorded_base, recorded_downloads
 from inference.base import (
     check_base,
     check_device,
@@ -33,7 +33,6 @@ from inference.base import (
     default_dtype,
     load_pipeline,
     load_refiner,
-    load_vae,
     make_scheduler,
 )
 from inference.cli import parse_config, quiet_libraries, run_command
@@ -56,6 +55,7 @@ class GeneratedImage:
     image: Image.Image | np.ndarray | torch.Tensor  # PIL, (H, W, 3) in [0, 1], or (C, H, W), as output_type says
 
 
+Sampling = TypeVar("Sampling", bound="SamplingConfig")
 PromptEmbeds = dict[str, torch.Tensor]  # keyword arguments of the pipeline, one prompt's
 
 
@@ -290,6 +290,17 @@ class SamplingConfig:
         default=None,
         metadata={"help": "SDXL: a diffusers folder, a .safetensors file or a Hub id. Default: the adapter's own."},
     )
+    revision: str | None = field(
+        default=None, metadata={"help": "Of the base on the Hub. Default: the adapter's own, without --base."}
+    )
+    variant: str | None = field(
+        default=None,
+        metadata={"help": "Of the base's files, such as fp16. Default: the adapter's own, without --base."},
+    )
+    cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where the base is downloaded to. Default: the adapter's own, without --base."},
+    )
     scale: list[float] | None = field(
         default=None,
         metadata={
@@ -344,10 +355,12 @@ class SamplingConfig:
     def scales(self) -> list[float]:
         return self.scale or [1.0]
 
+    def download_options(self) -> dict[str, str]:
+        """Keyword arguments of ``from_pretrained`` for the base."""
+        return {name: value for name in DOWNLOAD_OPTIONS if (value := getattr(self, name)) is not None}
+
     def load_pipeline(self, base: str) -> StableDiffusionXLPipeline:
-        pipeline = load_pipeline(base, torch_dtype=self.torch_dtype, device=self.first_device)
-        if self.vae:
-            pipeline.register_modules(vae=load_vae(self.vae, pipeline.device))
+        pipeline = load_pipeline(base, self.torch_dtype, self.first_device, self.vae, **self.download_options())
         if self.scheduler:
             pipeline.scheduler = make_scheduler(self.scheduler, pipeline.scheduler)
         if self.enable_xformers_memory_efficient_attention:
@@ -358,6 +371,8 @@ class SamplingConfig:
         if not self.refiner:
             return None
         refiner = load_refiner(self.refiner, pipeline, self.torch_dtype, self.first_device)
+        if self.enable_xformers_memory_efficient_attention:
+            refiner.enable_xformers_memory_efficient_attention()
         return Refiner(refiner, self.refiner_start)
 
     @property
@@ -376,6 +391,8 @@ class SamplingConfig:
         names = ("negative_prompt", "num_inference_steps", "guidance_scale", "vae")
         return {
             "base": base,
+            "revision": self.revision,
+            "variant": self.variant,
             "adapter": list(adapters) or None,
             "adapter_weights": list(adapters.values()) if set(adapters.values()) - {1.0} else None,
             "scale": scale,
@@ -494,14 +511,14 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
-def choose_base(base: str | None, adapter: str | None) -> str:
-    """`--base`, or else the base that the adapter's run records; checked, not loaded."""
-    if base:
-        check_base(base)
-        return base
+def choose_base(config: Sampling, adapter: str | None) -> Sampling:
+    """The config with its base checked, not loaded: `--base`, or else the base as the adapter's run downloaded it."""
+    if config.base:
+        check_base(config.base)
+        return config
     if adapter is None:
         raise ValueError("no base: name one with --base (a diffusers folder, a .safetensors file or a Hub id)")
-    return recorded_base(adapter)
+    return replace(config, base=recorded_base(adapter), **recorded_downloads(adapter) | config.download_options())
 
 
 def image_names(prompts: Sequence[str]) -> dict[str, str]:
@@ -510,10 +527,11 @@ def image_names(prompts: Sequence[str]) -> dict[str, str]:
         prompt: re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60].rstrip("-") or "prompt" for prompt in prompts
     }
     counts = {slug: list(slugs.values()).count(slug) for slug in slugs.values()}
-    return {
-        prompt: slug if counts[slug] == 1 else f"{slug}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
-        for prompt, slug in slugs.items()
-    }
+    return {prompt: slug if counts[slug] == 1 else f"{slug}-{_digest(prompt)}" for prompt, slug in slugs.items()}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def read_manifest(folder: Path) -> list[dict[str, Any]]:
@@ -561,12 +579,16 @@ def run(config: GenerateConfig) -> Path:
     config.check(prompts, seeds)
     for path in adapters:
         inspect_adapter(path)
-    base = choose_base(config.base, next(iter(adapters), None))
+    config = choose_base(config, next(iter(adapters), None))
     check_writable_target(folder, "--output", folder=True)
-    read_manifest(folder)
+    listed = {record["file"]: record for record in read_manifest(folder)}
 
-    pipeline = config.load_pipeline(base)
-    names = {load_adapter(pipeline, path, scale=weight * config.scales[0]): path for path, weight in adapters.items()}
+    pipeline = config.load_pipeline(config.base)
+    # named by number, because folders of two runs may have one name
+    names = {
+        load_adapter(pipeline, path, weight * config.scales[0], f"adapter_{number}"): path
+        for number, (path, weight) in enumerate(adapters.items())
+    }
     refiner = config.load_refiner(pipeline)
     for one in (pipeline, *([refiner.pipeline] if refiner else [])):
         config.settle(one)
@@ -581,7 +603,10 @@ def run(config: GenerateConfig) -> Path:
             suffix = f"-scale{repr(scale).removesuffix('.0')}" if len(config.scales) > 1 else ""
             for drawn in generate_images(pipeline, prompts, seeds, refiner=refiner, **config.sampling_options()):
                 name = f"{stems[drawn.prompt]}-seed{drawn.seed}{suffix}.png"
-                record = describe(drawn, name) | config.record(base, pipeline, adapters, scale) | {"fuse": config.fuse}
+                record = describe(drawn, name) | config.record(config.base, pipeline, adapters, scale)
+                record["fuse"] = config.fuse
+                if listed.get(name, record) != record and (folder / name).is_file():
+                    record["file"] = f"{Path(name).stem}-{_digest(json.dumps(record))}.png"  # leave the other image
                 write_image(folder, record, drawn.image)
                 records.append(record)
     finally:

@@ -22,8 +22,8 @@ from torch import nn
 
 import nora
 from inference.adapter_files import AdapterFile, check_lora_fits, inspect_adapter
-from inference.components import COMPONENT_NAMES, EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
-from inference.tokens import load_new_word, remove_new_words
+from inference.components import COMPONENT_NAMES, FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
+from inference.tokens import has_new_word, load_new_word, remove_new_words
 
 
 def load_adapter(
@@ -62,43 +62,43 @@ def load_adapter(
                 _load_peft(getattr(pipeline, part), folder, name)
         else:  # diffusers reads kohya's spelling too
             pipeline.load_lora_weights(file.path.parent, weight_name=file.path.name, adapter_name=name)
+        if file.new_word is not None:
+            load_new_word(pipeline, file.new_word, name)
     except BaseException:
         unload_adapters(pipeline, name)
         _activate(components, active)
         raise
     _activate(components, {prefix: [*names, name] for prefix, names in active.items()})
     set_adapter_scale(pipeline, name, scale)
-    words = (file.path if file.path.is_dir() else file.path.parent) / EMBEDDINGS
-    if words.is_file():
-        load_new_word(pipeline, words)
     return name
 
 
 def swap_adapter(pipeline: StableDiffusionXLPipeline, path: str | Path, name: str) -> None:
-    """Put another adapter in the place of the one that is loaded under ``name``.
+    """Put another adapter in the place of the one that is loaded under ``name``, at its scale.
 
     Where the layers and ranks are the same, which they are between runs of one configuration, only weights are copied,
-    and a swap costs what its file costs to read; otherwise one is taken off and the other put on.
+    and a swap costs what its file costs to read; otherwise one is taken off and the other put on. Merged weights are
+    unmerged first.
 
     Args:
         path: as for `load_adapter`.
 
     Raises:
-        ValueError: as `load_adapter`; the adapter that was loaded is then still there, or off if the new one's file
-            broke while it was read.
+        ValueError: as `load_adapter`, or no adapter of that name is loaded; the adapter that was loaded is then still
+            there, or off if the new one's file broke while it was read.
     """
     file = inspect_adapter(path)
+    scale = _adapter_scale(pipeline, name)
     _check_fits(pipeline, file, adapter_components(pipeline))
     if not _copy_weights(pipeline, file, name):
         unload_adapters(pipeline, name)
-        load_adapter(pipeline, path, name=name)
+        load_adapter(pipeline, path, scale, name)
 
 
 def _copy_weights(pipeline: StableDiffusionXLPipeline, file: AdapterFile, name: str) -> bool:
-    """Copy a plain LoRA's weights into the loaded one's; False, with nothing done, where the two differ in shape."""
-    words = (file.path if file.path.is_dir() else file.path.parent) / EMBEDDINGS
-    new_words = words.is_file() or getattr(pipeline.tokenizer, "new_words", None)
-    if file.kind != "folded" or "lora_adapter_metadata" in file.metadata or new_words:
+    """Copy a plain LoRA's weights into the loaded one's; False, with nothing done, where more differs than they."""
+    new_words = file.new_word is not None or has_new_word(pipeline, name)
+    if file.kind != "folded" or "lora_adapter_metadata" in file.metadata or new_words or _merged(pipeline):
         return False
     live = {}
     for prefix, module in adapter_components(pipeline).items():
@@ -180,19 +180,40 @@ def adapted_components(pipeline: StableDiffusionXLPipeline) -> list[str]:
 def set_adapter_scale(pipeline: StableDiffusionXLPipeline, name: str, scale: float) -> None:
     """Scale one adapter's update in every part, whatever the other adapters' scales are."""
     _check_scale(scale)
+    for layer in _layers_of(pipeline, name):
+        layer.set_scale(name, float(scale))
+
+
+def _adapter_scale(pipeline: StableDiffusionXLPipeline, name: str) -> float:
+    """What `set_adapter_scale` set; PEFT's layers keep only its product with their own alpha / r."""
+    layer = next(layer for layer in _layers_of(pipeline, name) if name in layer.scaling)
+    product = layer.scaling[name]
+    layer.set_scale(name, 1.0)
+    own = layer.scaling[name]
+    layer.scaling[name] = product
+    return product / own
+
+
+def _layers_of(pipeline: StableDiffusionXLPipeline, name: str) -> list[BaseTunerLayer]:
     if name not in loaded_adapters(pipeline):
         raise ValueError(f'no adapter "{name}" is loaded (loaded: {", ".join(loaded_adapters(pipeline)) or "none"})')
-    for module in adapter_components(pipeline).values():
-        for layer in _tuner_layers(module):
-            layer.set_scale(name, float(scale))
+    return [layer for module in adapter_components(pipeline).values() for layer in _tuner_layers(module)]
+
+
+def _merged(pipeline: StableDiffusionXLPipeline) -> bool:
+    return any(layer.merged for module in adapter_components(pipeline).values() for layer in _tuner_layers(module))
 
 
 def unload_adapters(pipeline: StableDiffusionXLPipeline, name: str | None = None) -> None:
-    """Take one adapter, or all of them, off the pipeline; with the last one gone, the base's own layers are back."""
-    if any(layer.merged for module in adapter_components(pipeline).values() for layer in _tuner_layers(module)):
+    """Take one adapter, or all of them, off the pipeline, with their new words.
+
+    With the last one gone, the base's own layers are back.
+    """
+    if _merged(pipeline):
         pipeline.unfuse_lora(components=list(COMPONENT_NAMES))
     if name is not None:
         pipeline.delete_adapters(name)
+        remove_new_words(pipeline, name)
     if name is None or not loaded_adapters(pipeline):
         pipeline.unload_lora_weights()
         remove_new_words(pipeline)

@@ -122,6 +122,7 @@ class Studio:
         wanted |= self.config.sampling_options() | {"batch_size": None}  # which changes no picture
         names = ("scheduler", *(("refiner_start",) if self.config.refiner else ()))
         wanted |= {name: getattr(self.config, name) for name in names}
+        wanted |= {name: value for name in ("revision", "variant") if (value := getattr(self.config, name))}
         wanted |= {"adapter": adapter_digest(adapter), "scale": scale} if adapter else {}
         return hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
 

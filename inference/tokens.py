@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Keys of the file, as diffusers' advanced DreamBooth script writes them -> text encoder and tokenizer.
 ENCODERS = {"clip_l": ("text_encoder", "tokenizer"), "clip_g": ("text_encoder_2", "tokenizer_2")}
@@ -20,46 +22,75 @@ def token_names(word: str, count: int) -> list[str]:
     return [f"<{stem}{number}>" for number in range(count)]
 
 
-def add_new_word(pipeline: StableDiffusionXLPipeline, word: str, embeddings: Mapping[str, torch.Tensor]) -> None:
+class NewWord(NamedTuple):
+    tokens: list[str]
+    adapter: str | None  # the name of the one that brought it, with which it goes
+
+
+def add_new_word(
+    pipeline: StableDiffusionXLPipeline,
+    word: str,
+    embeddings: Mapping[str, torch.Tensor],
+    adapter: str | None = None,
+) -> None:
     """Make ``word`` in a prompt stand for new tokens with the given embeddings; see `spell_out`.
 
     Args:
         embeddings: clip_l and clip_g -> (tokens, d) of each text encoder.
+        adapter: for `remove_new_words`.
 
     Raises:
-        ValueError: if the base knows the tokens already, or has text encoders of another width.
+        ValueError: if the base knows the tokens already, or has text encoders of another width; nothing is added then.
     """
-    for key, (encoder, tokenizer) in ENCODERS.items():
-        text_encoder, tokenizer = getattr(pipeline, encoder), getattr(pipeline, tokenizer)
+    for key, text_encoder, tokenizer in _text_parts(pipeline):
         vectors = embeddings[key]
         width = text_encoder.get_input_embeddings().weight.shape[1]
         if vectors.shape[1] != width:
             raise ValueError(f"the new word {word!r} has {key} of width {vectors.shape[1]}, and this base has {width}")
-        names = token_names(word, len(vectors))
-        if known := sorted(set(names) & set(tokenizer.get_vocab())):
+        if known := sorted(set(token_names(word, len(vectors))) & set(tokenizer.get_vocab())):
             raise ValueError(f"the base's vocabulary has {known[0]} already: another adapter has the word {word!r} too")
-        pipeline.load_textual_inversion(list(vectors), token=names, text_encoder=text_encoder, tokenizer=tokenizer)
-        tokenizer.new_words = getattr(tokenizer, "new_words", {}) | {word: "".join(names)}
+    for key, text_encoder, tokenizer in _text_parts(pipeline):
+        vectors = list(embeddings[key])
+        names = token_names(word, len(vectors))
+        pipeline.load_textual_inversion(vectors, token=names, text_encoder=text_encoder, tokenizer=tokenizer)
+        tokenizer.new_words = _new_words(tokenizer) | {word: NewWord(names, adapter)}
 
 
-def remove_new_words(pipeline: StableDiffusionXLPipeline) -> None:
-    """Take away every word that `add_new_word` added."""
-    for encoder, tokenizer in ENCODERS.values():
-        text_encoder, tokenizer = getattr(pipeline, encoder), getattr(pipeline, tokenizer)
-        if getattr(tokenizer, "new_words", None):
-            pipeline.unload_textual_inversion(text_encoder=text_encoder, tokenizer=tokenizer)
-            tokenizer.new_words = {}
+def remove_new_words(pipeline: StableDiffusionXLPipeline, adapter: str | None = None) -> None:
+    """Take away the word that an adapter brought, or every word that `add_new_word` added."""
+    for _, text_encoder, tokenizer in _text_parts(pipeline):
+        for word, new in list(_new_words(tokenizer).items()):
+            if adapter in (None, new.adapter):
+                pipeline.unload_textual_inversion(new.tokens, text_encoder=text_encoder, tokenizer=tokenizer)
+                del tokenizer.new_words[word]
+
+
+def has_new_word(pipeline: StableDiffusionXLPipeline, adapter: str) -> bool:
+    return any(new.adapter == adapter for new in _new_words(pipeline.tokenizer).values())
+
+
+def spellings(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """New word -> the tokens that it stands for."""
+    return {word: "".join(new.tokens) for word, new in _new_words(tokenizer).items()}
 
 
 def spell_out(pipeline: StableDiffusionXLPipeline, prompt: str) -> str:
     """The prompt with its new words as the tokens that they stand for."""
-    for word, tokens in getattr(pipeline.tokenizer, "new_words", {}).items():
+    for word, tokens in spellings(pipeline.tokenizer).items():
         prompt = prompt.replace(word, tokens)
     return prompt
 
 
-def load_new_word(pipeline: StableDiffusionXLPipeline, path: Path) -> str:
-    """Add the word of a file that a run wrote; returns the word.
+def _new_words(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, NewWord]:
+    return getattr(tokenizer, "new_words", {})
+
+
+def _text_parts(pipeline: StableDiffusionXLPipeline) -> list[tuple[str, PreTrainedModel, PreTrainedTokenizerBase]]:
+    return [(key, *(getattr(pipeline, part) for part in parts)) for key, parts in ENCODERS.items()]
+
+
+def load_new_word(pipeline: StableDiffusionXLPipeline, path: Path, adapter: str) -> None:
+    """Add the word of a file that a run wrote, as the adapter's.
 
     Raises:
         ValueError: if it is no such file, or doesn't fit the base.
@@ -72,5 +103,4 @@ def load_new_word(pipeline: StableDiffusionXLPipeline, path: Path) -> str:
         raise ValueError(f"{path} can't be read as learned embeddings: {error}") from error
     if not word:
         raise ValueError(f"{path} does not say which word it is for: load it with load_textual_inversion")
-    add_new_word(pipeline, word, embeddings)
-    return word
+    add_new_word(pipeline, word, embeddings, adapter)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_sdxl import saved_base, saved_lora, saved_nora
+from tiny_sdxl import build_pipeline, saved_base, saved_lora, saved_nora
 
 from inference import studio
 from inference.base import load_pipeline
@@ -142,6 +142,21 @@ def test_another_base_or_new_words_at_the_same_path_are_drawn_anew(tmp_path):
     main(command)
     third = shown(tmp_path / "g.html")
     assert third[0] == second[0] and third[1] != second[1]
+
+
+def test_a_run_s_variant_of_the_base_is_drawn_with_and_another_s_pictures_are_not_taken(tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(saved_lora(), run)
+    for seed, variant in enumerate(("fp16", "other")):
+        build_pipeline(seed=seed).save_pretrained(tmp_path / "base", variant=variant)
+    pages = []
+    for variant in ("fp16", "other"):
+        config = {"pretrained_model_name_or_path": str(tmp_path / "base"), "variant": variant}
+        (run / "run.json").write_text(json.dumps({"config": config}))
+        command = ["--adapters", f"mine={run}", "--prompts", "a", "--seeds", "0", "--num_inference_steps", "1"]
+        main([*command, "--output", str(tmp_path / "g.html")])
+        pages.append(shown(tmp_path / "g.html"))
+    assert all(one != other for one, other in zip(*pages))
 
 
 def test_a_grid_with_gaps(tmp_path, capsys):

@@ -6,19 +6,22 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, EulerAncestralDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
 from PIL import Image
 from tiny_sdxl import build_pipeline, saved_base, saved_lora, saved_refiner
 
 from inference.base import load_pipeline, make_scheduler
-from inference.generate import Refiner, encode_prompts, generate_images, image_names, main
+from inference.cli import parse_config
+from inference.generate import GenerateConfig, Refiner, encode_prompts, generate_images, image_names, main
 from inference.load import load_adapter, unload_adapters
 
 PROMPTS = ["[V] photo of a cat", "[V] photo of a cat in the jungle"]
@@ -166,16 +169,25 @@ def test_command_writes_images_and_a_manifest(tmp_path, pipeline, capsys):
         difference = np.abs(np.asarray(image, np.int16) - np.asarray(drawn.image, np.int16)).max()
     assert difference <= 1  # the command's batch of four, one image here: rounding to 8 bits may differ by one
 
-    # a second command into the same folder adds its line, and replaces the line of an image drawn again
-    main(
-        ["--base", str(saved_base()), "--prompt", PROMPTS[0], "--prompt", "new", "--seeds", "7"]
-        + ["--num_inference_steps", "1", "--output", str(output)]
-    )
+    # a second command into the same folder adds its lines, and replaces those of images drawn again
+    before = {path.name: path.read_bytes() for path in output.glob("*.png")}
+    again = ["--base", str(saved_base()), "--prompt", PROMPTS[0], "--prompt", "new", "--seeds", "7"]
+    for _ in range(2):
+        main([*again, "--num_inference_steps", "1", "--output", str(output)])
+        assert "8 images" in capsys.readouterr().out
     records = {record["file"]: record for record in read_manifest(output)}
-    assert len(records) == 7
-    assert records["v-photo-of-a-cat-seed7.png"]["adapter"] is None
-    assert records["v-photo-of-a-cat-seed8.png"]["adapter"] == [str(adapter)]
-    assert "8 images" not in capsys.readouterr().out
+    assert len(records) == 8 and sorted(records) == sorted(path.name for path in output.glob("*.png"))
+    assert {name: (output / name).read_bytes() for name in before} == before
+    (other,) = set(records) - set(before) - {"new-seed7.png"}
+    assert re.fullmatch(r"v-photo-of-a-cat-seed7-[0-9a-f]{8}\.png", other) and records[other]["adapter"] is None
+
+
+def test_prompts_that_differ_late_do_not_overwrite_each_other(tmp_path):
+    prompts = [f"{'a very long prompt ' * 4}{word}" for word in ("day", "night")]
+    for prompt in prompts:
+        main(["--base", str(saved_base()), "--prompt", prompt, "--num_inference_steps", "1", "--output", str(tmp_path)])
+    assert [record["prompt"] for record in read_manifest(tmp_path)] == prompts
+    assert len(list(tmp_path.glob("*.png"))) == 2
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -231,6 +243,16 @@ def test_several_adapters_add_up(pipeline, tmp_path):
     assert np.abs(pixels(tmp_path / "a-seed0.png") - np.asarray(drawn.image, np.int16)).max() <= 1
 
 
+def test_adapters_in_folders_of_one_name_are_combined(tmp_path):
+    paths = [tmp_path / run / "nora" for run in ("r1", "r2")]
+    for seed, path in enumerate(paths, 1):
+        shutil.copytree(saved_lora(seed), path)
+    main(
+        ["--adapters", *map(str, paths), "--prompt", "a", "--num_inference_steps", "1", "--output", str(tmp_path / "o")]
+    )
+    assert read_manifest(tmp_path / "o")[0]["adapter"] == [str(path) for path in paths]
+
+
 def test_merged_weights_draw_the_same_and_cost_nothing_per_step(tmp_path, monkeypatch):
     command = ["--adapter", str(saved_lora()), "--prompt", "a", "--num_inference_steps", "2"]
     main([*command, "--output", str(tmp_path / "live")])
@@ -255,10 +277,32 @@ def test_another_autoencoder_decodes(tmp_path):
     command = ["--base", str(saved_base()), "--prompt", "a", "--num_inference_steps", "1"]
     main([*command, "--output", str(tmp_path / "own")])
     main([*command, "--vae", str(tmp_path / "vae"), "--output", str(tmp_path / "other")])
-    pipeline = load_pipeline(saved_base(), torch.float32, "cpu", vae=other)
+    pipeline = load_pipeline(saved_base(), torch.float32, "cpu")
+    pipeline.register_modules(vae=other)
     [drawn] = generate_images(pipeline, ["a"], [0], num_inference_steps=1, progress=False)
     assert np.array_equal(pixels(tmp_path / "other" / "a-seed0.png"), np.asarray(drawn.image, np.int16))
     assert not np.array_equal(pixels(tmp_path / "other" / "a-seed0.png"), pixels(tmp_path / "own" / "a-seed0.png"))
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_another_autoencoder_decodes_in_half_precision(tmp_path, dtype):
+    build_pipeline(seed=5).vae.save_pretrained(tmp_path / "vae")
+    command = ["--base", str(saved_base()), "--prompt", "a", "--num_inference_steps", "1"]
+    command += ["--vae", str(tmp_path / "vae")]
+    main([*command, "--dtype", dtype, "--output", str(tmp_path / "half")])
+    main([*command, "--output", str(tmp_path / "full")])
+    assert np.abs(pixels(tmp_path / "half" / "a-seed0.png") - pixels(tmp_path / "full" / "a-seed0.png")).mean() < 3
+
+
+def test_an_autoencoder_in_a_single_file_has_the_bases_configuration(tmp_path):
+    base, other = build_pipeline(), build_pipeline(seed=5).vae
+    base.vae.register_to_config(scaling_factor=0.5)
+    base.save_pretrained(tmp_path / "base")
+    other.save_pretrained(tmp_path / "vae")
+    file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    loaded = load_pipeline(tmp_path / "base", torch.float32, "cpu", vae=file).vae
+    assert loaded.config.scaling_factor == 0.5 and not loaded.training and loaded.use_slicing
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), other.parameters()))
 
 
 def test_refiner_goes_on_where_the_base_stops(pipeline):
@@ -277,6 +321,23 @@ def test_refiner_goes_on_where_the_base_stops(pipeline):
     assert np.abs(drawn[PROMPTS[1], 7] - alone[PROMPTS[1], 7]).max() < 1e-5
 
 
+def test_the_refiner_steps_as_the_base_does(monkeypatch):
+    """Schedulers differ in how they scale noisy latents, which go from one to the other as they are."""
+    config = GenerateConfig(refiner=str(saved_refiner()), scheduler="ddim", device="cpu")
+    pipeline = config.load_pipeline(str(saved_base()))
+    refiner = config.load_refiner(pipeline).pipeline
+    assert type(refiner.scheduler) is type(pipeline.scheduler) is DDIMScheduler
+    assert refiner.scheduler.config == pipeline.scheduler.config and refiner.scheduler is not pipeline.scheduler
+
+    fast = []
+    name = "enable_xformers_memory_efficient_attention"
+    for cls in (type(pipeline), type(refiner)):
+        monkeypatch.setattr(cls, name, lambda pipeline: fast.append(type(pipeline)))
+    config = replace(config, **{name: True})
+    config.load_refiner(config.load_pipeline(str(saved_base())))
+    assert fast == [type(pipeline), type(refiner)]
+
+
 @pytest.mark.parametrize("name", ["DDIM", "dpmsolvermultistep", "EulerAncestralDiscreteScheduler", "UniPCMultistep"])
 def test_schedulers_by_name_keep_the_bases_noise(pipeline, name):
     scheduler = make_scheduler(name, pipeline.scheduler)
@@ -290,6 +351,30 @@ def test_output_defaults_to_the_adapters_folder(tmp_path):
     weights.write_bytes((saved_lora() / weights.name).read_bytes())
     main(["--adapter", str(tmp_path), "--prompts", *PROMPTS, "--num_inference_steps", "1"])
     assert len(read_manifest(tmp_path / "images")) == 2
+
+
+def test_the_base_is_the_one_that_the_run_downloaded(tmp_path, monkeypatch):
+    """Its variant is the only one there, so that another could not be loaded."""
+    build_pipeline().save_pretrained(tmp_path / "base", variant="fp16")
+    shutil.copytree(saved_lora(), tmp_path / "run")
+    (tmp_path / "downloads").mkdir()
+    of_run = {"pretrained_model_name_or_path": str(tmp_path / "base"), "variant": "fp16", "revision": "v1"}
+    options = []
+    load = load_pipeline
+    monkeypatch.setattr("inference.generate.load_pipeline", lambda *a, **k: options.append(k) or load(*a, **k))
+    command = ["--adapter", str(tmp_path / "run"), "--prompt", "a", "--num_inference_steps", "1"]
+    command += ["--output", str(tmp_path / "images")]
+    for cache_dir in ("downloads", "on-another-machine"):
+        record = {"config": of_run | {"cache_dir": str(tmp_path / cache_dir)}}
+        (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+        main(command)
+    (record,) = read_manifest(tmp_path / "images")
+    assert (record["revision"], record["variant"]) == ("v1", "fp16")
+    main([*command, "--base", str(tmp_path / "base"), "--variant", "fp16"])  # said: nothing of the run's is added
+    names = ("revision", "variant", "cache_dir")
+    given = [{name: one[name] for name in names if name in one} for one in options]
+    expected = {"revision": "v1", "variant": "fp16"}
+    assert given == [expected | {"cache_dir": str(tmp_path / "downloads")}, expected, {"variant": "fp16"}]
 
 
 def test_an_interrupted_command_lists_the_images_it_has(tmp_path, monkeypatch):
@@ -310,6 +395,15 @@ def test_an_interrupted_command_lists_the_images_it_has(tmp_path, monkeypatch):
     assert [record["file"] for record in read_manifest(tmp_path / "images")] == ["a-seed0.png"]
 
 
+def test_lists_of_the_command_line_win_over_the_files(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("scale: [0.5]\nprompts: [one]\nseeds: [0, 1]\nadapter-weights: [2]\nadapter: [a, b]\nheight: 64\n")
+    flags = ["--config", str(path), "--scales", "1", "--prompt=two", "--seeds", "5", "--adapter_weights", "3", "4"]
+    config = parse_config(GenerateConfig, flags)
+    assert (config.scale, config.prompt, config.seeds, config.adapter_weights) == ([1], ["two"], [5], [3, 4])
+    assert config.adapter == ["a", "b"] and config.height == 64
+
+
 def test_a_prompt_longer_than_the_encoders_read_is_reported(tmp_path, capsys):
     main(
         ["--base", str(saved_base()), "--prompt", "a very long prompt indeed " * 4, "--num_inference_steps", "1"]
@@ -327,6 +421,8 @@ def bad_commands(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
     (tmp_path / "empty").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "taken").mkdir()
+    vae = AutoencoderKL.load_config(saved_base() / "vae") | {"latent_channels": 8}
+    AutoencoderKL.from_config(vae).save_pretrained(tmp_path / "wide")
     (tmp_path / "taken" / "manifest.jsonl").write_text("[1]\n")
     (tmp_path / "run" / "pytorch_lora_weights.safetensors").write_bytes(
         (saved_lora() / "pytorch_lora_weights.safetensors").read_bytes()
@@ -360,6 +456,15 @@ def bad_commands(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "no such refiner": ([*base, *prompt, "--refiner", str(tmp_path / "empty")], "could not be loaded"),
         "refiner from nowhere": ([*base, *prompt, "--refiner_start", "1"], "--refiner_start 1 must be between 0 and 1"),
         "no such autoencoder": ([*base, *prompt, "--vae", str(tmp_path / "empty")], "could not be loaded"),
+        "adapter for an autoencoder": (
+            [*base, *prompt, "--vae", str(saved_lora() / "pytorch_lora_weights.safetensors")],
+            "could not be loaded",
+        ),
+        "autoencoder of another family": ([*base, *prompt, "--vae", str(tmp_path / "wide")], "makes 8 latent channels"),
+        "another family's file": (
+            [*base, *prompt, "--vae", str(tmp_path / "wide" / "diffusion_pytorch_model.safetensors")],
+            "could not be loaded",
+        ),
         "merged at two scales": ([*base, *prompt, *adapter, "--fuse", "--scales", "0", "1"], "give one --scale"),
         "offload from a CPU": ([*base, *prompt, "--device", "cpu", "--offload", "model"], "leave it out on a CPU"),
         "odd size": ([*base, *prompt, "--height", "100"], "height=100 must be a positive multiple of 8"),
@@ -397,6 +502,18 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, monkeypa
         assert len(errors) == 1 and message in errors[0], (case, printed.err)
         assert "Traceback" not in printed.err and printed.out == "", (case, printed)
         assert sorted(tmp_path.rglob("*")) == before, case
+
+
+@pytest.mark.parametrize("place", ["load_pipeline", "encode_prompts"])
+def test_memory_that_runs_out_anywhere_is_one_sentence(tmp_path, monkeypatch, capsys, place):
+    def fail(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has …")
+
+    monkeypatch.setattr(f"inference.generate.{place}", fail)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--base", str(saved_base()), "--prompt", "a", "--output", str(tmp_path / "images")])
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stopped.value.code == 2 and "out of memory" in error and "lower --batch_size" in error
 
 
 def test_the_module_runs_as_a_command():

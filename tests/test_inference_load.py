@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -162,6 +163,9 @@ def test_swapping_in_place_is_loading_anew(pipeline, new, monkeypatch):
     after = [module for module in pipeline.unet.modules() if isinstance(module, BaseTunerLayer)]
     assert loaded_adapters(pipeline) == ["mine"]
     assert all(one is other for one, other in zip(before, after)) == (new in ("same shape", "nora"))
+    now = outputs(pipeline)
+    set_adapter_scale(pipeline, "mine", 0.5)
+    assert max_error(outputs(pipeline), now) == 0 and max_error(now, expected) > 1e-3  # the scale was kept
     set_adapter_scale(pipeline, "mine", 1.0)
     assert max_error(outputs(pipeline), expected) < 1e-6
     unload_adapters(pipeline)
@@ -185,6 +189,26 @@ def test_nothing_of_a_richer_adapter_stays_after_a_swap(pipeline, tmp_path, old)
     swap_adapter(pipeline, saved_lora(text=False), "mine")
     assert max_error(outputs(pipeline), expected) < 1e-6
     assert torch.equal(encode_prompts(pipeline, ["a [V] cat"])["a [V] cat"]["prompt_embeds"], prompt)
+
+
+@pytest.mark.parametrize("new", ["same shape", "no text encoders"])
+def test_a_swap_of_merged_weights_takes_them_out_first(pipeline, new):
+    base, path = outputs(pipeline), saved_lora(seed=2, text=new == "same shape")
+    load_adapter(pipeline, path)
+    expected = outputs(pipeline)
+    unload_adapters(pipeline)
+    load_adapter(pipeline, saved_lora(), name="mine")
+    pipeline.fuse_lora(components=["unet", "text_encoder", "text_encoder_2"])
+    swap_adapter(pipeline, path, "mine")
+    assert max_error(outputs(pipeline), expected) < 1e-4
+    unload_adapters(pipeline)
+    assert max_error(outputs(pipeline), base) < 1e-4
+
+
+def test_a_swap_needs_an_adapter_to_take_the_place_of(pipeline):
+    load_adapter(pipeline, saved_lora(), name="mine")
+    with pytest.raises(ValueError, match=r'no adapter "yours" is loaded \(loaded: mine\)'):
+        swap_adapter(pipeline, saved_lora(seed=2), "yours")
 
 
 def test_a_swap_to_another_base_s_adapter_leaves_the_old_one(pipeline):
@@ -290,6 +314,59 @@ def test_adapters_stack_and_come_off_one_by_one(pipeline):
     load_adapter(pipeline, saved_lora(1), name="first")
     pipeline.set_adapters(["first", "second"], [0.5, 0.25])
     assert max_error(outputs(pipeline), both) < 1e-4
+
+
+@pytest.fixture
+def with_words(tmp_path):
+    """A function that writes an adapter with a new word."""
+
+    def write(folder: str, word: str = "[V]", **vectors: torch.Tensor) -> Path:
+        shutil.copytree(saved_lora(text=False), tmp_path / folder)
+        words = {key: torch.ones(2, 32) * len(folder) for key in ("clip_l", "clip_g")} | vectors
+        save_file(words, tmp_path / folder / EMBEDDINGS, metadata={"word": word})
+        return tmp_path / folder
+
+    return write
+
+
+def embeds(pipeline) -> torch.Tensor:
+    return encode_prompts(pipeline, ["[V] and [W]"])["[V] and [W]"]["prompt_embeds"]
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({}, r"another adapter has the word '\[V\]' too"),
+        ({"word": "[W]", "clip_g": torch.ones(1, 48)}, r"new word '\[W\]' has clip_g of width 48"),
+    ],
+)
+def test_an_adapter_whose_word_is_refused_leaves_nothing(pipeline, with_words, wrong, message):
+    load_adapter(pipeline, with_words("one"), name="one")
+    before, prompt, other = outputs(pipeline), embeds(pipeline), with_words("other", **wrong)
+    for _ in range(2):  # nothing of the first try is in the way of the second
+        with pytest.raises(ValueError, match=message):
+            load_adapter(pipeline, other, name="other")
+    assert loaded_adapters(pipeline) == ["one"]
+    assert max_error(outputs(pipeline), before) == 0 and torch.equal(embeds(pipeline), prompt)
+
+
+def test_new_words_come_off_with_their_adapter(pipeline, with_words):
+    first, second = with_words("first"), with_words("second", "[W]")
+    plain = embeds(pipeline)
+    load_adapter(pipeline, second, name="second")
+    alone = embeds(pipeline)
+    unload_adapters(pipeline)
+    load_adapter(pipeline, first, name="first")
+    load_adapter(pipeline, second, name="second")
+    both = embeds(pipeline)
+    unload_adapters(pipeline, "first")
+    assert torch.equal(embeds(pipeline), alone) and not torch.equal(alone, both)
+    load_adapter(pipeline, first, name="first")
+    assert torch.equal(embeds(pipeline), both)
+    swap_adapter(pipeline, saved_lora(text=False), "first")
+    assert torch.equal(embeds(pipeline), alone)
+    unload_adapters(pipeline)
+    assert torch.equal(embeds(pipeline), plain)
 
 
 def test_merged_weights_give_the_same_outputs(pipeline):

@@ -28,6 +28,7 @@ from dreambooth.prior import class_image_name
 from inference.base import load_pipeline
 from inference.components import FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
 from inference.load import load_adapter
+from trainer import samples
 
 ROOT = Path(__file__).parent.parent
 CAT = ROOT / "assets" / "subjects" / "cat"
@@ -346,6 +347,20 @@ def test_another_autoencoder_is_used_everywhere_and_gets_no_variant(tmp_path, mo
     assert losses(other)[0] != losses(run(tmp_path / "plain"))[0]
     for vae in seen:
         assert all(torch.equal(a, b) for a, b in zip(vae.parameters(), base.vae.parameters()))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [(None, torch.float32), ("bf16", torch.bfloat16)])
+def test_class_images_have_a_precision_of_their_own(tmp_path, monkeypatch, precision, dtype):
+    """fp32 on a CPU unless the flag says otherwise, whatever the training's is; with another autoencoder too."""
+    build_pipeline(seed=5).vae.save_pretrained(tmp_path / "vae")
+    drawn, generate = [], samples.generate_images
+    monkeypatch.setattr(samples, "generate_images", lambda pipe, *a, **k: drawn.append(pipe) or generate(pipe, *a, **k))
+    options = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "class"), "class_prompt": "a cat"}
+    options |= {"num_class_images": 1, "pretrained_vae_model_name_or_path": str(tmp_path / "vae")}
+    options |= {"mixed_precision": "bf16", "prior_generation_precision": precision}
+    run(tmp_path / "run", max_train_steps=1, **options)
+    assert [pipeline.unet.dtype for pipeline in drawn] == [dtype]
+    assert len(list((tmp_path / "class").glob("*.png"))) == 1
 
 
 def test_dry_run_writes_nothing(tmp_path, capsys):

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionXLPipeline
+from diffusers.training_utils import free_memory
 from PIL import Image
+from torch import nn
 from tqdm.auto import tqdm
 
 from dreambooth.config import TrainConfig
@@ -17,7 +19,7 @@ from dreambooth.data import Concept
 from dreambooth.launch import PRECISIONS, log_images
 from dreambooth.prior import class_image_name
 from dreambooth.sharding import SplittingAccelerator
-from inference.base import load_pipeline, load_vae
+from inference.base import default_dtype, load_pipeline
 from inference.generate import GeneratedImage, generate_images, image_names
 from storage.files import write_atomic
 from storage.pictures import png_bytes
@@ -29,27 +31,23 @@ class Sample(NamedTuple):
     image: Image.Image
 
 
-def load_base(config: TrainConfig, accelerator: Accelerator, dtype: torch.dtype) -> StableDiffusionXLPipeline:
-    """The frozen base, maybe with another autoencoder."""
+def load_base(
+    config: TrainConfig, accelerator: Accelerator, dtype: torch.dtype, **parts: None
+) -> StableDiffusionXLPipeline:
+    """The frozen base, maybe with another autoencoder; parts that are said to be None are left out."""
     pipeline = load_pipeline(
-        config.pretrained_model_name_or_path, dtype, accelerator.device, **config.download_options()
+        config.pretrained_model_name_or_path,
+        dtype,
+        accelerator.device,
+        config.pretrained_vae_model_name_or_path,
+        **config.download_options(),
+        **parts,
     )
-    if config.pretrained_vae_model_name_or_path:
-        vae = load_vae(config.pretrained_vae_model_name_or_path, accelerator.device)
-        other, own = (
-            f"{one.config.latent_channels} latent channels of 1/{2 ** (len(one.config.block_out_channels) - 1)}"
-            for one in (vae, pipeline.vae)
-        )
-        if other != own:
-            raise ValueError(
-                f"--pretrained_vae_model_name_or_path {config.pretrained_vae_model_name_or_path} makes {other} of a "
-                f"picture's size, and the base's own {own}: name one that fits"
-            )
-        pipeline.register_modules(vae=vae)
     if config.enable_xformers_memory_efficient_attention:
         pipeline.enable_xformers_memory_efficient_attention()
-    for model in (pipeline.vae, pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
-        model.requires_grad_(False)
+    for model in pipeline.components.values():
+        if isinstance(model, nn.Module):
+            model.requires_grad_(False)
     return pipeline
 
 
@@ -60,18 +58,28 @@ def draw_class_images(
     concept: Concept,
     seeds: Sequence[int],
 ) -> None:
-    """The base's own pictures of a subject's class, with the given seeds, into its folder."""
+    """The base's own pictures of a subject's class, with the given seeds, into its folder.
+
+    Where their precision is not the training's, the base is loaded once more for them.
+    """
     if not seeds:
         return
     precision = config.prior_generation_precision
-    if precision is not None and PRECISIONS[precision] != pipeline.unet.dtype:
-        pipeline = load_base(config, accelerator, PRECISIONS[precision])
+    dtype = PRECISIONS[precision] if precision else default_dtype(accelerator.device)
+    drawing = pipeline
+    if dtype != pipeline.unet.dtype:
+        pipeline.to("cpu")  # two of SDXL are too much for most GPUs
+        drawing = load_base(config, accelerator, dtype)
     folder = Path(concept.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=len(seeds), desc="class images", unit="image", disable=not accelerator.is_main_process)
     options = {"num_inference_steps": config.num_inference_steps, "batch_size": config.sample_batch_size}
-    for image in generate_images(pipeline, [concept.class_prompt], seeds, progress=bar, **options):
+    for image in generate_images(drawing, [concept.class_prompt], seeds, progress=bar, **options):
         write_atomic(folder / class_image_name(concept.class_prompt, image.seed), png_bytes(image.image))
+    if drawing is not pipeline:
+        drawing = None
+        free_memory()
+        pipeline.to(accelerator.device)
 
 
 def draw_samples(
@@ -102,12 +110,7 @@ def draw_pictures(
         return []
     # What is frozen is loaded anew, because it was freed after encoding. The trained models are put in afterwards:
     # load_pipeline casts all it holds, and their adapters must stay fp32.
-    absent = dict.fromkeys(parts)
-    pipeline = load_pipeline(
-        config.pretrained_model_name_or_path, dtype, accelerator.device, **config.download_options(), **absent
-    )
-    if config.pretrained_vae_model_name_or_path:
-        pipeline.register_modules(vae=load_vae(config.pretrained_vae_model_name_or_path, accelerator.device))
+    pipeline = load_base(config, accelerator, dtype, **dict.fromkeys(parts))
     pipeline.register_modules(**parts)
     bar = tqdm(total=len(prompts) * len(seeds), desc="samples", unit="image", disable=not accelerator.is_main_process)
     options = {"num_inference_steps": config.num_inference_steps, "batch_size": config.sample_batch_size}
