@@ -269,7 +269,7 @@ def encode_run(
     if pipeline.config.force_zeros_for_empty_prompt:  # SDXL's own way of saying nothing
         unconditional = EncodedPrompts(*map(torch.zeros_like, unconditional))
 
-    vae_fingerprint = module_fingerprint(pipeline.vae.float())
+    vae_fingerprint = module_fingerprint(pipeline.vae)
     cuts = [cut_picture(picture, pictures.settings) for picture in pictures.instance]
     # A step's samples have one shape, so class images are there in every shape that instance pictures have.
     # They are many, so one crop each will do.

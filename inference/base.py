@@ -71,6 +71,7 @@ def load_pipeline(
     torch_dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     vae: str | Path | None = None,
+    vae_dtype: torch.dtype | None = None,
     **from_pretrained_options: Any,
 ) -> StableDiffusionXLPipeline:
     """Load SDXL from a diffusers folder, a Hub id or a single `.safetensors` file.
@@ -80,6 +81,7 @@ def load_pipeline(
             None: float16 on a GPU, float32 on a CPU.
         device: None: a GPU where there is one.
         vae: another autoencoder, as for `load_vae`.
+        vae_dtype: of the autoencoder alone; one in fp32 can't decode what a UNet in half precision drew. None: as all.
         from_pretrained_options: passed on, such as `variant="fp16"` or `local_files_only=True`.
 
     Raises:
@@ -88,17 +90,21 @@ def load_pipeline(
     check_base(base)
     device = torch.device(device or default_device())
     torch_dtype = torch_dtype or default_dtype(device)
+    vae_dtype = vae_dtype or torch_dtype
     options = {
-        "dtype": torch_dtype,
         "add_watermarker": False,  # an invisible watermark would differ between machines with and without its package
         **from_pretrained_options,
     }
     try:
         if Path(base).is_file():
-            pipeline = StableDiffusionXLPipeline.from_single_file(str(base), **options)
+            pipeline = StableDiffusionXLPipeline.from_single_file(
+                str(base), dtype=torch_dtype if vae_dtype == torch_dtype else torch.float32, **options
+            )
         else:
             # safetensors only: a pickle from outside can run code
-            pipeline = StableDiffusionXLPipeline.from_pretrained(str(base), use_safetensors=True, **options)
+            pipeline = StableDiffusionXLPipeline.from_pretrained(
+                str(base), dtype={"vae": vae_dtype, "default": torch_dtype}, use_safetensors=True, **options
+            )
     except (OSError, SafetensorError, SingleFileComponentError) as error:
         where = "" if Path(base).exists() else f", which is no folder in {Path.cwd()} either,"
         reason = textwrap.shorten(str(error).strip().split("\n")[0], 200, placeholder="…")
@@ -107,9 +113,10 @@ def load_pipeline(
     if vae is not None:
         pipeline.register_modules(vae=load_vae(vae, like=pipeline.vae))
     pipeline.vae.enable_slicing()  # one image at a time: decoding four at 1024 px takes more memory than the UNet
-    for model in pipeline.components.values():
-        if isinstance(model, nn.Module) and model.dtype != torch_dtype:
-            model.to(torch_dtype)
+    for name, model in pipeline.components.items():
+        dtype = vae_dtype if name == "vae" else torch_dtype
+        if isinstance(model, nn.Module) and model.dtype != dtype:
+            model.to(dtype)
     return pipeline.to(device)
 
 

@@ -190,6 +190,18 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
 # --- options ----------------------------------------------------------------------------------------------------------
 
 
+def test_pictures_are_encoded_in_fp32_whatever_is_trained_in(tmp_path, monkeypatch):
+    """Weights rounded to bf16 would move the latents: here a bf16 run finds those of an fp32 one."""
+    calls = []
+    encode = AutoencoderKL.encode
+    monkeypatch.setattr(AutoencoderKL, "encode", lambda *a, **k: calls.append(1) or encode(*a, **k))
+    shared = {"encoded_cache_dir": str(tmp_path / "encoded")}
+    run(tmp_path / "fp32", **shared)
+    assert len(calls) == 6
+    run(tmp_path / "bf16", mixed_precision="bf16", num_validation_images=1, **shared)
+    assert len(calls) == 6
+
+
 def test_bf16_trains_in_fp32(tmp_path, monkeypatch):
     dtypes = set()
     save = trainer.save_adapter

@@ -34,12 +34,13 @@ class Sample(NamedTuple):
 def load_base(
     config: TrainConfig, accelerator: Accelerator, dtype: torch.dtype, **parts: None
 ) -> StableDiffusionXLPipeline:
-    """The frozen base, maybe with another autoencoder; parts that are said to be None are left out."""
+    """The frozen base, its autoencoder in fp32 as in diffusers' script; parts that are said to be None are left out."""
     pipeline = load_pipeline(
         config.pretrained_model_name_or_path,
         dtype,
         accelerator.device,
         config.pretrained_vae_model_name_or_path,
+        vae_dtype=torch.float32,
         **config.download_options(),
         **parts,
     )
@@ -60,16 +61,22 @@ def draw_class_images(
 ) -> None:
     """The base's own pictures of a subject's class, with the given seeds, into its folder.
 
-    Where their precision is not the training's, the base is loaded once more for them.
+    Where they are not drawn in fp32 throughout, the base is loaded once more for them.
     """
     if not seeds:
         return
     precision = config.prior_generation_precision
     dtype = PRECISIONS[precision] if precision else default_dtype(accelerator.device)
     drawing = pipeline
-    if dtype != pipeline.unet.dtype:
+    if not pipeline.unet.dtype == dtype == pipeline.vae.dtype:
         pipeline.to("cpu")  # two of SDXL are too much for most GPUs
-        drawing = load_base(config, accelerator, dtype)
+        drawing = load_pipeline(
+            config.pretrained_model_name_or_path,
+            dtype,
+            accelerator.device,
+            config.pretrained_vae_model_name_or_path,
+            **config.download_options(),
+        )
     folder = Path(concept.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=len(seeds), desc="class images", unit="image", disable=not accelerator.is_main_process)
@@ -114,8 +121,7 @@ def draw_pictures(
     pipeline.register_modules(**parts)
     bar = tqdm(total=len(prompts) * len(seeds), desc="samples", unit="image", disable=not accelerator.is_main_process)
     options = {"num_inference_steps": config.num_inference_steps, "batch_size": config.sample_batch_size}
-    # What is trained computes in mixed precision by itself; SDXL's autoencoder overflows in fp16.
-    pipeline.vae.float()
+    # What is trained computes in mixed precision by itself, and gives the autoencoder fp32.
     drawn = list(generate_images(pipeline, prompts, seeds, progress=bar, **options))
     return drawn if accelerator.is_main_process else []
 
