@@ -1,4 +1,4 @@
-"""inference.evaluate: the command on a tiny base, its protocols, and refusals."""
+"""inference.evaluate: the command on a tiny base, and refusals."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_sdxl import saved_base, saved_lora, saved_nora
 
-from inference.evaluate import Judge, Protocol, main, with_article, without_identifier
+from inference.evaluate import Judge, main
 from inference.generate import write_manifest
 from storage.pictures import open_image
 
@@ -81,25 +81,6 @@ def test_pictures_of_a_manifest_and_the_alarm(tmp_path, capsys):
     assert found["dino"]["mean"] == pytest.approx(own.mean().item(), abs=1e-6)
     printed = capsys.readouterr()
     assert "warning: copies draws its training images: 100%" in printed.err and "MEMORISED" in printed.out
-
-
-def test_prompts_in_plain_words():
-    assert without_identifier("a photo of [V] robot in the snow") == "a photo of a robot in the snow"
-    assert without_identifier("a [V] robot") == without_identifier("[V] robot") == "a robot"
-    assert without_identifier("[V] photo of a cat") == "a photo of a cat"
-    assert without_identifier("the dog") == "the dog"
-    assert with_article("a photo of a {}", "owl") == "a photo of an owl"
-    assert with_article("a {} in the snow", "[V] owl") == "a [V] owl in the snow"
-
-
-def test_the_papers_protocol():
-    thing, animal = (Protocol.read("dreambooth", name, False) for name in ("teapot", "dog6"))
-    assert len(thing.prompts) == len(animal.prompts) == 25 and thing.images_per_prompt == 4
-    assert len(set(thing.prompts) & set(animal.prompts)) == 15
-    assert "a {} with the Eiffel Tower in the background" in thing.prompts
-    assert "a {} in a chef outfit" in animal.prompts and animal.class_name == "dog"
-    assert Protocol.read("dreambooth", None, True).prompts == animal.prompts
-    assert Protocol.read("dreambooth", "bear_plushie", False).class_name == "stuffed animal"
 
 
 def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, monkeypatch):

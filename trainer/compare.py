@@ -27,17 +27,10 @@ import torch
 from inference import evaluate, gallery
 from inference.cli import parse_config, quiet_libraries, run_command
 from inference.components import RUN_RECORD
-from inference.evaluate import (
-    CLIP,
-    DINO,
-    SCORES,
-    EvaluateConfig,
-    Protocol,
-    class_of,
-    subject_of_prompt,
-)
+from inference.evaluate import CLIP, DINO, SCORES, EvaluateConfig
 from inference.gallery import GalleryConfig
 from inference.generate import SamplingConfig
+from inference.prompts import Protocol, class_of, subject_of_prompt
 from inference.scores import ClipEncoder, ImageEncoder, confidence_interval
 from storage.files import check_writable_target, read_json, write_atomic
 

@@ -16,17 +16,9 @@ from accelerate.utils import broadcast_object_list
 from dreambooth.config import TrainConfig
 from dreambooth.prepare import Pictures
 from inference.components import BEST
-from inference.evaluate import (
-    CLIP,
-    DINO,
-    FIRST_SEED,
-    Judge,
-    Protocol,
-    subject_of_prompt,
-    warn_of_memorisation,
-    with_article,
-)
+from inference.evaluate import CLIP, DINO, Judge, warn_of_memorisation
 from inference.generate import GeneratedImage
+from inference.prompts import FIRST_SEED, Protocol, subject_of_prompt, with_article
 from storage.files import write_atomic
 from storage.pictures import open_image
 
