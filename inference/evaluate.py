@@ -168,17 +168,12 @@ def subject_in_words(config: EvaluateConfig, protocol: Protocol, adapters: Mappi
         raise ValueError('--subject is empty: say it in words, such as "[V] dog"')
     if words is None:
         recorded = (recorded_config(path).get("instance_prompt") for path in adapters.values())
-        prompt = next((prompt for prompt in recorded if isinstance(prompt, str)), None)
-        if prompt is None:
+        words = next((prompt for prompt in recorded if isinstance(prompt, str)), None)
+        if words is None:
             raise ValueError('no run says what the subject is: add --subject, such as "[V] dog"')
-        words = subject_of_prompt(prompt)
+    words = subject_of_prompt(words)
     class_name = config.class_name or protocol.class_name
-    if class_name is None:
-        try:
-            class_name = class_of(words)
-        except ValueError as error:
-            raise ValueError(f"{error}: add --class_name") from error
-    return words, class_name
+    return words, subject_of_prompt(class_name) if class_name else class_of(words)
 
 
 def instance_pictures(folder: str | None, adapters: Mapping[str, Path]) -> list[Image.Image]:

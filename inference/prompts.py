@@ -25,8 +25,16 @@ UNRELATED_PROMPTS = (
     "a photo of a guitar on a blue background",
 )
 CLASS_PROMPTS = ("a photo of a {}", "a photo of a {} on the beach", "a photo of a {} in the snow")
-_IDENTIFIER = re.compile(r"\[\w+\]")
 FIRST_SEED = 1000
+ARTICLES = ("a", "an", "the", "my")
+_IDENTIFIER = re.compile(r"\[\w+\]")
+_ARTICLE = rf"(?:{'|'.join(ARTICLES)}) "
+_MEDIUM = "(?:photo|photograph|picture|image|portrait|drawing|sketch|painting|illustration|rendering)s? of "
+# "a", "close-up", "photo of", "my", "[V] dog"; an article further on begins another thing, such as what is on a picture
+_INSTANCE_PROMPT = re.compile(
+    rf"(?:(?:{_ARTICLE})?(?P<manner>(?:(?!{_ARTICLE})\S+ )*?){_MEDIUM})?(?:{_ARTICLE})?(?P<subject>.*)", re.IGNORECASE
+)
+_VOWEL_SOUND = re.compile(r"(?!eu|one\b)[aeio]|u(?![a-z][aeiou])|hour|heir|honest", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -74,29 +82,50 @@ class Protocol:
 
 
 def subject_of_prompt(instance_prompt: str) -> str:
-    """The subject in words: "a photo of [V] robot" is of "[V] robot"."""
-    return re.sub(r"^an? (photo|picture|image|drawing) of (an? |the )?", "", instance_prompt.strip())
+    """The subject in words: "a photo of a [V] robot" is of "[V] robot", and so is "[V] photo of a robot"."""
+    found = _INSTANCE_PROMPT.fullmatch(" ".join(instance_prompt.split()))
+    manner, subject = (found["manner"] or "").split(), found["subject"]
+    if any(map(_IDENTIFIER.fullmatch, [*manner, *subject.split()])):
+        manner = [word for word in manner if _IDENTIFIER.fullmatch(word)]
+    # without brackets the name may be any word, as in "sks photo of a dog": none is left out
+    return " ".join([*manner, subject])
 
 
 def class_of(words: str) -> str:
-    plain = re.sub(r"^a ", "", without_identifier(words))
-    if plain == words:
-        raise ValueError(f'the class of "{words}" is not known, because no word stands in brackets, as [V] does')
+    """What a subject is: "[V] dog" is a "dog".
+
+    Raises:
+        ValueError: if nothing tells the name from the class.
+    """
+    plain = " ".join(word for word in words.split() if not _IDENTIFIER.fullmatch(word))
+    if plain in (words, ""):
+        reason = "no word stands in brackets, as [V] does" if plain else "it is a name alone"
+        raise ValueError(f'the class of "{words}" is not known, because {reason}: add --class_name')
     return plain
 
 
 def with_article(template: str, words: str) -> str:
     """The template with the subject in it; "a [V] owl", but "an owl"."""
-    prompt = template.replace("{}", words)
-    return prompt.replace(f"a {words}", f"an {words}") if words[0].lower() in "aeio" else prompt
+    fitting = re.sub(r"\ban? \{\}", lambda found: f"{_agreeing(found[0].split()[0], words)} {{}}", template, flags=re.I)
+    return fitting.replace("{}", words)
 
 
 def without_identifier(prompt: str) -> str:
     """The prompt as anyone would say it, for CLIP: "a [V] robot" is a robot, and so is "[V] robot"."""
-    words: list[str] = []
-    for word in prompt.split():
+    words = prompt.split()
+    said: list[str] = []
+    for word, following in zip(words, [*words[1:], ""]):
         if not _IDENTIFIER.fullmatch(word):
-            words.append(word)
-        elif not words or words[-1].lower() not in ("a", "an", "the"):
-            words.append("a")
-    return " ".join(words).replace("a a ", "a ")
+            said.append(word)
+            continue
+        article = said.pop() if said and said[-1].lower() in ARTICLES else "a"
+        if following and following.lower() not in ARTICLES:
+            said.append(_agreeing(article, following))
+    return " ".join(said)
+
+
+def _agreeing(article: str, words: str) -> str:
+    """ "a" or "an", as the words sound; another article as it is."""
+    if article.lower() not in ("a", "an"):
+        return article
+    return article[0] + ("n" if _VOWEL_SOUND.match(words) else "")
