@@ -157,18 +157,46 @@ SCORES = {
 }
 
 
-def subject_in_words(config: EvaluateConfig, protocol: Protocol, adapters: Mapping[str, Path]) -> tuple[str, str]:
+@dataclass(frozen=True)
+class Plan:
+    """What is drawn of each model."""
+
+    prompts: dict[str, list[str]]  # of the subject, and for "drift" and "class_drift"
+    seeds: list[int]
+
+
+def plan(config: EvaluateConfig, recorded: Sequence[Mapping[str, Any]]) -> Plan:
+    """The protocol's prompts, or the flags', for the subject.
+
+    Args:
+        recorded: the flags of the runs.
+
+    Raises:
+        ValueError: for what can't be drawn, and if neither a flag nor a run says what the subject is.
+    """
+    protocol = Protocol.read(config.protocol, config.protocol_subject, config.live_subject)
+    words, class_name = subject_in_words(config, protocol, recorded)
+    prompts = config.prompts or [with_article(prompt, words) for prompt in protocol.prompts]
+    seeds = config.seeds or protocol.seeds
+    config.check_sampling(prompts, seeds)
+    unrelated = [prompt for prompt in UNRELATED_PROMPTS if f" {class_name} " not in prompt]
+    of_class = [with_article(prompt, class_name) for prompt in CLASS_PROMPTS]
+    return Plan({"subject": prompts, "drift": unrelated, "class_drift": of_class}, seeds)
+
+
+def subject_in_words(
+    config: EvaluateConfig, protocol: Protocol, recorded: Sequence[Mapping[str, Any]]
+) -> tuple[str, str]:
     """The subject with its identifier, and its class.
 
     Raises:
-        ValueError: if neither a flag nor a run's record says them.
+        ValueError: if neither a flag nor a run says them.
     """
     words = config.subject
     if words is not None and not words.strip():
         raise ValueError('--subject is empty: say it in words, such as "[V] dog"')
     if words is None:
-        recorded = (recorded_config(path).get("instance_prompt") for path in adapters.values())
-        words = next((prompt for prompt in recorded if isinstance(prompt, str)), None)
+        words = next((prompt for one in recorded if isinstance(prompt := one.get("instance_prompt"), str)), None)
         if words is None:
             raise ValueError('no run says what the subject is: add --subject, such as "[V] dog"')
     words = subject_of_prompt(words)
@@ -176,17 +204,32 @@ def subject_in_words(config: EvaluateConfig, protocol: Protocol, adapters: Mappi
     return words, subject_of_prompt(class_name) if class_name else class_of(words)
 
 
-def instance_pictures(folder: str | None, adapters: Mapping[str, Path]) -> list[Image.Image]:
-    """The subject's pictures.
+def instance_folder(folder: str | None, recorded: Sequence[Mapping[str, Any]]) -> str:
+    """Where the subject's pictures are: the folder of the flag, or else of the first run that names one.
 
     Raises:
-        ValueError: if no folder is named and no run's record names one that is there.
+        ValueError: if no run names one that is there.
     """
-    if folder is None:
-        folder = next((f for path in adapters.values() if (f := recorded_config(path).get("instance_data_dir"))), None)
-        if not folder or not Path(folder).is_dir():
-            raise ValueError("the subject's pictures are needed: name their folder with --instance_images")
+    if folder is not None:
+        return folder
+    folder = next((found for one in recorded if (found := one.get("instance_data_dir"))), None)
+    if folder is None or not Path(folder).is_dir():
+        missing = (
+            f"--instance_data_dir {folder} of the run is not here" if folder else "no run has a folder of pictures"
+        )
+        raise ValueError(f"{missing}: name the subject's with --instance_images")
+    return folder
+
+
+def instance_pictures(folder: str) -> list[Image.Image]:
     return [open_image(path) for path in find_images(folder, "instance_images")]
+
+
+def check(config: EvaluateConfig, recorded: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError for what `run` would refuse once runs of these flags are there."""
+    plan(config, recorded)
+    instances = instance_pictures(instance_folder(config.instance_images, recorded))
+    Judge(config.clip, config.dino, instances, torch.device("cpu"))
 
 
 def read_pictures(name: str, folder: Path) -> list[GeneratedImage]:
@@ -216,26 +259,17 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if len(config.scales) > 1:
         raise ValueError("--scale: scores are of one scale; run the command once for each, with another --output")
     pictures = {name: read_pictures(name, folder) for name, folder in folders.items()}
-    protocol = Protocol.read(config.protocol, config.protocol_subject, config.live_subject)
-    instances = instance_pictures(config.instance_images, adapters)
-    seeds = config.seeds or protocol.seeds
+    recorded = [recorded_config(path) for path in adapters.values()]
+    if adapters:
+        asked = plan(config, recorded)
+        base = choose_base(config.base, str(next(iter(adapters.values()))))
+    instances = instance_pictures(instance_folder(config.instance_images, recorded))
+    judge = Judge(config.clip, config.dino, instances, check_device(config.device))
     drifts = {}
     if adapters:
-        words, class_name = subject_in_words(config, protocol, adapters)
-        prompts = config.prompts or [with_article(prompt, words) for prompt in protocol.prompts]
-        config.check_sampling(prompts, seeds)
-        base = choose_base(config.base, str(next(iter(adapters.values()))))
-    judge = Judge(config.clip, config.dino, instances, check_device(config.device))
-    if adapters:
-        unrelated = [prompt for prompt in UNRELATED_PROMPTS if f" {class_name} " not in prompt]
-        asked = {
-            "subject": prompts,
-            "drift": unrelated,
-            "class_drift": [with_article(prompt, class_name) for prompt in CLASS_PROMPTS],
-        }
         studio = Studio(config, base, picture_folder(output))
         studio.check_adapters(list(adapters.values()))
-        drawn = draw_all(studio, adapters, asked, seeds, config.scales[0])
+        drawn = draw_all(studio, adapters, asked.prompts, asked.seeds, config.scales[0])
         pictures = {name: drawn[name]["subject"] for name in (BASE_COLUMN, *adapters)} | pictures
         drifts = {
             name: {kind: judge.drift(drawn[name][kind], drawn[BASE_COLUMN][kind]) for kind in ("drift", "class_drift")}
@@ -246,8 +280,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         "version": 1,
         "encoders": {"clip": config.clip, "dino": config.dino},
         "protocol": config.protocol,
-        "seeds": seeds if adapters else None,
-        "prompts": prompts if adapters else None,
+        "seeds": asked.seeds if adapters else None,
+        "prompts": asked.prompts["subject"] if adapters else None,
         "instance_images": len(instances),
         "scores": {name: {key: value._asdict() for key, value in scores.items()} for name, scores in columns.items()},
     }

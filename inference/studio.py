@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -142,9 +141,8 @@ class Studio:
         return self._pipeline
 
 
-@functools.cache
 def local_state(path: str | None) -> list[list[str | int]]:
-    """Names, sizes and times of a model's files where it lies on this disk: too large to be read for every picture."""
+    """Names, sizes and times of files where a model or pictures lie on this disk, because models are too large to read."""
     root = Path(path) if path else None
     if root is None or not root.exists():
         return []

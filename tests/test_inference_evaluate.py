@@ -96,7 +96,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, monkeypa
             [*good, "--subject", "TOK robot"],
             "no word stands in brackets, .* --class_name",
         ),
-        "no pictures": ([*JUDGES, "--adapters", f"x={saved_lora()}"], "with --instance_images"),
+        "no pictures": ([*JUDGES, *SUBJECT[:2], "--adapters", f"x={saved_lora()}"], "with --instance_images"),
         "no protocol": ([*good, "--protocol", "mine"], "choose one of dreambooth, scenes"),
         "protocol without a place": ([*good, "--protocol", str(tmp_path / "protocol.yaml")], "with one {} for the"),
         "protocol of another form": ([*good, "--protocol", str(tmp_path / "list.yaml")], "must have both_prompts"),

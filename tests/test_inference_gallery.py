@@ -131,7 +131,6 @@ def test_another_base_or_new_words_at_the_same_path_are_drawn_anew(tmp_path):
     command += ["--num_inference_steps", "1", "--output", str(tmp_path / "g.html")]
     main(command)
     first = shown(tmp_path / "g.html")
-    studio.local_state.cache_clear()
     shutil.copytree(saved_base(48), base, dirs_exist_ok=True)
     shutil.copytree(saved_lora(hidden=48), run, dirs_exist_ok=True)
     main(command)
