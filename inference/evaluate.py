@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 
-from inference.adapter_files import BASE_COLUMN, inspect_adapter, parse_named_adapters, recorded_config
+from inference.adapter_files import BASE_COLUMN, recorded_config
 from inference.base import check_device
 from inference.cli import parse_config, quiet_libraries, run_command
-from inference.generate import GeneratedImage, SamplingConfig, choose_base, read_manifest
+from inference.generate import GeneratedImage, choose_base
 from inference.prompts import (
     CLASS_PROMPTS,
     UNRELATED_PROMPTS,
@@ -42,7 +41,7 @@ from inference.scores import (
     spread,
     subject_fidelity,
 )
-from inference.studio import Studio
+from inference.studio import SAMPLING, ColumnsConfig, Job, Studio, picture_folder
 from storage.files import check_writable_target, write_atomic
 from storage.pictures import find_images, open_image
 
@@ -84,10 +83,17 @@ class Judge:
         scores["memorisation"] = memorisation(images, self.instances)
         return scores
 
-    def drift(self, adapted: Sequence[GeneratedImage], base: Sequence[GeneratedImage]) -> Spread:
-        """Of pictures with the adapter from those without, of the same prompts and seeds in the same order."""
-        on, off = (self.dino.images([one.image for one in drawn]) for drawn in (adapted, base))
-        return by_seed(adapted, drift(on, off))
+    def features(self, drawn: Sequence[GeneratedImage]) -> torch.Tensor:
+        """(N, D), of which drift is measured."""
+        return self.dino.images([one.image for one in drawn])
+
+    def drift(self, adapted: Sequence[GeneratedImage], base: torch.Tensor) -> Spread:
+        """Of pictures with the adapter from those without, of the same prompts and seeds in the same order.
+
+        Args:
+            base: `features` of those without.
+        """
+        return by_seed(adapted, drift(self.features(adapted), base))
 
 
 def by_seed(drawn: Sequence[GeneratedImage], values: torch.Tensor) -> Spread:
@@ -101,19 +107,9 @@ def by_seed(drawn: Sequence[GeneratedImage], values: torch.Tensor) -> Spread:
 
 
 @dataclass
-class EvaluateConfig(SamplingConfig):
+class EvaluateConfig(ColumnsConfig):
     """Flags of `python -m inference.evaluate`."""
 
-    adapters: list[str] | None = field(
-        default=None, metadata={"action": "extend", "help": "NAME=PATH of each to score, beside the base."}
-    )
-    images: list[str] | None = field(
-        default=None,
-        metadata={
-            "action": "extend",
-            "help": "NAME=FOLDER of pictures with a manifest that inference.generate wrote; no drift is known of them.",
-        },
-    )
     instance_images: str | None = field(
         default=None, metadata={"help": "Folder of the subject's pictures. Default: what the first run was trained on."}
     )
@@ -147,6 +143,11 @@ class EvaluateConfig(SamplingConfig):
     output: str = field(default="out/scores.json", metadata={"help": "The scores; pictures are kept beside it."})
 
 
+# What says what is drawn and how; the device is the judges' too.
+DRAWING = (
+    *(name for name in SAMPLING if name != "device"),
+    *("subject", "class_name", "protocol", "protocol_subject", "live_subject", "prompts", "seeds"),
+)
 SCORES = {
     "dino": "DINO ↑",
     "clip_i": "CLIP-I ↑",
@@ -174,6 +175,9 @@ def plan(config: EvaluateConfig, recorded: Sequence[Mapping[str, Any]]) -> Plan:
     Raises:
         ValueError: for what can't be drawn, and if neither a flag nor a run says what the subject is.
     """
+    for name in ("protocol", "protocol_subject", "live_subject"):
+        if config.prompts and getattr(config, name) != getattr(EvaluateConfig, name):
+            raise ValueError(f"--{name} has no effect on --prompts: leave one of them out; --class_name says the class")
     protocol = Protocol.read(config.protocol, config.protocol_subject, config.live_subject)
     words, class_name = subject_in_words(config, protocol, recorded)
     prompts = config.prompts or [with_article(prompt, words) for prompt in protocol.prompts]
@@ -232,33 +236,19 @@ def check(config: EvaluateConfig, recorded: Sequence[Mapping[str, Any]]) -> None
     Judge(config.clip, config.dino, instances, torch.device("cpu"))
 
 
-def read_pictures(name: str, folder: Path) -> list[GeneratedImage]:
-    """The pictures that a manifest lists, with their prompts and seeds."""
-    records = read_manifest(folder)
-    if not records:
-        raise ValueError(f"--images {name}={folder} has no manifest: name a folder that inference.generate wrote")
-    return [GeneratedImage(one["prompt"], one["seed"], open_image(folder / one["file"])) for one in records]
-
-
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Draw what is missing, score it, write the scores and return them. Flags are checked before anything is loaded."""
-    adapters = parse_named_adapters(config.adapters or [])
-    folders = parse_named_adapters(config.images or [], "--images")
-    if not adapters and not folders:
-        raise ValueError("nothing to score: give --adapters NAME=PATH, or --images NAME=FOLDER")
-    if taken := set(adapters) & set(folders):
-        raise ValueError(f"--images {min(taken)}: the name is an adapter's already, choose another one")
-    if not adapters:
-        drawing = ("prompts", "seeds", "scale", "subject", "class_name", "protocol_subject", "base")
-        for name in (name for name in drawing if getattr(config, name) is not None):
-            raise ValueError(f"--{name} is for what is drawn, and --images are there already: leave it out")
-    for path in adapters.values():
-        inspect_adapter(path)
+    adapters, pictures = config.columns(DRAWING)
+    for name, given in pictures.items():
+        if len(scales := list(dict.fromkeys(one.scale for one in given))) > 1:
+            several = ", ".join("none" if scale is None else f"{scale:g}" for scale in scales)
+            raise ValueError(
+                f"--images {name} has pictures at scales {several}: keep each scale in a folder of its own"
+            )
     output = Path(config.output)
     check_writable_target(output, "--output", folder=False)
     if len(config.scales) > 1:
         raise ValueError("--scale: scores are of one scale; run the command once for each, with another --output")
-    pictures = {name: read_pictures(name, folder) for name, folder in folders.items()}
     recorded = [recorded_config(path) for path in adapters.values()]
     if adapters:
         asked = plan(config, recorded)
@@ -267,19 +257,24 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     judge = Judge(config.clip, config.dino, instances, check_device(config.device))
     drifts = {}
     if adapters:
+        models: dict[str, Path | None] = {BASE_COLUMN: None, **adapters}
+        jobs = {
+            (name, kind): Job(name, path, prompts, config.scales[0] if path else 1.0)
+            for name, path in models.items()
+            for kind, prompts in asked.prompts.items()
+        }
         studio = Studio(config, base, picture_folder(output))
-        studio.check_adapters(list(adapters.values()))
-        drawn = draw_all(studio, adapters, asked.prompts, asked.seeds, config.scales[0])
-        pictures = {name: drawn[name]["subject"] for name in (BASE_COLUMN, *adapters)} | pictures
+        drawn = dict(zip(jobs, studio.draw(list(jobs.values()), asked.seeds)))
+        pictures = {name: drawn[name, "subject"] for name in models} | pictures
+        without = {kind: judge.features(drawn[BASE_COLUMN, kind]) for kind in ("drift", "class_drift")}
         drifts = {
-            name: {kind: judge.drift(drawn[name][kind], drawn[BASE_COLUMN][kind]) for kind in ("drift", "class_drift")}
-            for name in adapters
+            name: {kind: judge.drift(drawn[name, kind], off) for kind, off in without.items()} for name in adapters
         }
     columns = {name: judge.judge(images) | drifts.get(name, {}) for name, images in pictures.items()}
     result = {
         "version": 1,
         "encoders": {"clip": config.clip, "dino": config.dino},
-        "protocol": config.protocol,
+        "protocol": config.protocol if adapters and not config.prompts else None,
         "seeds": asked.seeds if adapters else None,
         "prompts": asked.prompts["subject"] if adapters else None,
         "instance_images": len(instances),
@@ -288,32 +283,6 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
-
-
-def picture_folder(output: Path) -> Path:
-    """Where a gallery or scores keep their pictures; a command that is run again finds them there."""
-    return output.parent / "pictures"
-
-
-def draw_all(
-    studio: Studio,
-    adapters: Mapping[str, Path],
-    asked: Mapping[str, Sequence[str]],
-    seeds: Sequence[int],
-    scale: float,
-) -> dict[str, dict[str, list[GeneratedImage]]]:
-    """Pictures by the base and every adapter: name -> kind of prompts -> pictures."""
-    models: dict[str, Path | None] = {BASE_COLUMN: None, **adapters}
-    total = len(models) * len(seeds) * sum(map(len, asked.values()))
-    with tqdm(total=total, unit="image") as bar:
-        drawn = {}
-        for name, path in models.items():
-            bar.set_description(name)
-            drawn[name] = {
-                kind: studio.pictures(path, name, prompts, seeds, scale if path else 1.0, bar)
-                for kind, prompts in asked.items()
-            }
-    return drawn
 
 
 def table(result: Mapping[str, Any]) -> str:

@@ -64,8 +64,8 @@ class Protocol:
         try:
             content = load_yaml(path)
             objects, animals = dict(content.get("objects") or {}), dict(content.get("live_subjects") or {})
-            live = subject in animals if subject else live
-            prompts = [*content["both_prompts"], *content.get("live_subject_prompts" if live else "object_prompts", [])]
+            kind = "live_subject_prompts" if live or subject in animals else "object_prompts"
+            prompts = [*content["both_prompts"], *content.get(kind, [])]
             images_per_prompt = content["images_per_prompt"]
             if not isinstance(images_per_prompt, int) or images_per_prompt < 1:
                 raise ValueError(f"images_per_prompt is {images_per_prompt}, and a whole number from 1 is needed")
@@ -75,6 +75,10 @@ class Protocol:
             raise ValueError(f"--protocol {path} must have both_prompts and images_per_prompt: {error!r}") from error
         if not all(isinstance(prompt, str) and prompt.count("{}") == 1 for prompt in prompts):
             raise ValueError(f"--protocol {path}: every prompt must be text with one {{}} for the subject")
+        if live and subject:
+            raise ValueError(f"--live_subject: --protocol_subject {subject} says it already, leave it out")
+        if live and "live_subject_prompts" not in content:
+            raise ValueError(f"--live_subject: --protocol {name} has no prompts for animals, leave it out")
         if subject and subject not in objects | animals:
             known = ", ".join(sorted(objects | animals)) or "none"
             raise ValueError(f"--protocol_subject {subject} is not in --protocol {name}, which has: {known}")
