@@ -101,14 +101,14 @@ def prompt_fidelity(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
 
 def drift(adapted: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     """(N,) (1 - cosine) / 2 between each picture and the base's of the same prompt and seed; both (N, D)."""
-    return (1 - (adapted * base).sum(dim=1)) / 2
+    return ((1 - (adapted * base).sum(dim=1)) / 2).clamp(min=0)  # rounding takes a cosine past 1
 
 
 def diversity(images: torch.Tensor) -> float:
     """Mean of 1 - cosine over the pairs of different pictures of one prompt; images (N, D), N >= 2."""
     count = len(images)
     cosines = images @ images.T
-    return float(1 - (cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1)))
+    return max(0.0, float(1 - (cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1))))
 
 
 class Memorisation(NamedTuple):

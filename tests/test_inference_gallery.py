@@ -267,6 +267,28 @@ def test_sheet_wraps_long_texts_and_limits_large_images():
     assert sheet.height > 256 + 3 * 40
 
 
+def test_the_sheet_keeps_the_shape_of_every_picture():
+    columns = [PageColumn(name, "", {}, {}) for name in ("square", "tall", "wide")]
+    sizes = {"square": (256, 256), "tall": (100, 200), "wide": (300, 100)}
+    colours = {"square": (255, 0, 0), "tall": (0, 255, 0), "wide": (0, 0, 255)}
+    images = {(name, "a", 0): Image.new("RGB", size, colours[name]) for name, size in sizes.items()}
+    sheet = np.asarray(draw_sheet(columns, images, ["a"], [0]))
+    for name, (width, height) in sizes.items():
+        rows, places = np.nonzero((sheet == colours[name]).all(axis=2))
+        shown = np.ptp(places) + 1, np.ptp(rows) + 1
+        assert shown[0] / shown[1] == pytest.approx(width / height, rel=0.02) and max(shown) == 256
+
+
+def test_the_sheet_shows_every_training_image():
+    images = {("base", "a", 0): Image.new("RGB", (64, 64), "white")}
+    colours = [(200, 5 * index, 0) for index in range(40)]
+    instances = [(str(colour), Image.new("RGB", (300, 40 + colour[1]), colour)) for colour in colours]
+    instances.append(("panorama", Image.new("RGB", (9000, 100), (0, 200, 200))))
+    sheet = draw_sheet([PageColumn("base", "", {}, {})], images, ["a"], [0], instances)
+    shown = {colour for _, colour in sheet.getcolors(sheet.width * sheet.height)}
+    assert not {*colours, (0, 200, 200)} - shown
+
+
 def test_figures_that_are_not_known_are_dashes(tmp_path):
     shutil.copy(saved_lora() / "pytorch_lora_weights.safetensors", tmp_path / "from-elsewhere.safetensors")
     figures = adapter_figures(tmp_path / "from-elsewhere.safetensors")

@@ -82,6 +82,11 @@ def test_a_picture_compared_with_itself(clip, dino):
     assert memorisation(images, images).nearest == pytest.approx(1, abs=1e-6)
 
 
+def test_rounding_makes_no_negative_drift():
+    one = torch.tensor([[0.6, 0.8]]) * (1 + 1e-7)  # of unit length, but for the last bit
+    assert drift(one, one).item() == 0 and diversity(torch.cat([one, one])) == 0
+
+
 def test_spread_is_between_seeds():
     values = {0: [0.1, 0.3], 1: [0.5, 0.7], 2: [0.3, 0.5]}
     found = spread(values)
