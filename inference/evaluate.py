@@ -288,12 +288,15 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 def table(result: Mapping[str, Any]) -> str:
     """The scores as a Markdown table: mean ± spread over seeds."""
     known = [key for key in SCORES if any(key in scores for scores in result["scores"].values())]
-    lines = ["| | " + " | ".join(SCORES[key] for key in known) + " | nearest training image |"]
-    lines.append("|---" * (len(known) + 2) + "|")
-    for name, scores in result["scores"].items():
-        cells = [format_score(scores.get(key)) for key in known]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {format_memorisation(scores['memorisation'])} |")
-    return "\n".join(lines)
+    rows = [
+        [name, *(format_score(scores.get(key)) for key in known), format_memorisation(scores["memorisation"])]
+        for name, scores in result["scores"].items()
+    ]
+    return markdown_table(["", *(SCORES[key] for key in known), "nearest training image"], rows)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
 
 
 def format_score(score: Mapping[str, float] | None) -> str:

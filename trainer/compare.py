@@ -4,8 +4,8 @@
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
         --instance_data_dir my_cat --instance_prompt "a photo of [V] cat"
 
-What stands behind ``--`` goes to every training. Runs that are finished are not trained again, and a run that was cut
-off is resumed, so the command may be repeated until all is there.
+What stands behind ``--`` goes to every training. Runs that are finished are not trained again unless their pictures or
+their base have changed, and a run that was cut off is resumed, so the command may be repeated until all is there.
 """
 
 from __future__ import annotations
@@ -186,15 +186,15 @@ def table(summary: Mapping[str, Mapping[str, Mapping[str, float]]], records: Map
     """One row a method: what it trains and costs, its scores with 95 % intervals."""
     known = [key for key in SCORES if any(key in scores for scores in summary.values())]
     header = ["method", "trained", "s/step", *(SCORES[key] for key in known), "nearest training image"]
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    rows = []
     for method, scores in summary.items():
         record = records[method]
         cells = [method, f"{record['trainable_parameters']:,}", f"{record['timings']['seconds_per_step']:.3g}"]
         cells += [f"{scores[key]['mean']:.3f} ± {scores[key]['half']:.3f}" if key in scores else "–" for key in known]
         found = scores["memorisation"]
         cells.append(f"{found['nearest']:.2f}" + (f" ({found['alarms']} memorised)" if found["alarms"] else ""))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return evaluate.markdown_table(header, rows)
 
 
 def run(config: CompareConfig, train_flags: Sequence[str]) -> Path:
