@@ -47,9 +47,10 @@ class AdapterFile:
     parts: dict[str, Path] = field(default_factory=dict)  # component -> folder, of a PEFT adapter
 
     @property
-    def words(self) -> Path:
-        """Where the new words lie that belong to the adapter, if it has any."""
-        return (self.path if self.path.is_dir() else self.path.parent) / EMBEDDINGS
+    def new_word(self) -> Path | None:
+        """The learned embeddings beside it, if there are any."""
+        path = (self.path if self.path.is_dir() else self.path.parent) / EMBEDDINGS
+        return path if path.is_file() else None
 
 
 def inspect_adapter(path: str | Path) -> AdapterFile:

@@ -219,7 +219,7 @@ def adapter_digest(path: Path) -> str:
     """SHA-256 of the files that an adapter is loaded from; read once as long as they don't change."""
     file = inspect_adapter(path)
     files = sorted(p for part in file.parts.values() for p in part.iterdir() if p.is_file()) or [file.path]
-    files += [file.words] if file.words.is_file() else []
+    files += [file.new_word] if file.new_word else []
     digest = hashlib.sha256()
     for one in files:
         state = one.stat()
