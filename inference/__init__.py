@@ -6,6 +6,8 @@ adapter_files  what kind of adapter a file or folder holds, and whether it fits 
 load           adapters on and off a pipeline
 tokens         new words that come with an adapter
 generate       prompts × seeds -> images, one generator per image; `python -m inference.generate`
+prompts        an instance prompt's subject in words, and the protocols' prompts with it
+evaluate       scores of adapters on a subject; `python -m inference.evaluate`
 gallery        base | adapter | adapter on one page and one sheet; `python -m inference.gallery`
 """
 

@@ -17,7 +17,15 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
 from inference.base import check_base
-from inference.components import BEST, COMPONENT_NAMES, EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS, RUN_RECORD
+from inference.components import (
+    BEST,
+    BEST_SCORES,
+    COMPONENT_NAMES,
+    EMBEDDINGS,
+    FOLDED_WEIGHTS,
+    INNER_WEIGHTS,
+    RUN_RECORD,
+)
 from storage.files import read_json, read_safetensors_header
 
 _LORA_MATRIX = re.compile(r"(?P<layer>.+)\.(?P<side>lora_A|lora_B|lora\.down|lora\.up)\.weight")
@@ -125,6 +133,17 @@ def run_checkpoints(path: Path) -> list[tuple[int, Path]]:
         for step, folder in steps
         if any((folder / name).is_file() for name in (FOLDED_WEIGHTS, INNER_WEIGHTS))
     )
+
+
+def trained_steps(path: str | Path) -> int | None:
+    """The step that an adapter is of: a checkpoint's, the best one's, or the run's last; None if it is not known."""
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    if match := _CHECKPOINT.fullmatch(folder.name):
+        return int(match[1])
+    if folder.name == BEST:
+        return read_json(folder / BEST_SCORES).get("step") if (folder / BEST_SCORES).is_file() else None
+    return recorded_config(path).get("max_train_steps")
 
 
 def recorded_config(path: str | Path) -> dict[str, Any]:

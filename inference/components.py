@@ -12,6 +12,7 @@ INNER_WEIGHTS = "nora_inner_weights.safetensors"
 EMBEDDINGS = "learned_embeds.safetensors"
 RUN_RECORD = "run.json"
 BEST = "best"  # folder of the best adapter inside a run's, where the run was scored
+BEST_SCORES = "scores.json"  # in it: the step, and what it reached
 
 COMPONENT_NAMES = ("unet", "text_encoder", "text_encoder_2")
 

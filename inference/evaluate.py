@@ -8,7 +8,6 @@ The same command gives the same file, to the last bit on a CPU: pictures are dra
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,14 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from PIL import Image
-from tqdm.auto import tqdm
 
-from inference.adapter_files import BASE_COLUMN, inspect_adapter, parse_named_adapters, recorded_config
+from inference.adapter_files import BASE_COLUMN, recorded_config
 from inference.base import check_device
 from inference.cli import parse_config, quiet_libraries, run_command
-from inference.generate import GeneratedImage, SamplingConfig, choose_base, read_manifest
+from inference.generate import GeneratedImage, choose_base
+from inference.prompts import (
+    CLASS_PROMPTS,
+    UNRELATED_PROMPTS,
+    Protocol,
+    class_of,
+    subject_of_prompt,
+    with_article,
+    without_identifier,
+)
 from inference.scores import (
     ClipEncoder,
     ImageEncoder,
@@ -35,27 +41,11 @@ from inference.scores import (
     spread,
     subject_fidelity,
 )
-from inference.studio import Studio
+from inference.studio import SAMPLING, ColumnsConfig, Job, Studio, picture_folder
 from storage.files import check_writable_target, write_atomic
 from storage.pictures import find_images, open_image
 
 CLIP, DINO = "openai/clip-vit-base-patch32", "facebook/dino-vits16"  # those of the DreamBooth paper
-PROTOCOLS = Path(__file__).parent / "protocols"
-# Of other things than the subject, in words that small bases know too.
-UNRELATED_PROMPTS = (
-    "a photo of a teapot on the grass",
-    "a photo of a fox in the snow",
-    "a photo of a hamburger on a red background",
-    "a photo of an elephant in the desert",
-    "a photo of a house at night",
-    "a photo of a car on the beach",
-    "a photo of a tree in the snow",
-    "a photo of a bicycle in the jungle",
-    "a photo of an owl at night",
-    "a photo of a guitar on a blue background",
-)
-CLASS_PROMPTS = ("a photo of a {}", "a photo of a {} on the beach", "a photo of a {} in the snow")
-_IDENTIFIER = re.compile(r"\[\w+\]")
 
 
 class Judge:
@@ -93,10 +83,17 @@ class Judge:
         scores["memorisation"] = memorisation(images, self.instances)
         return scores
 
-    def drift(self, adapted: Sequence[GeneratedImage], base: Sequence[GeneratedImage]) -> Spread:
-        """Of pictures with the adapter from those without, of the same prompts and seeds in the same order."""
-        on, off = (self.dino.images([one.image for one in drawn]) for drawn in (adapted, base))
-        return by_seed(adapted, drift(on, off))
+    def features(self, drawn: Sequence[GeneratedImage]) -> torch.Tensor:
+        """(N, D), of which drift is measured."""
+        return self.dino.images([one.image for one in drawn])
+
+    def drift(self, adapted: Sequence[GeneratedImage], base: torch.Tensor) -> Spread:
+        """Of pictures with the adapter from those without, of the same prompts and seeds in the same order.
+
+        Args:
+            base: `features` of those without.
+        """
+        return by_seed(adapted, drift(self.features(adapted), base))
 
 
 def by_seed(drawn: Sequence[GeneratedImage], values: torch.Tensor) -> Spread:
@@ -106,34 +103,13 @@ def by_seed(drawn: Sequence[GeneratedImage], values: torch.Tensor) -> Spread:
     return spread(scores)
 
 
-def without_identifier(prompt: str) -> str:
-    """The prompt as anyone would say it, for CLIP: "a [V] robot" is a robot, and so is "[V] robot"."""
-    words: list[str] = []
-    for word in prompt.split():
-        if not _IDENTIFIER.fullmatch(word):
-            words.append(word)
-        elif not words or words[-1].lower() not in ("a", "an", "the"):
-            words.append("a")
-    return " ".join(words).replace("a a ", "a ")
-
-
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class EvaluateConfig(SamplingConfig):
+class EvaluateConfig(ColumnsConfig):
     """Flags of `python -m inference.evaluate`."""
 
-    adapters: list[str] | None = field(
-        default=None, metadata={"action": "extend", "help": "NAME=PATH of each to score, beside the base."}
-    )
-    images: list[str] | None = field(
-        default=None,
-        metadata={
-            "action": "extend",
-            "help": "NAME=FOLDER of pictures with a manifest that inference.generate wrote; no drift is known of them.",
-        },
-    )
     instance_images: str | None = field(
         default=None, metadata={"help": "Folder of the subject's pictures. Default: what the first run was trained on."}
     )
@@ -167,7 +143,11 @@ class EvaluateConfig(SamplingConfig):
     output: str = field(default="out/scores.json", metadata={"help": "The scores; pictures are kept beside it."})
 
 
-FIRST_SEED = 1000
+# What says what is drawn and how; the device is the judges' too.
+DRAWING = (
+    *(name for name in SAMPLING if name != "device"),
+    *("subject", "class_name", "protocol", "protocol_subject", "live_subject", "prompts", "seeds"),
+)
 SCORES = {
     "dino": "DINO ↑",
     "clip_i": "CLIP-I ↑",
@@ -179,157 +159,124 @@ SCORES = {
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """Templates with {} for the subject, and how many pictures are drawn of each."""
+class Plan:
+    """What is drawn of each model."""
 
-    prompts: list[str]
-    images_per_prompt: int
-    class_name: str | None = None
-
-    @property
-    def seeds(self) -> list[int]:
-        """Of each prompt's pictures: far from those that trainings begin with."""
-        return list(range(FIRST_SEED, FIRST_SEED + self.images_per_prompt))
-
-    @classmethod
-    def read(cls, name: str, subject: str | None, live: bool) -> Protocol:
-        """A protocol that comes with this package, or a YAML file of the same form.
-
-        Raises:
-            ValueError: if there is none of that name, if the file has another form, or an unknown subject.
-        """
-        path = PROTOCOLS / f"{name}.yaml" if re.fullmatch(r"\w+", name) else Path(name)
-        if not path.is_file():
-            known = ", ".join(sorted(file.stem for file in PROTOCOLS.glob("*.yaml")))
-            raise ValueError(f"--protocol {name} does not exist: choose one of {known}, or name a file")
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-            objects, animals = dict(content.get("objects") or {}), dict(content.get("live_subjects") or {})
-            live = subject in animals if subject else live
-            prompts = [*content["both_prompts"], *content.get("live_subject_prompts" if live else "object_prompts", [])]
-            images_per_prompt = content["images_per_prompt"]
-            if not isinstance(images_per_prompt, int) or images_per_prompt < 1:
-                raise ValueError(f"images_per_prompt is {images_per_prompt}, and a whole number from 1 is needed")
-            if not all(isinstance(name, str) for name in (objects | animals).values()):
-                raise ValueError("every subject needs its class in words")
-        except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"--protocol {path} must have both_prompts and images_per_prompt: {error!r}") from error
-        if not all(isinstance(prompt, str) and prompt.count("{}") == 1 for prompt in prompts):
-            raise ValueError(f"--protocol {path}: every prompt must be text with one {{}} for the subject")
-        if subject and subject not in objects | animals:
-            known = ", ".join(sorted(objects | animals)) or "none"
-            raise ValueError(f"--protocol_subject {subject} is not in --protocol {name}, which has: {known}")
-        return cls(prompts, images_per_prompt, (objects | animals).get(subject))
+    prompts: dict[str, list[str]]  # of the subject, and for "drift" and "class_drift"
+    seeds: list[int]
 
 
-def subject_of_prompt(instance_prompt: str) -> str:
-    """The subject in words: "a photo of [V] robot" is of "[V] robot"."""
-    return re.sub(r"^an? (photo|picture|image|drawing) of (an? |the )?", "", instance_prompt.strip())
+def plan(config: EvaluateConfig, recorded: Sequence[Mapping[str, Any]]) -> Plan:
+    """The protocol's prompts, or the flags', for the subject.
+
+    Args:
+        recorded: the flags of the runs.
+
+    Raises:
+        ValueError: for what can't be drawn, and if neither a flag nor a run says what the subject is.
+    """
+    for name in ("protocol", "protocol_subject", "live_subject"):
+        if config.prompts and getattr(config, name) != getattr(EvaluateConfig, name):
+            raise ValueError(f"--{name} has no effect on --prompts: leave one of them out; --class_name says the class")
+    protocol = Protocol.read(config.protocol, config.protocol_subject, config.live_subject)
+    words, class_name = subject_in_words(config, protocol, recorded)
+    prompts = config.prompts or [with_article(prompt, words) for prompt in protocol.prompts]
+    seeds = config.seeds or protocol.seeds
+    config.check_sampling(prompts, seeds)
+    unrelated = [prompt for prompt in UNRELATED_PROMPTS if f" {class_name} " not in prompt]
+    of_class = [with_article(prompt, class_name) for prompt in CLASS_PROMPTS]
+    return Plan({"subject": prompts, "drift": unrelated, "class_drift": of_class}, seeds)
 
 
-def class_of(words: str) -> str:
-    plain = re.sub(r"^a ", "", without_identifier(words))
-    if plain == words:
-        raise ValueError(f'the class of "{words}" is not known, because no word stands in brackets, as [V] does')
-    return plain
-
-
-def subject_in_words(config: EvaluateConfig, protocol: Protocol, adapters: Mapping[str, Path]) -> tuple[str, str]:
+def subject_in_words(
+    config: EvaluateConfig, protocol: Protocol, recorded: Sequence[Mapping[str, Any]]
+) -> tuple[str, str]:
     """The subject with its identifier, and its class.
 
     Raises:
-        ValueError: if neither a flag nor a run's record says them.
+        ValueError: if neither a flag nor a run says them.
     """
     words = config.subject
     if words is not None and not words.strip():
         raise ValueError('--subject is empty: say it in words, such as "[V] dog"')
     if words is None:
-        recorded = (recorded_config(path).get("instance_prompt") for path in adapters.values())
-        prompt = next((prompt for prompt in recorded if isinstance(prompt, str)), None)
-        if prompt is None:
+        words = next((prompt for one in recorded if isinstance(prompt := one.get("instance_prompt"), str)), None)
+        if words is None:
             raise ValueError('no run says what the subject is: add --subject, such as "[V] dog"')
-        words = subject_of_prompt(prompt)
+    words = subject_of_prompt(words)
     class_name = config.class_name or protocol.class_name
-    if class_name is None:
-        try:
-            class_name = class_of(words)
-        except ValueError as error:
-            raise ValueError(f"{error}: add --class_name") from error
-    return words, class_name
+    return words, subject_of_prompt(class_name) if class_name else class_of(words)
 
 
-def instance_pictures(folder: str | None, adapters: Mapping[str, Path]) -> list[Image.Image]:
-    """The subject's pictures.
+def instance_folder(folder: str | None, recorded: Sequence[Mapping[str, Any]]) -> str:
+    """Where the subject's pictures are: the folder of the flag, or else of the first run that names one.
 
     Raises:
-        ValueError: if no folder is named and no run's record names one that is there.
+        ValueError: if no run names one that is there.
     """
-    if folder is None:
-        folder = next((f for path in adapters.values() if (f := recorded_config(path).get("instance_data_dir"))), None)
-        if not folder or not Path(folder).is_dir():
-            raise ValueError("the subject's pictures are needed: name their folder with --instance_images")
+    if folder is not None:
+        return folder
+    folder = next((found for one in recorded if (found := one.get("instance_data_dir"))), None)
+    if folder is None or not Path(folder).is_dir():
+        missing = (
+            f"--instance_data_dir {folder} of the run is not here" if folder else "no run has a folder of pictures"
+        )
+        raise ValueError(f"{missing}: name the subject's with --instance_images")
+    return folder
+
+
+def instance_pictures(folder: str) -> list[Image.Image]:
     return [open_image(path) for path in find_images(folder, "instance_images")]
 
 
-def read_pictures(name: str, folder: Path) -> list[GeneratedImage]:
-    """The pictures that a manifest lists, with their prompts and seeds."""
-    records = read_manifest(folder)
-    if not records:
-        raise ValueError(f"--images {name}={folder} has no manifest: name a folder that inference.generate wrote")
-    return [GeneratedImage(one["prompt"], one["seed"], open_image(folder / one["file"])) for one in records]
+def check(config: EvaluateConfig, recorded: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError for what `run` would refuse once runs of these flags are there."""
+    plan(config, recorded)
+    instances = instance_pictures(instance_folder(config.instance_images, recorded))
+    Judge(config.clip, config.dino, instances, torch.device("cpu"))
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Draw what is missing, score it, write the scores and return them. Flags are checked before anything is loaded."""
-    adapters = parse_named_adapters(config.adapters or [])
-    folders = parse_named_adapters(config.images or [], "--images")
-    if not adapters and not folders:
-        raise ValueError("nothing to score: give --adapters NAME=PATH, or --images NAME=FOLDER")
-    if taken := set(adapters) & set(folders):
-        raise ValueError(f"--images {min(taken)}: the name is an adapter's already, choose another one")
-    if not adapters:
-        drawing = ("prompts", "seeds", "scale", "subject", "class_name", "protocol_subject", "base")
-        for name in (name for name in drawing if getattr(config, name) is not None):
-            raise ValueError(f"--{name} is for what is drawn, and --images are there already: leave it out")
-    for path in adapters.values():
-        inspect_adapter(path)
+    adapters, pictures = config.columns(DRAWING)
+    for name, given in pictures.items():
+        if len(scales := list(dict.fromkeys(one.scale for one in given))) > 1:
+            several = ", ".join("none" if scale is None else f"{scale:g}" for scale in scales)
+            raise ValueError(
+                f"--images {name} has pictures at scales {several}: keep each scale in a folder of its own"
+            )
     output = Path(config.output)
     check_writable_target(output, "--output", folder=False)
     if len(config.scales) > 1:
         raise ValueError("--scale: scores are of one scale; run the command once for each, with another --output")
-    pictures = {name: read_pictures(name, folder) for name, folder in folders.items()}
-    protocol = Protocol.read(config.protocol, config.protocol_subject, config.live_subject)
-    instances = instance_pictures(config.instance_images, adapters)
-    seeds = config.seeds or protocol.seeds
+    recorded = [recorded_config(path) for path in adapters.values()]
+    if adapters:
+        asked = plan(config, recorded)
+        config = choose_base(config, str(next(iter(adapters.values()))))
+    instances = instance_pictures(instance_folder(config.instance_images, recorded))
+    judge = Judge(config.clip, config.dino, instances, check_device(config.device))
     drifts = {}
     if adapters:
-        words, class_name = subject_in_words(config, protocol, adapters)
-        prompts = config.prompts or [with_article(prompt, words) for prompt in protocol.prompts]
-        config.check_sampling(prompts, seeds)
-        config = choose_base(config, str(next(iter(adapters.values()))))
-    judge = Judge(config.clip, config.dino, instances, check_device(config.device))
-    if adapters:
-        unrelated = [prompt for prompt in UNRELATED_PROMPTS if f" {class_name} " not in prompt]
-        asked = {
-            "subject": prompts,
-            "drift": unrelated,
-            "class_drift": [with_article(prompt, class_name) for prompt in CLASS_PROMPTS],
+        models: dict[str, Path | None] = {BASE_COLUMN: None, **adapters}
+        jobs = {
+            (name, kind): Job(name, path, prompts, config.scales[0] if path else 1.0)
+            for name, path in models.items()
+            for kind, prompts in asked.prompts.items()
         }
         studio = Studio(config, config.base, picture_folder(output))
-        studio.check_adapters(list(adapters.values()))
-        drawn = draw_all(studio, adapters, asked, seeds, config.scales[0])
-        pictures = {name: drawn[name]["subject"] for name in (BASE_COLUMN, *adapters)} | pictures
+        drawn = dict(zip(jobs, studio.draw(list(jobs.values()), asked.seeds)))
+        pictures = {name: drawn[name, "subject"] for name in models} | pictures
+        without = {kind: judge.features(drawn[BASE_COLUMN, kind]) for kind in ("drift", "class_drift")}
         drifts = {
-            name: {kind: judge.drift(drawn[name][kind], drawn[BASE_COLUMN][kind]) for kind in ("drift", "class_drift")}
-            for name in adapters
+            name: {kind: judge.drift(drawn[name, kind], off) for kind, off in without.items()} for name in adapters
         }
     columns = {name: judge.judge(images) | drifts.get(name, {}) for name, images in pictures.items()}
     result = {
         "version": 1,
         "encoders": {"clip": config.clip, "dino": config.dino},
-        "protocol": config.protocol,
-        "seeds": seeds if adapters else None,
-        "prompts": prompts if adapters else None,
+        "protocol": config.protocol if adapters and not config.prompts else None,
+        "seeds": asked.seeds if adapters else None,
+        "prompts": asked.prompts["subject"] if adapters else None,
         "instance_images": len(instances),
         "scores": {name: {key: value._asdict() for key, value in scores.items()} for name, scores in columns.items()},
     }
@@ -338,47 +285,18 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     return result
 
 
-def picture_folder(output: Path) -> Path:
-    """Where a gallery or scores keep their pictures; a command that is run again finds them there."""
-    return output.parent / "pictures"
-
-
-def with_article(template: str, words: str) -> str:
-    """The template with the subject in it; "a [V] owl", but "an owl"."""
-    prompt = template.replace("{}", words)
-    return prompt.replace(f"a {words}", f"an {words}") if words[0].lower() in "aeio" else prompt
-
-
-def draw_all(
-    studio: Studio,
-    adapters: Mapping[str, Path],
-    asked: Mapping[str, Sequence[str]],
-    seeds: Sequence[int],
-    scale: float,
-) -> dict[str, dict[str, list[GeneratedImage]]]:
-    """Pictures by the base and every adapter: name -> kind of prompts -> pictures."""
-    models: dict[str, Path | None] = {BASE_COLUMN: None, **adapters}
-    total = len(models) * len(seeds) * sum(map(len, asked.values()))
-    with tqdm(total=total, unit="image") as bar:
-        drawn = {}
-        for name, path in models.items():
-            bar.set_description(name)
-            drawn[name] = {
-                kind: studio.pictures(path, name, prompts, seeds, scale if path else 1.0, bar)
-                for kind, prompts in asked.items()
-            }
-    return drawn
-
-
 def table(result: Mapping[str, Any]) -> str:
     """The scores as a Markdown table: mean ± spread over seeds."""
     known = [key for key in SCORES if any(key in scores for scores in result["scores"].values())]
-    lines = ["| | " + " | ".join(SCORES[key] for key in known) + " | nearest training image |"]
-    lines.append("|---" * (len(known) + 2) + "|")
-    for name, scores in result["scores"].items():
-        cells = [format_score(scores.get(key)) for key in known]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {format_memorisation(scores['memorisation'])} |")
-    return "\n".join(lines)
+    rows = [
+        [name, *(format_score(scores.get(key)) for key in known), format_memorisation(scores["memorisation"])]
+        for name, scores in result["scores"].items()
+    ]
+    return markdown_table(["", *(SCORES[key] for key in known), "nearest training image"], rows)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
 
 
 def format_score(score: Mapping[str, float] | None) -> str:

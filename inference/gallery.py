@@ -15,23 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tqdm.auto import tqdm
 
 from inference.adapter_files import (
     BASE_COLUMN,
     inspect_adapter,
-    parse_named_adapters,
     read_run_record,
     recorded_config,
     run_checkpoints,
+    trained_steps,
 )
 from inference.cli import parse_config, quiet_libraries, run_command
 from inference.components import FOLDED_WEIGHTS, INNER_WEIGHTS
-from inference.evaluate import SCORES, format_memorisation, format_score, picture_folder, read_pictures
-from inference.generate import SamplingConfig, choose_base
+from inference.evaluate import SCORES, format_memorisation, format_score
+from inference.generate import choose_base
 from inference.page import UNKNOWN, Page, PageColumn, Shot, render_page
 from inference.sheet import draw_sheet
-from inference.studio import Studio
+from inference.studio import SAMPLING, ColumnsConfig, Job, Studio, picture_folder
 from storage.files import check_writable_target, read_json, write_atomic
 from storage.pictures import find_images, open_image, png_bytes
 
@@ -51,19 +50,12 @@ FIGURES = (
 
 
 @dataclass
-class GalleryConfig(SamplingConfig):
+class GalleryConfig(ColumnsConfig):
     """Flags of `python -m inference.gallery`."""
 
-    adapters: list[str] | None = field(
-        default=None, metadata={"action": "extend", "help": "NAME=PATH for each column beside the base."}
-    )
-    images: list[str] | None = field(
-        default=None,
-        metadata={"action": "extend", "help": "NAME=FOLDER, a column of pictures with a manifest: nothing is drawn."},
-    )
     prompts: list[str] | None = field(
         default=None,
-        metadata={"aliases": ["--prompt"], "action": "extend", "help": "Default: those of the first --images."},
+        metadata={"aliases": ["--prompt"], "action": "extend", "help": "Default: those of --images."},
     )
     seeds: list[int] | None = field(
         default=None,
@@ -87,7 +79,9 @@ class GalleryConfig(SamplingConfig):
 def adapter_figures(path: Path) -> dict[str, str]:
     """What an adapter costs, from its run's record and its files; what isn't known is a dash."""
     record, config = read_run_record(path), recorded_config(path)
-    timings = record.get("timings")
+    steps = trained_steps(path)
+    # of a checkpoint or the best one the record says what the whole run took
+    timings = record.get("timings") if steps == config.get("max_train_steps") else None
     timings = timings if isinstance(timings, dict) else {}
     method = record.get("method")
     folder = path if path.is_dir() else path.parent
@@ -105,7 +99,7 @@ def adapter_figures(path: Path) -> dict[str, str]:
         _format(sizes.get(INNER_WEIGHTS), _format_bytes),
         _format(timings.get("train_seconds"), _format_seconds),
         _format(timings.get("seconds_per_step"), lambda seconds: f"{seconds:.3g} s"),
-        _format(config.get("max_train_steps"), lambda count: f"{count:,}"),
+        _format(steps, lambda count: f"{count:,}"),
         _format(record.get("peak_memory_mb"), lambda megabytes: _format_bytes(megabytes * 1e6)),
     )
     return {label: UNKNOWN if value is None else str(value) for label, value in zip(FIGURES, values)}
@@ -172,8 +166,8 @@ class Take:
 
 
 def takes(path: Path, scales: Sequence[float], checkpoints: bool) -> list[Take]:
-    """The last one is the finished adapter at the last scale."""
-    steps: list[tuple[int | None, Path]] = [(recorded_config(path).get("max_train_steps"), path)]
+    """The last one is the adapter itself at the last scale."""
+    steps: list[tuple[int | None, Path]] = [(trained_steps(path), path)]
     if checkpoints:
         earlier = [(step, folder) for step, folder in run_checkpoints(path) if step != steps[0][0]]
         steps = [*earlier, *steps]
@@ -185,24 +179,23 @@ def takes(path: Path, scales: Sequence[float], checkpoints: bool) -> list[Take]:
 
 def run(config: GalleryConfig) -> tuple[Path, Path]:
     """Draw the comparison; returns the page and the sheet."""
-    adapters = parse_named_adapters(config.adapters or [])
-    folders = parse_named_adapters(config.images or [], "--images")
+    adapters, given = config.columns((*SAMPLING, "checkpoints"))
     page_path = Path(config.output)
     sheet_path = page_path.with_suffix(".png")
-    if not adapters and not folders:
-        raise ValueError("no adapter: give at least one with --adapters NAME=PATH, or pictures with --images")
-    if taken := set(adapters) & set(folders):
-        raise ValueError(f"--images {min(taken)}: the name is an adapter's already, choose another one")
     if page_path.suffix not in (".html", ".htm"):
         raise ValueError(f"--output {page_path} must end in .html; the sheet gets the same name with .png")
-    given = {name: read_pictures(name, folder) for name, folder in folders.items()}
     listed = [one for pictures in given.values() for one in pictures]
     prompts = config.prompts or list(dict.fromkeys(one.prompt for one in listed))
     seeds = config.seeds or sorted({one.seed for one in listed}) or [0, 1]
+    if not prompts:
+        raise ValueError("no prompt: give at least one with --prompts")
     config.check_sampling(prompts, seeds)
-    for path in adapters.values():
-        inspect_adapter(path)
+    if config.checkpoints and not any(map(run_checkpoints, adapters.values())):
+        raise ValueError("--checkpoints: none of the --adapters is a run's folder with checkpoints: leave it out")
+    names = [*([BASE_COLUMN] if adapters else []), *adapters, *given]
     scores = read_scores(config.scores)
+    if scores and not set(scores) & set(names):
+        raise ValueError(f"--scores {config.scores} has none of these columns: it has {', '.join(scores)}")
     for path in (page_path, sheet_path):
         check_writable_target(path, "--output", folder=False)
     paths = find_images(config.instance_images, "instance_images") if config.instance_images else []
@@ -217,15 +210,21 @@ def run(config: GalleryConfig) -> tuple[Path, Path]:
         columns = {BASE_COLUMN: [Take(None, None, None)]}
         columns |= {name: takes(path, config.scales, config.checkpoints) for name, path in adapters.items()}
         figures = {name: adapter_figures(path) for name, path in adapters.items()}
-        shots = draw_columns(studio, columns, prompts, seeds)
+        everything = [(name, take) for name, several in columns.items() for take in several]
+        jobs = [
+            Job(name, take.adapter, prompts, 1.0 if take.scale is None else take.scale) for name, take in everything
+        ]
+        for (name, take), drawn in zip(everything, studio.draw(jobs, seeds)):
+            for one in drawn:
+                shot = Shot(take.scale, take.step, one.image)
+                shots.setdefault((name, one.prompt, one.seed), []).append(shot)
         settings = describe_settings(config, config.base, next(iter(shots.values()))[0].image)
     for name, pictures in given.items():
         for one in pictures:
             if one.prompt in prompts and one.seed in seeds:
-                shots.setdefault((name, one.prompt, one.seed), []).append(Shot(None, None, one.image))
+                shots.setdefault((name, one.prompt, one.seed), []).append(Shot(one.scale, None, one.image))
     if not shots:
         raise ValueError("--images have no picture of these --prompts and --seeds: leave them out to show all")
-    names = [*([BASE_COLUMN] if adapters else []), *adapters, *given]
     page_columns = [
         PageColumn(
             name,
@@ -242,28 +241,6 @@ def run(config: GalleryConfig) -> tuple[Path, Path]:
     write_atomic(sheet_path, png_bytes(sheet))
     write_atomic(page_path, render_page(page))
     return page_path, sheet_path
-
-
-def draw_columns(
-    studio: Studio, columns: Mapping[str, Sequence[Take]], prompts: Sequence[str], seeds: Sequence[int]
-) -> dict[tuple[str, str, int], list[Shot]]:
-    """(column, prompt, seed) -> its pictures, in the order of the takes."""
-    everything = [(name, take) for name, several in columns.items() for take in several]
-    missing = {
-        take.adapter
-        for name, take in everything
-        if studio.missing(take.adapter, name, prompts, seeds, take.scale or 0.0) and take.adapter
-    }
-    studio.check_adapters(sorted(missing))
-    shots: dict[tuple[str, str, int], list[Shot]] = {}
-    with tqdm(total=len(everything) * len(prompts) * len(seeds), unit="image") as bar:
-        for name, take in everything:
-            bar.set_description(name)
-            scale = 1.0 if take.scale is None else take.scale
-            for drawn in studio.pictures(take.adapter, name, prompts, seeds, scale, bar):
-                shot = Shot(take.scale, take.step, drawn.image)
-                shots.setdefault((name, drawn.prompt, drawn.seed), []).append(shot)
-    return shots
 
 
 def describe_settings(config: GalleryConfig, base: str, image: Image.Image) -> dict[str, str]:

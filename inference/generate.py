@@ -53,6 +53,7 @@ class GeneratedImage:
     prompt: str
     seed: int
     image: Image.Image | np.ndarray | torch.Tensor  # PIL, (H, W, 3) in [0, 1], or (C, H, W), as output_type says
+    scale: float | None = None  # of the adapters, where it is known
 
 
 Sampling = TypeVar("Sampling", bound="SamplingConfig")
@@ -347,6 +348,8 @@ class SamplingConfig:
         _check_distinct("--scale", self.scales)
         if not 0 < self.refiner_start < 1:
             raise ValueError(f"--refiner_start {self.refiner_start:g} must be between 0 and 1, such as 0.8")
+        if self.refiner_start != SamplingConfig.refiner_start and not self.refiner:
+            raise ValueError("--refiner_start has no effect without --refiner: name one, or leave it out")
         device = check_device(self.device)
         if self.enable_xformers_memory_efficient_attention:
             check_xformers(device)

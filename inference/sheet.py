@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from inference.page import PageColumn
 
@@ -18,7 +18,10 @@ def draw_sheet(
     seeds: Sequence[int],
     instances: Sequence[tuple[str, Image.Image]] = (),
 ) -> Image.Image:
-    """One picture of the whole comparison, for READMEs and papers: columns are models, rows prompts × seeds."""
+    """One picture of the whole comparison, for READMEs and papers: columns are models, rows prompts × seeds.
+
+    A picture of another shape than the first one's has a margin in its tile.
+    """
     width, height = next(iter(images.values())).size
     factor = min(max(width, height, MIN_TILE), MAX_TILE) / max(width, height)
     tile = (round(width * factor), round(height * factor))
@@ -29,14 +32,20 @@ def draw_sheet(
     sheet_width = margin + len(columns) * (tile[0] + gap) + gap
     line, small_line = round(size * 1.3), round(small.size * 1.3)
 
-    # training images in one row: as wide together as the sheet, but no smaller than a quarter of a tile
+    # training images in one row, as wide together as the sheet; in several where that is less than a quarter tile
     aspects = sum(image.width / image.height for _, image in instances)
-    room = sheet_width - margin - len(instances) * gap
-    strip_tile = max(tile[1] // 4, min(tile[1] * 3 // 4, int(room / aspects))) if instances else 0
-    strip = [_fit_height(image, strip_tile) for _, image in instances]
+    room = sheet_width - margin - gap
+    row_tile = int((room - len(instances) * gap) / aspects) if instances else 0
+    strip_tile = max(tile[1] // 4, min(tile[1] * 3 // 4, row_tile))
+    strip: list[list[Image.Image]] = []
+    for _, image in instances:
+        image = ImageOps.contain(image, (room, strip_tile), Image.Resampling.LANCZOS)
+        if not strip or sum(one.width + gap for one in strip[-1]) + image.width > room:
+            strip.append([])
+        strip[-1].append(image)
     headers = [(column.name, _wrap(column.subtitle, small, tile[0])) for column in columns]
     prompt_lines = {prompt: _wrap(prompt, font, sheet_width - margin - gap) for prompt in prompts}
-    strip_height = (small_line + strip_tile + 3 * gap) if strip else 0
+    strip_height = small_line + len(strip) * (strip_tile + gap) + 2 * gap if strip else 0
     header_height = line + max(len(lines) for _, lines in headers) * small_line + gap
     block_heights = {
         prompt: len(lines) * line + 2 * gap + len(seeds) * (tile[1] + gap) for prompt, lines in prompt_lines.items()
@@ -47,12 +56,11 @@ def draw_sheet(
     y = gap
     if strip:
         draw.text((margin, y), "training images", fill="#68645d", font=small)
-        x = margin
-        for image in strip:
-            if x + image.width > sheet_width - gap:
-                break
-            sheet.paste(image, (x, y + small_line + gap))
-            x += image.width + gap
+        for row, several in enumerate(strip):
+            x = margin
+            for image in several:
+                sheet.paste(image, (x, y + small_line + gap + row * (strip_tile + gap)))
+                x += image.width + gap
         y += strip_height
     for index, (name, lines) in enumerate(headers):
         x = margin + index * (tile[0] + gap)
@@ -71,14 +79,11 @@ def draw_sheet(
             for index, column in enumerate(columns):
                 image = images.get((column.name, prompt, seed))
                 if image is not None:  # a picture that nobody drew leaves its place empty
-                    image = image.convert("RGB").resize(tile, Image.Resampling.LANCZOS)
-                    sheet.paste(image, (margin + index * (tile[0] + gap), y))
+                    image = ImageOps.contain(image.convert("RGB"), tile, Image.Resampling.LANCZOS)
+                    x = margin + index * (tile[0] + gap) + (tile[0] - image.width) // 2
+                    sheet.paste(image, (x, y + (tile[1] - image.height) // 2))
             y += tile[1] + gap
     return sheet
-
-
-def _fit_height(image: Image.Image, height: int) -> Image.Image:
-    return image.resize((max(1, round(image.width * height / image.height)), height), Image.Resampling.LANCZOS)
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffusers import StableDiffusionXLPipeline
-from PIL import Image
 from tqdm.auto import tqdm
 
-from inference.adapter_files import inspect_adapter
-from inference.components import EMBEDDINGS
+from inference.adapter_files import inspect_adapter, parse_named_adapters
 from inference.generate import (
     GeneratedImage,
     Refiner,
@@ -29,6 +27,82 @@ from inference.generate import (
 )
 from inference.load import load_adapter, set_adapter_scale, swap_adapter, unload_adapters
 from storage.pictures import open_image
+
+SAMPLING = tuple(one.name for one in fields(SamplingConfig))
+Requests = dict[tuple[str, int], str]  # (prompt, seed) -> a digest of all that the picture depends on
+
+
+@dataclass
+class ColumnsConfig(SamplingConfig):
+    """Flags of the commands that set models side by side."""
+
+    adapters: list[str] | None = field(
+        default=None, metadata={"action": "extend", "help": "NAME=PATH of each, beside the base."}
+    )
+    images: list[str] | None = field(
+        default=None,
+        metadata={
+            "action": "extend",
+            "help": "NAME=FOLDER of pictures with a manifest that inference.generate wrote: nothing is drawn.",
+        },
+    )
+
+    def columns(self, drawing: Sequence[str]) -> tuple[dict[str, Path], dict[str, list[GeneratedImage]]]:
+        """The adapters, and the pictures that are there already, by name.
+
+        Args:
+            drawing: names of the flags that say what is drawn, and how.
+
+        Raises:
+            ValueError: if there is nothing, a name is there twice, or such a flag is given where nothing is drawn.
+        """
+        adapters = parse_named_adapters(self.adapters or [])
+        folders = parse_named_adapters(self.images or [], "--images")
+        if not adapters and not folders:
+            raise ValueError("no adapter: give at least one with --adapters NAME=PATH, or pictures with --images")
+        if taken := set(adapters) & set(folders):
+            raise ValueError(f"--images {min(taken)}: the name is an adapter's already, choose another one")
+        for name in drawing:
+            if not adapters and getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f"--{name} is for what is drawn, and --images are there already: leave it out")
+        for path in adapters.values():
+            inspect_adapter(path)
+        return adapters, {name: read_pictures(name, folder) for name, folder in folders.items()}
+
+
+def read_pictures(name: str, folder: Path) -> list[GeneratedImage]:
+    """The pictures that a manifest lists, with their prompts, seeds and scales.
+
+    Raises:
+        ValueError: if there is no manifest, or if it has two pictures for one place.
+    """
+    records = read_manifest(folder)
+    if not records:
+        raise ValueError(f"--images {name}={folder} has no manifest: name a folder that inference.generate wrote")
+    drawn: dict[tuple[str, int, float | None], Path] = {}
+    for record in records:
+        place = record["prompt"], record["seed"], record.get("scale") if record.get("adapter") else None
+        if place in drawn:
+            raise ValueError(
+                f"--images {name}={folder} has two pictures of {place[0]!r} with seed {place[1]}, {drawn[place].name} "
+                f"and {record['file']}: keep each in a folder of its own"
+            )
+        drawn[place] = folder / record["file"]
+    return [GeneratedImage(prompt, seed, open_image(file), scale) for (prompt, seed, scale), file in drawn.items()]
+
+
+def picture_folder(output: Path) -> Path:
+    """Where a gallery or scores keep their pictures; a command that is run again finds them there."""
+    return output.parent / "pictures"
+
+
+class Job(NamedTuple):
+    """Pictures of prompts by one model."""
+
+    name: str  # of the folder that they are kept in
+    adapter: Path | None  # None: the base
+    prompts: Sequence[str]
+    scale: float = 1.0
 
 
 class Studio:
@@ -45,86 +119,73 @@ class Studio:
         self._refiner: Refiner | None = None
         self._on: tuple[Path, str] | None = None  # the adapter on the pipeline, and its name there
 
-    def missing(
-        self, adapter: Path | None, name: str, prompts: Sequence[str], seeds: Sequence[int], scale: float
-    ) -> int:
-        """How many pictures would have to be drawn."""
-        return len(prompts) * len(seeds) - len(self._kept(adapter, name, prompts, seeds, scale))
+    def draw(self, jobs: Sequence[Job], seeds: Sequence[int]) -> list[list[GeneratedImage]]:
+        """Each job's pictures, every prompt with every seed, prompt by prompt; only what is missing is drawn.
 
-    def check_adapters(self, adapters: Sequence[Path]) -> None:
-        """Load each once: an adapter of another base is refused before an hour of sampling, not after it."""
-        for path in adapters:
-            self._put_on(path, 1.0)
-
-    def pictures(
-        self,
-        adapter: Path | None,
-        name: str,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        scale: float = 1.0,
-        bar: tqdm | None = None,
-    ) -> list[GeneratedImage]:
-        """Every prompt with every seed, prompt by prompt, by the adapter, or by the base if it is None.
-
-        Args:
-            name: of the folder that the pictures are in.
+        Raises:
+            ValueError: an adapter of another base, before anything is drawn.
         """
-        kept = self._kept(adapter, name, prompts, seeds, scale)
-        if bar:
-            bar.update(len(kept))
-        names, folder, records = image_names(prompts), self._folder(name), []
+        wanted = [self._requests(job, seeds) for job in jobs]
+        lacking = [job for job, requests in zip(jobs, wanted) if self._kept(job, requests).keys() < requests.keys()]
+        for adapter in dict.fromkeys(job.adapter for job in lacking if job.adapter):
+            self._put_on(adapter, 1.0)  # each once: it is refused before an hour of sampling, not after it
+        with tqdm(total=sum(map(len, wanted)), unit="image") as bar:
+            return [self._pictures(job, requests, bar) for job, requests in zip(jobs, wanted)]
+
+    def _pictures(self, job: Job, requests: Requests, bar: tqdm) -> list[GeneratedImage]:
+        bar.set_description(job.name)
+        images = {place: open_image(file) for place, file in self._kept(job, requests).items()}
+        bar.update(len(images))
+        lacking: dict[str, tuple[int, ...]] = {}
+        for prompt, seed in requests:
+            if (prompt, seed) not in images:
+                lacking[prompt] = (*lacking.get(prompt, ()), seed)
+        groups: dict[tuple[int, ...], list[str]] = {}  # prompts that lack the same seeds are drawn in one go
+        for prompt, missing_seeds in lacking.items():
+            groups.setdefault(missing_seeds, []).append(prompt)
+        names, folder, records = image_names(job.prompts), self._folder(job.name), []
         try:
-            groups: dict[tuple[int, ...], list[str]] = {}  # prompts that lack the same seeds are drawn in one go
-            for prompt in prompts:
-                lacking = tuple(seed for seed in seeds if (prompt, seed) not in kept)
-                groups.setdefault(lacking, []).append(prompt)
-            groups.pop((), None)
-            for lacking, several in groups.items():
-                pipeline = self._put_on(adapter, scale)
-                warn_of_truncated_prompts(pipeline, several)
-                options = self.config.sampling_options() | {"refiner": self._refiner, "progress": bar or False}
+            for missing_seeds, prompts in groups.items():
+                pipeline = self._put_on(job.adapter, job.scale)
+                warn_of_truncated_prompts(pipeline, prompts)
+                options = self.config.sampling_options() | {"refiner": self._refiner, "progress": bar}
                 folder.mkdir(parents=True, exist_ok=True)
-                for drawn in generate_images(pipeline, several, lacking, **options):
-                    request = self._request(adapter, drawn.prompt, drawn.seed, scale)
-                    adapters = {str(adapter): 1.0} if adapter else {}
+                for drawn in generate_images(pipeline, prompts, missing_seeds, **options):
+                    request = requests[drawn.prompt, drawn.seed]
+                    adapters = {str(job.adapter): 1.0} if job.adapter else {}
                     record = describe(drawn, f"{names[drawn.prompt]}-{request[:8]}.png") | {"request": request}
-                    record |= self.config.record(self.base, pipeline, adapters, scale)
+                    record |= self.config.record(self.base, pipeline, adapters, job.scale)
                     write_image(folder, record, drawn.image)
                     records.append(record)
-                    kept[drawn.prompt, drawn.seed] = drawn.image
+                    images[drawn.prompt, drawn.seed] = drawn.image
         finally:
             if records:
                 write_manifest(folder, records)  # also when interrupted: what was drawn need not be drawn again
-        return [GeneratedImage(prompt, seed, kept[prompt, seed]) for prompt in prompts for seed in seeds]
+        return [GeneratedImage(*place, images[place]) for place in requests]
 
-    def _kept(
-        self, adapter: Path | None, name: str, prompts: Sequence[str], seeds: Sequence[int], scale: float
-    ) -> dict[tuple[str, int], Image.Image]:
-        folder = self._folder(name)
-        files = {record.get("request"): record["file"] for record in read_manifest(folder)}
-        kept = {}
-        for prompt in prompts:
-            for seed in seeds:
-                file = folder / files.get(self._request(adapter, prompt, seed, scale), "nothing")
-                if file.is_file():
-                    kept[prompt, seed] = open_image(file)
-        return kept
+    def _kept(self, job: Job, requests: Requests) -> dict[tuple[str, int], Path]:
+        """The files of the pictures that are there."""
+        folder = self._folder(job.name)
+        files = {record.get("request"): folder / record["file"] for record in read_manifest(folder)}
+        return {place: files[one] for place, one in requests.items() if one in files and files[one].is_file()}
 
     def _folder(self, name: str) -> Path:
         return self.folder / image_names([name])[name]  # a name may hold what a file system doesn't take
 
-    def _request(self, adapter: Path | None, prompt: str, seed: int, scale: float) -> str:
-        """A digest of all that a picture depends on, the adapter's bytes among it."""
-        wanted: dict[str, Any] = {"prompt": prompt, "seed": seed, "dtype": str(self.config.torch_dtype)}
+    def _requests(self, job: Job, seeds: Sequence[int]) -> Requests:
+        wanted: dict[str, Any] = {"dtype": str(self.config.torch_dtype)}
         parts = {"base": self.base, "vae": self.config.vae, "refiner": self.config.refiner}
         wanted |= {part: [where, local_state(where)] for part, where in parts.items()}
         wanted |= self.config.sampling_options() | {"batch_size": None}  # which changes no picture
         names = ("scheduler", *(("refiner_start",) if self.config.refiner else ()))
         wanted |= {name: getattr(self.config, name) for name in names}
         wanted |= {name: value for name in ("revision", "variant") if (value := getattr(self.config, name))}
-        wanted |= {"adapter": adapter_digest(adapter), "scale": scale} if adapter else {}
-        return hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
+        wanted |= {"adapter": adapter_digest(job.adapter), "scale": job.scale} if job.adapter else {}
+
+        def digest(**place: Any) -> str:
+            return hashlib.sha256(json.dumps(wanted | place, sort_keys=True).encode()).hexdigest()
+
+        return {(prompt, seed): digest(prompt=prompt, seed=seed) for prompt in job.prompts for seed in seeds}
 
     def _put_on(self, adapter: Path | None, scale: float) -> StableDiffusionXLPipeline:
         if self._pipeline is None:
@@ -143,9 +204,8 @@ class Studio:
         return self._pipeline
 
 
-@functools.cache
 def local_state(path: str | None) -> list[list[str | int]]:
-    """Names, sizes and times of a model's files where it lies on this disk: too large to be read for every picture."""
+    """Names, sizes and times of the files of a model or of pictures on this disk: models are too large to be read."""
     root = Path(path) if path else None
     if root is None or not root.exists():
         return []
@@ -160,8 +220,7 @@ def adapter_digest(path: Path) -> str:
     """SHA-256 of the files that an adapter is loaded from; read once as long as they don't change."""
     file = inspect_adapter(path)
     files = sorted(p for part in file.parts.values() for p in part.iterdir() if p.is_file()) or [file.path]
-    words = (file.path if file.path.is_dir() else file.path.parent) / EMBEDDINGS
-    files += [words] if words.is_file() else []
+    files += [file.new_word] if file.new_word else []
     digest = hashlib.sha256()
     for one in files:
         state = one.stat()

@@ -1,4 +1,4 @@
-"""inference.evaluate: the command on a tiny base, its protocols, and refusals."""
+"""inference.evaluate: the command on a tiny base, and refusals."""
 
 import json
 import re
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tiny_sdxl import saved_base, saved_lora, saved_nora
 
-from inference.evaluate import Judge, Protocol, main, with_article, without_identifier
-from inference.generate import write_manifest
+from inference.evaluate import Judge, main
+from inference.generate import SamplingConfig, write_manifest
 from storage.pictures import open_image
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -36,9 +36,11 @@ def scores(tmp_path_factory):
     return output
 
 
-def test_the_same_command_gives_the_same_file(scores, tmp_path, capsys):
+def test_the_same_command_gives_the_same_file(scores, tmp_path, capsys, monkeypatch):
     first = scores.read_bytes()
-    main([*NORA, "--output", str(scores)])  # with the pictures of the first
+    with monkeypatch.context() as patch:  # with the pictures of the first: not even the base is loaded
+        patch.setattr(SamplingConfig, "load_pipeline", lambda *args: pytest.fail("nothing is missing"))
+        main([*NORA, "--output", str(scores)])
     printed = capsys.readouterr().out
     assert scores.read_bytes() == first
     main([*NORA, "--output", str(tmp_path / "scores.json")])  # with its own
@@ -83,23 +85,37 @@ def test_pictures_of_a_manifest_and_the_alarm(tmp_path, capsys):
     assert "warning: copies draws its training images: 100%" in printed.err and "MEMORISED" in printed.out
 
 
-def test_prompts_in_plain_words():
-    assert without_identifier("a photo of [V] robot in the snow") == "a photo of a robot in the snow"
-    assert without_identifier("a [V] robot") == without_identifier("[V] robot") == "a robot"
-    assert without_identifier("[V] photo of a cat") == "a photo of a cat"
-    assert without_identifier("the dog") == "the dog"
-    assert with_article("a photo of a {}", "owl") == "a photo of an owl"
-    assert with_article("a {} in the snow", "[V] owl") == "a [V] owl in the snow"
+def test_pictures_of_several_scales_are_not_mixed(tmp_path, capsys):
+    records = []
+    for scale, path in zip((0, 0.5, 1), sorted(ROBOT.glob("*.png"))):
+        shutil.copy(path, tmp_path / path.name)
+        records.append({"file": path.name, "prompt": "a [V] robot", "seed": 0, "adapter": ["x"], "scale": scale})
+    write_manifest(tmp_path, records)
+    flags = [
+        *JUDGES,
+        "--instance_images",
+        str(ROBOT),
+        "--images",
+        f"x={tmp_path}",
+        "--output",
+        str(tmp_path / "s.json"),
+    ]
+    with pytest.raises(SystemExit):
+        main(flags)
+    assert "--images x has pictures at scales 0, 0.5, 1: keep each" in capsys.readouterr().err
 
 
-def test_the_papers_protocol():
-    thing, animal = (Protocol.read("dreambooth", name, False) for name in ("teapot", "dog6"))
-    assert len(thing.prompts) == len(animal.prompts) == 25 and thing.images_per_prompt == 4
-    assert len(set(thing.prompts) & set(animal.prompts)) == 15
-    assert "a {} with the Eiffel Tower in the background" in thing.prompts
-    assert "a {} in a chef outfit" in animal.prompts and animal.class_name == "dog"
-    assert Protocol.read("dreambooth", None, True).prompts == animal.prompts
-    assert Protocol.read("dreambooth", "bear_plushie", False).class_name == "stuffed animal"
+@pytest.mark.parametrize(
+    "flag",
+    ["--vae=x", "--refiner=x", "--refiner_start=.5", "--scheduler=x", "--num_inference_steps=7", "--guidance_scale=1"]
+    + ["--height=64", "--batch_size=1", "--dtype=fp32", "--negative_prompt=x", "--base=x", "--scale=.5"]
+    + ["--live_subject", "--protocol=dreambooth", "--protocol_subject=dog", "--seeds=1", "--class_name=x"],
+)
+def test_flags_of_drawing_are_refused_where_nothing_is_drawn(flag, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([*JUDGES, *SUBJECT[2:], "--images", f"x={tmp_path}", flag])
+    name = flag.split("=")[0]
+    assert f"error: {name} is for what is drawn, and --images are there already" in capsys.readouterr().err
 
 
 def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, monkeypatch):
@@ -109,13 +125,13 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, monkeypa
     (tmp_path / "none.yaml").write_text('images_per_prompt: 0\nboth_prompts: ["a {} {x}"]\n')
     good = [*JUDGES, *SUBJECT, "--adapters", f"x={saved_lora()}"]
     cases = {
-        "nothing": ([*JUDGES, *SUBJECT], "nothing to score"),
+        "nothing": ([*JUDGES, *SUBJECT], "no adapter: give at least one"),
         "no subject": ([*JUDGES, "--adapters", f"x={saved_lora()}", "--instance_images", str(ROBOT)], "add --subject"),
         "no class": (
             [*good, "--subject", "TOK robot"],
             "no word stands in brackets, .* --class_name",
         ),
-        "no pictures": ([*JUDGES, "--adapters", f"x={saved_lora()}"], "with --instance_images"),
+        "no pictures": ([*JUDGES, *SUBJECT[:2], "--adapters", f"x={saved_lora()}"], "with --instance_images"),
         "no protocol": ([*good, "--protocol", "mine"], "choose one of dreambooth, scenes"),
         "protocol without a place": ([*good, "--protocol", str(tmp_path / "protocol.yaml")], "with one {} for the"),
         "protocol of another form": ([*good, "--protocol", str(tmp_path / "list.yaml")], "must have both_prompts"),
@@ -124,6 +140,16 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, monkeypa
         "empty subject": ([*good, "--subject", " "], "--subject is empty"),
         "no such subject": ([*good, "--protocol", "dreambooth", "--protocol_subject", "x"], "x is not in --protocol"),
         "no manifest": ([*JUDGES, *SUBJECT[2:], "--images", f"x={tmp_path / 'empty'}"], "has no manifest"),
+        "animals of a protocol without": ([*good, "--live_subject"], "scenes has no prompts for animals"),
+        "animals twice": (
+            [*good, "--protocol", "dreambooth", "--protocol_subject", "dog6", "--live_subject"],
+            "--protocol_subject dog6 says it already",
+        ),
+        "prompts twice": (
+            [*good, "--protocol", "dreambooth", "--prompts", "a"],
+            "--protocol has no effect on --prompts",
+        ),
+        "half a refiner": ([*good, "--refiner_start", "0.5"], "--refiner_start has no effect without --refiner"),
         "two scales": ([*good, "--scales", "0", "1"], "scores are of one scale"),
         "no CLIP": ([*good, "--clip", str(ASSETS / "tiny-dino")], "name a CLIP"),
         "no encoder": ([*good, "--dino", str(tmp_path / "empty")], "--dino .* could not be loaded"),

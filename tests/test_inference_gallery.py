@@ -101,6 +101,11 @@ def test_what_is_there_is_not_drawn_again(gallery, monkeypatch, tmp_path):
     before = (gallery / "gallery.html").read_text()
     main([*COMMAND, "--output", str(gallery / "again.html")])
     assert shown(gallery / "again.html") == shown(gallery / "gallery.html")
+    opened = []
+    read = studio.open_image
+    monkeypatch.setattr(studio, "open_image", lambda path: opened.append(path) or read(path))
+    main([*COMMAND, "--output", str(gallery / "again.html")])
+    assert len(opened) == len(set(opened)) == 12  # each once
     monkeypatch.undo()
     drawn = []
     generate = studio.generate_images
@@ -131,7 +136,6 @@ def test_another_base_or_new_words_at_the_same_path_are_drawn_anew(tmp_path):
     command += ["--num_inference_steps", "1", "--output", str(tmp_path / "g.html")]
     main(command)
     first = shown(tmp_path / "g.html")
-    studio.local_state.cache_clear()
     shutil.copytree(saved_base(48), base, dirs_exist_ok=True)
     shutil.copytree(saved_lora(hidden=48), run, dirs_exist_ok=True)
     main(command)
@@ -179,12 +183,47 @@ def test_scales_and_checkpoints_are_on_the_page(tmp_path):
     (run / "checkpoint-x").mkdir()
     output = ["--prompts", "a", "--seeds", "0", "--num_inference_steps", "1", "--output", str(tmp_path / "g.html")]
     main(["--adapters", f"mine={run}", "--checkpoints", "--scales", "0.5", "1", *output])
-    text = (tmp_path / "g.html").read_text()
-    data = json.loads(re.search(r"<script[^>]*application/json[^>]*>(.*?)</script>", text, re.DOTALL)[1])
+    data = page_data(tmp_path / "g.html")
     assert data["steps"] == [100, 300, 500] and data["scales"] == [0.5, 1.0]
     assert [len(cell) for cell in data["rows"][0]["cells"]] == [1, 6]
     pictures = len(list((tmp_path / "pictures" / "mine").glob("*.png")))
     assert pictures == 6
+
+
+def page_data(page: Path) -> dict:
+    return json.loads(re.search(r"<script[^>]*application/json[^>]*>(.*?)</script>", page.read_text(), re.DOTALL)[1])
+
+
+def test_checkpoints_and_the_best_are_not_the_finished_run(tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(saved_lora(), run)
+    for name in ("checkpoint-100", "best"):
+        shutil.copytree(saved_lora(2), run / name)
+        (run / name / "run.json").unlink()
+    (run / "best" / "scores.json").write_text('{"step": 200}')
+    columns = ["--adapters", f"early={run / 'checkpoint-100'}", f"best={run / 'best'}", f"last={run}"]
+    output = ["--prompts", "a", "--seeds", "0", "--num_inference_steps", "1", "--output", str(tmp_path / "g.html")]
+    main([*columns, *output])
+    assert page_data(tmp_path / "g.html")["steps"] == [100, 200, 500]
+    figures = adapter_figures(run / "checkpoint-100")
+    assert figures["Steps"] == "100" and figures["Training time"] == UNKNOWN and figures["Method"] == "LoRA"
+    assert adapter_figures(run / "best")["Steps"] == "200" and adapter_figures(run)["Training time"] == "1 min 23 s"
+    with pytest.raises(SystemExit):
+        main([*columns[:3], "--checkpoints", *output])
+    assert "none of the --adapters is a run's folder with checkpoints" in capsys.readouterr().err
+
+
+def test_scales_of_a_folder_are_a_slider(tmp_path, capsys):
+    command = ["--adapter", str(saved_lora()), "--prompt", "a", "--seeds", "0", "--num_inference_steps", "1"]
+    generate_main([*command, "--scales", "0", "0.5", "1", "--output", str(tmp_path / "in")])
+    flags = ["--images", f"x={tmp_path / 'in'}", "--output", str(tmp_path / "g.html")]
+    main(flags)
+    data = page_data(tmp_path / "g.html")
+    assert data["scales"] == [0, 0.5, 1] and [shot["scale"] for shot in data["rows"][0]["cells"][0]] == [0, 0.5, 1]
+    generate_main([*command, "--output", str(tmp_path / "in")])  # scale 1 again, under another name
+    with pytest.raises(SystemExit):
+        main(flags)
+    assert "has two pictures of 'a' with seed 0, a-seed0-scale1.png and a-seed0.png" in capsys.readouterr().err
 
 
 def test_pictures_from_manifests_are_columns(tmp_path):
@@ -243,6 +282,28 @@ def test_sheet_wraps_long_texts_and_limits_large_images():
     assert sheet.height > 256 + 3 * 40
 
 
+def test_the_sheet_keeps_the_shape_of_every_picture():
+    columns = [PageColumn(name, "", {}, {}) for name in ("square", "tall", "wide")]
+    sizes = {"square": (256, 256), "tall": (100, 200), "wide": (300, 100)}
+    colours = {"square": (255, 0, 0), "tall": (0, 255, 0), "wide": (0, 0, 255)}
+    images = {(name, "a", 0): Image.new("RGB", size, colours[name]) for name, size in sizes.items()}
+    sheet = np.asarray(draw_sheet(columns, images, ["a"], [0]))
+    for name, (width, height) in sizes.items():
+        rows, places = np.nonzero((sheet == colours[name]).all(axis=2))
+        shown = np.ptp(places) + 1, np.ptp(rows) + 1
+        assert shown[0] / shown[1] == pytest.approx(width / height, rel=0.02) and max(shown) == 256
+
+
+def test_the_sheet_shows_every_training_image():
+    images = {("base", "a", 0): Image.new("RGB", (64, 64), "white")}
+    colours = [(200, 5 * index, 0) for index in range(40)]
+    instances = [(str(colour), Image.new("RGB", (300, 40 + colour[1]), colour)) for colour in colours]
+    instances.append(("panorama", Image.new("RGB", (9000, 100), (0, 200, 200))))
+    sheet = draw_sheet([PageColumn("base", "", {}, {})], images, ["a"], [0], instances)
+    shown = {colour for _, colour in sheet.getcolors(sheet.width * sheet.height)}
+    assert not {*colours, (0, 200, 200)} - shown
+
+
 def test_figures_that_are_not_known_are_dashes(tmp_path):
     shutil.copy(saved_lora() / "pytorch_lora_weights.safetensors", tmp_path / "from-elsewhere.safetensors")
     figures = adapter_figures(tmp_path / "from-elsewhere.safetensors")
@@ -262,6 +323,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, monkeypa
     (tmp_path / "record").mkdir()
     (tmp_path / "record" / "run.json").write_text("{")
     (tmp_path / "record" / "scores.json").write_text('{"scores": []}')
+    (tmp_path / "other.json").write_text('{"scores": {"y": {"memorisation": {"nearest": 0.1, "alarm": false}}}}')
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "run.json").write_text('{"config": ["a"], "method": ["x"]}')
     for name in ("record", "odd"):
@@ -279,7 +341,10 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, monkeypa
         "no manifest": (["--images", f"x={tmp_path / 'empty'}"], "has no manifest"),
         "pictures of an adapter's name": ([*good, "--images", f"x={tmp_path}"], "the name is an adapter's already"),
         "no scores": ([*good, "--scores", str(tmp_path / "record" / "scores.json")], "is not a file of inference"),
-        "no prompt": ([*base, "--adapters", f"x={saved_lora()}"], "no prompt"),
+        "no prompt": ([*base, "--adapters", f"x={saved_lora()}"], "no prompt: give at least one with --prompts"),
+        "scores of others": ([*good, "--scores", str(tmp_path / "other.json")], "has none of these columns: it has y"),
+        "a flag of drawing": (["--images", "x=y", "--scales", ".2", ".9"], "--scale is for what is drawn"),
+        "checkpoints of pictures": (["--images", "x=y", "--checkpoints"], "--checkpoints is for what is drawn"),
         "seed twice": ([*good, "--seeds", "1", "1"], "seed 1 is given twice"),
         "no such base": ([*good, "--base", "./gone"], "base ./gone does not exist"),
         "no base": ([*prompts, "--adapters", f"x={tmp_path / 'record'}"], "run.json is not valid JSON"),

@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 from transformers import CLIPModel, CLIPProcessor
 
 from inference.scores import (
+    LONE_REFERENCE,
     ClipEncoder,
     ImageEncoder,
     confidence_interval,
@@ -79,6 +80,11 @@ def test_a_picture_compared_with_itself(clip, dino):
         assert diversity(found[[0, 0, 0]]) == pytest.approx(0, abs=1e-6)
         assert torch.equal(found, encoder.images(images))
     assert memorisation(images, images).nearest == pytest.approx(1, abs=1e-6)
+
+
+def test_rounding_makes_no_negative_drift():
+    one = torch.tensor([[0.6, 0.8]]) * (1 + 1e-7)  # of unit length, but for the last bit
+    assert drift(one, one).item() == 0 and diversity(torch.cat([one, one])) == 0
 
 
 def test_spread_is_between_seeds():
@@ -168,3 +174,38 @@ def test_alarm_for_copies_alone():
     half = memorisation(copies[:3] + others[:3], instances)
     assert not half.alarm and half.share == 0.5
     assert memorisation(copies[:1], instances[:1]).alarm and not memorisation(others, instances[:1]).alarm
+
+
+def photographs(count, width, height):
+    """Soft patches of colour, half of them the same in each, as a subject is that was taken in different places."""
+    rng = np.random.default_rng(1)
+    shared = rng.integers(0, 255, (4, 6, 3))
+    patches = [(shared + rng.integers(0, 255, shared.shape)) / 2 for _ in range(count)]
+    small = [Image.fromarray(patch.astype(np.uint8)) for patch in patches]
+    return [image.resize((width, height), Image.Resampling.BICUBIC) for image in small]
+
+
+def test_the_alarm_sees_what_was_trained_on():
+    """Square crops of a photograph and mirror images, and a picture that is in the folder twice."""
+    for instances in (photographs(5, 180, 120), photographs(5, 120, 180), subject("robot")):
+        crops = [ImageOps.fit(image, (64, 64)) for image in instances]
+        side = min(instances[0].size)
+        ends = [image.crop((0, 0, side, side)).resize((64, 64)) for image in instances]
+        for copies in (crops, [ImageOps.mirror(image) for image in crops], ends):
+            found = memorisation(copies, instances)
+            assert found.alarm and found.share == 1 and found.nearest > 0.95 > found.between_instances
+        once, twice = (
+            memorisation(crops, instances),
+            memorisation(crops, [*instances, *map(ImageOps.mirror, instances)]),
+        )
+        assert twice == once
+    assert memorisation(crops[:1] * 2, instances[:1] * 3).between_instances == LONE_REFERENCE
+
+
+def test_the_alarm_is_silent_for_other_pictures_of_any_shape():
+    others = subject("cat") + subject("dog")
+    wide = [ImageOps.fit(image, (96, 64)) for image in others]
+    assert not memorisation(others + wide, subject("robot")).alarm
+    photos = photographs(16, 180, 120)
+    for others in (photos[5:], [ImageOps.fit(photo, (64, 64)) for photo in photos[5:]]):
+        assert not memorisation(others, photos[:5]).alarm

@@ -1,12 +1,15 @@
 """trainer.compare: several methods on one subject, one table, one page."""
 
+import contextlib
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from tiny_sdxl import saved_base
 
-from trainer.compare import CompareConfig, Run, main, plan, summarise, table
+from trainer.compare import CompareConfig, Run, main, plan, summarise, table, train
 
 ASSETS = Path(__file__).parent.parent / "assets"
 ROBOT = str(ASSETS / "subjects" / "robot")
@@ -30,6 +33,58 @@ def test_trainings_scores_table_and_page(tmp_path, capsys, monkeypatch):
     assert json.loads((tmp_path / "lora-seed1" / "run.json").read_text())["seed"] == 1
     main(command)  # all is there: neither trained nor drawn again
     assert capsys.readouterr().out.count("there already") == 2
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """What `train` starts, in the place of it: a function of the run's folder that may be cut off."""
+    started = []
+
+    def start(command, **options):
+        started.append(command)
+        folder = Path(command[command.index("--output_dir") + 1])
+        if len(started) in trainings.cut_off:
+            raise KeyboardInterrupt
+        (folder / "run.json").write_text(json.dumps({"training": len(started)}))
+        if len(started) in trainings.cut_off_late:
+            raise KeyboardInterrupt
+        return subprocess.CompletedProcess(command, 0)
+
+    def trainings(run):
+        with contextlib.suppress(KeyboardInterrupt):
+            train(run, None)
+        return len(started), "--resume_from_checkpoint" in started[-1]
+
+    trainings.cut_off, trainings.cut_off_late = (), ()
+    monkeypatch.setattr(subprocess, "run", start)
+    return trainings
+
+
+def test_a_run_is_trained_again_if_what_it_was_trained_on_changed(tmp_path, trainings):
+    pictures, base = tmp_path / "pictures", tmp_path / "base"
+    shutil.copytree(ROBOT, pictures)
+    base.mkdir()
+    (base / "unet.safetensors").write_bytes(b"one")
+    flags = [f"--instance_data_dir={pictures}", "--pretrained_model_name_or_path", str(base)]
+    (run,) = plan(CompareConfig(methods=["lora"], output_dir=str(tmp_path / "out")), flags)
+    assert trainings(run) == (1, True)
+    assert trainings(run)[0] == 1  # there already
+    shutil.copy(pictures / "01_standing.png", pictures / "another.png")
+    assert trainings(run) == (2, False) and trainings(run)[0] == 2
+    (base / "unet.safetensors").write_bytes(b"other")
+    assert trainings(run) == (3, False) and trainings(run)[0] == 3
+
+
+def test_a_run_that_was_cut_off_goes_on(tmp_path, trainings):
+    (run,) = plan(CompareConfig(methods=["lora"], output_dir=str(tmp_path)), TRAIN)
+    trainings.cut_off, trainings.cut_off_late = (1, 4), (2,)
+    assert trainings(run) == (1, True)
+    assert trainings(run) == (2, True)  # cut off after its record was written, while it drew its samples
+    assert trainings(run)[0] == 2
+    (other,) = plan(CompareConfig(methods=["lora"], output_dir=str(tmp_path)), [*TRAIN, "--rank", "2"])
+    assert trainings(other) == (3, False)
+    assert trainings(run) == (4, False)  # cut off before its first step: the other's record is still there
+    assert trainings(run) == (5, False) and trainings(run)[0] == 5
 
 
 def test_plan_and_its_refusals():
@@ -78,7 +133,13 @@ def test_intervals_are_between_trainings_where_there_are_several():
         (["--jobs", "0", "--", *TRAIN], "--jobs 0 must be at least 1"),
         (["--scales", "0", "1", "--", *TRAIN], "a comparison is at one scale"),
         (["--clip", "no/such", "--", *TRAIN], "--clip no/such"),
-        ([*JUDGES, "--", *TRAIN, "--instance_prompt", "a photo of sks robot"], "no word stands in brackets"),
+        ([*JUDGES, "--", *TRAIN, "--instance_prompt", "a photo of sks robot"], "stands in brackets, as [V] does: add"),
+        ([*JUDGES, "--", *TRAIN, "--instance_prompt=a photo of sks robot"], "stands in brackets, as [V] does: add"),
+        ([*JUDGES, "--", *TRAIN[:2], "--dataset_name", ROBOT, *TRAIN[4:]], "name the subject's with --instance_images"),
+        ([*JUDGES, "--", *TRAIN, "--instance_data_dir", "gone"], "--instance_data_dir gone"),
+        ([*JUDGES, "--", *TRAIN[:2], "--concepts_list", "x.json"], "no run says what the subject is: add --subject"),
+        ([*JUDGES, "--instance_images", "gone", "--", *TRAIN], "--instance_images gone does not exist"),
+        ([*JUDGES, "--protocol", "mine", "--", *TRAIN], "--protocol mine does not exist"),
         (
             [*JUDGES, "--methods", "lora", "--", *TRAIN, "--learning_rate", "-1"],
             "lora: --learning_rate -1.0 must be above 0",

@@ -4,8 +4,8 @@
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
         --instance_data_dir my_cat --instance_prompt "a photo of [V] cat"
 
-What stands behind ``--`` goes to every training. Runs that are finished are not trained again, and a run that was cut
-off is resumed, so the command may be repeated until all is there.
+What stands behind ``--`` goes to every training. Runs that are finished are not trained again unless their pictures or
+their base have changed, and a run that was cut off is resumed, so the command may be repeated until all is there.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from dreambooth.config import TrainConfig
 from inference import evaluate, gallery
 from inference.cli import parse_config, quiet_libraries, run_command
 from inference.components import RUN_RECORD
-from inference.evaluate import (
-    CLIP,
-    DINO,
-    SCORES,
-    EvaluateConfig,
-    Protocol,
-    class_of,
-    subject_of_prompt,
-)
+from inference.evaluate import CLIP, DINO, SCORES, EvaluateConfig
 from inference.gallery import GalleryConfig
 from inference.generate import SamplingConfig
-from inference.scores import ClipEncoder, ImageEncoder, confidence_interval
+from inference.scores import confidence_interval
+from inference.studio import local_state
 from storage.files import check_writable_target, read_json, write_atomic
 
 SCRIPT = Path(__file__).parent.parent / "train_dreambooth_nora_sdxl.py"
-COMMAND = "compare.json"  # in each run's folder: what it was trained with
+COMMAND = "compare.json"  # in each run's folder: what it is trained with, and the record that it replaces
+INPUTS = (
+    "pretrained_model_name_or_path",
+    "pretrained_vae_model_name_or_path",
+    "instance_data_dir",
+    "dataset_name",
+    "concepts_list",
+    "mask_data_dir",
+)
 OWN_FLAGS = ("--output_dir", "--seed", "--resume_from_checkpoint", "--dry_run", "--config")
 RESERVED = ("base", "pictures")  # what else is in the folder or on the page
 
@@ -116,21 +116,25 @@ def plan(config: CompareConfig, train_flags: Sequence[str]) -> list[Run]:
 
 
 def train(run: Run, threads: int | None) -> None:
-    """Train in a process of its own, unless the same run is there; its output goes into its folder.
+    """Train in a process of its own, unless the same run of the same pictures and base is there.
 
     Raises:
         ValueError: if it fails, with the last line that it printed.
     """
-    finished = (run.folder / RUN_RECORD).is_file() and (run.folder / COMMAND).is_file()
-    if finished and read_json(run.folder / COMMAND) == {"flags": run.flags}:
+    record, command_file = run.folder / RUN_RECORD, run.folder / COMMAND
+    wanted = {"flags": run.flags, "inputs": inputs(run)}
+    begun = read_json(command_file) if command_file.is_file() else {}
+    if {name: begun.get(name) for name in wanted} != wanted:
+        # an earlier run's record stays until this one has made a step: it must not be taken for this one's
+        begun = wanted | {"replaces": local_state(str(record))}
+    if record.is_file() and local_state(str(record)) != begun["replaces"]:
         print(f"{run.folder}: there already")
         return
     print(f"{run.folder}: training", flush=True)
     run.folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(command_file, json.dumps(begun) + "\n")
     command = [sys.executable, str(SCRIPT), *run.flags, "--output_dir", str(run.folder)]
-    if (run.folder / RUN_RECORD).is_file():
-        (run.folder / COMMAND).unlink(missing_ok=True)  # of other flags: begin anew
-    else:
+    if not record.is_file():
         command += ["--resume_from_checkpoint", "latest"]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     log = run.folder.with_name(f"{run.folder.name}.log")
@@ -142,7 +146,16 @@ def train(run: Run, threads: int | None) -> None:
         raise ValueError(
             f"training {run.folder} failed ({reason.removeprefix('error: ')}); all that it said is in {log}"
         )
-    write_atomic(run.folder / COMMAND, json.dumps({"flags": run.flags}) + "\n")
+
+
+def train_config(run: Run) -> TrainConfig:
+    return parse_config(TrainConfig, [*run.flags, "--output_dir", str(run.folder)])
+
+
+def inputs(run: Run) -> dict[str, Any]:
+    """The state of the base and of the pictures where they lie on this disk."""
+    config = train_config(run)
+    return {name: local_state(getattr(config, name)) for name in INPUTS}
 
 
 def summarise(scores: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, dict[str, dict[str, float]]]:
@@ -173,15 +186,15 @@ def table(summary: Mapping[str, Mapping[str, Mapping[str, float]]], records: Map
     """One row a method: what it trains and costs, its scores with 95 % intervals."""
     known = [key for key in SCORES if any(key in scores for scores in summary.values())]
     header = ["method", "trained", "s/step", *(SCORES[key] for key in known), "nearest training image"]
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    rows = []
     for method, scores in summary.items():
         record = records[method]
         cells = [method, f"{record['trainable_parameters']:,}", f"{record['timings']['seconds_per_step']:.3g}"]
         cells += [f"{scores[key]['mean']:.3f} ± {scores[key]['half']:.3f}" if key in scores else "–" for key in known]
         found = scores["memorisation"]
         cells.append(f"{found['nearest']:.2f}" + (f" ({found['alarms']} memorised)" if found["alarms"] else ""))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return evaluate.markdown_table(header, rows)
 
 
 def run(config: CompareConfig, train_flags: Sequence[str]) -> Path:
@@ -194,14 +207,14 @@ def run(config: CompareConfig, train_flags: Sequence[str]) -> Path:
         raise ValueError("--scale: a comparison is at one scale; inference.gallery shows several")
     runs = plan(config, train_flags)
     # What would be refused after the training is refused before it.
-    protocol = Protocol.read(config.protocol, None, config.live_subject)
-    config.check_sampling(protocol.prompts, config.seeds or protocol.seeds)
-    for path, encoder in ((config.clip, ClipEncoder), (config.dino, ImageEncoder)):
-        encoder(path, torch.device("cpu"))
-    for one in runs:
-        prompts = [value for flag, value in zip(one.flags, one.flags[1:]) if flag == "--instance_prompt"]
-        if prompts and config.class_name is None and config.subject is None:
-            class_of(subject_of_prompt(prompts[-1]))
+    shared = {one.name: getattr(config, one.name) for one in fields(SamplingConfig)}
+    scores_file = output_dir / "scores.json"
+    names = ("protocol", "live_subject", "subject", "class_name", "instance_images", "seeds", "clip", "dino")
+    judged = {name: getattr(config, name) for name in names}
+    adapters = [f"{one.name}={one.folder}" for one in runs]
+    scoring = EvaluateConfig(**shared, **judged, adapters=adapters, output=str(scores_file))
+    trained = [vars(train_config(one)) for one in runs]
+    evaluate.check(scoring, trained)
     # A mistake in one method's flags is found before another has trained for an hour.
     for one in {run.method: run for run in runs}.values():
         check_flags(one)
@@ -214,12 +227,7 @@ def run(config: CompareConfig, train_flags: Sequence[str]) -> Path:
             pool.shutdown(cancel_futures=True)
             raise
 
-    shared = {one.name: getattr(config, one.name) for one in fields(SamplingConfig)}
-    adapters = [f"{one.name}={one.folder}" for one in runs]
-    scores_file = output_dir / "scores.json"
-    names = ("protocol", "live_subject", "subject", "class_name", "instance_images", "seeds", "clip", "dino")
-    judged = {name: getattr(config, name) for name in names}
-    result = evaluate.run(EvaluateConfig(**shared, **judged, adapters=adapters, output=str(scores_file)))
+    result = evaluate.run(scoring)
     for name, scores in result["scores"].items():
         evaluate.warn_of_memorisation(name, scores["memorisation"])
     summary = summarise(result["scores"], runs)
@@ -235,16 +243,12 @@ def run(config: CompareConfig, train_flags: Sequence[str]) -> Path:
             adapters=[f"{one.name}={one.folder}" for one in runs if one.seed == runs[0].seed],
             prompts=result["prompts"],
             seeds=result["seeds"],
-            instance_images=config.instance_images or recorded_folder(records),
+            instance_images=evaluate.instance_folder(config.instance_images, trained),
             scores=str(scores_file),
             output=str(output_dir / "gallery.html"),
         )
     )
     return page
-
-
-def recorded_folder(records: Mapping[str, Mapping[str, Any]]) -> str | None:
-    return next((record["config"].get("instance_data_dir") for record in records.values()), None)
 
 
 def check_flags(run: Run) -> None:

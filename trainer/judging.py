@@ -15,22 +15,12 @@ from accelerate.utils import broadcast_object_list
 
 from dreambooth.config import TrainConfig
 from dreambooth.prepare import Pictures
-from inference.components import BEST
-from inference.evaluate import (
-    CLIP,
-    DINO,
-    FIRST_SEED,
-    Judge,
-    Protocol,
-    subject_of_prompt,
-    warn_of_memorisation,
-    with_article,
-)
+from inference.components import BEST, BEST_SCORES
+from inference.evaluate import CLIP, DINO, Judge, warn_of_memorisation
 from inference.generate import GeneratedImage
+from inference.prompts import FIRST_SEED, Protocol, subject_of_prompt, with_article
 from storage.files import write_atomic
 from storage.pictures import open_image
-
-SCORES = "scores.json"
 
 
 class RunJudge:
@@ -101,7 +91,7 @@ class RunJudge:
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         save_adapter(fresh)
-        write_atomic(fresh / SCORES, json.dumps(self.best, indent=1) + "\n")
+        write_atomic(fresh / BEST_SCORES, json.dumps(self.best, indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         fresh.rename(folder)
 
