@@ -22,7 +22,7 @@ from tiny_sdxl import saved_base
 import train_dreambooth_nora_sdxl as trainer
 from storage import files
 from storage.pictures import find_images
-from trainer import samples
+from trainer import observe, samples
 
 HERE = "test_weak_spots"
 FAULTS = {
@@ -172,7 +172,8 @@ def test_looking_keeps_modes_and_precision(tmp_path, monkeypatch):
         loaded.append((pipeline.unet, pipeline.text_encoder.dtype, pipeline.text_encoder_2.dtype))
         return pipeline
 
-    monkeypatch.setattr(trainer, "draw_samples", look)
+    for module in (observe, trainer):
+        monkeypatch.setattr(module, "draw_samples", look)
     monkeypatch.setattr(samples, "load_pipeline", remember)
     run(tmp_path, mixed_precision="bf16", num_validation_images=1, validation_steps=1)
     ((unet, training, dtypes),) = before_look[0]
