@@ -33,9 +33,9 @@ from dreambooth.checkpoints import (
     read_step,
     save_checkpoint,
 )
-from dreambooth.config import TrainConfig
+from dreambooth.config import TrainConfig, is_first_process
 from dreambooth.draws import CLASS, INSTANCE, picture_orders, step_seed, training_batch
-from dreambooth.launch import PRECISIONS, end_training, is_first_process, make_accelerator, push_to_hub, start_trackers
+from dreambooth.launch import PRECISIONS, end_training, make_accelerator, push_to_hub, start_trackers
 from dreambooth.loss import Objective
 from dreambooth.memory import memory_line, quantize_frozen
 from dreambooth.optim import (

@@ -172,6 +172,11 @@ def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+def is_first_process() -> bool:
+    """Of those that were launched, and the one that speaks; known before there is an accelerator."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @dataclass(kw_only=True)
 class BaseOptions:
     pretrained_model_name_or_path: str = field(metadata={"help": WHICH_BASE})
@@ -242,7 +247,7 @@ class MethodOptions:
         None, "Ranks and inner init of NoRA: default (8 x 16, 16), paper (64, 32, normal), tiny (8 x 8, 8)."
     )
     rank: int | None = _option(None, "Rank of the update. Default: 16 for NoRA (or the preset's), 4 for LoRA.")
-    lora_alpha: int | None = _option(None, "The update is scaled by alpha / rank (NoRA: / outer rank). Default: by 1.")
+    lora_alpha: int | None = _option(None, "The update is scaled by alpha / rank. Default: by 1.")
     lora_dropout: float = _option(0.0, "Dropout before the adapters.")
     use_dora: bool = _option(False, "LoRA with a trained magnitude (DoRA).")
     outer_rank: int | None = _option(None, "NoRA's outer rank. Default: 8 x rank, or what a layer can hold.")
@@ -609,7 +614,7 @@ class TrainConfig(
         for name, where in self._idle(IDLE):
             raise ValueError(f"--{name} has no effect {where}: leave it out, or change that")
         for name, where in self._idle(IDLE_AS_IN_DIFFUSERS):
-            if os.environ.get("RANK", "0") == "0":  # one of several processes says it
+            if is_first_process():
                 print(f"warning: --{name} has no effect {where}", file=sys.stderr)
 
     def _idle(self, table: Idle) -> list[tuple[str, str]]:

@@ -81,11 +81,6 @@ def make_accelerator(config: TrainConfig, output_dir: Path) -> Accelerator:
     return accelerator
 
 
-def is_first_process() -> bool:
-    """Of those that were launched; known before there is an accelerator."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def check_trackers(report_to: str) -> None:
     """Refuse a tracker that accelerate does not know or whose package is missing: accelerate would pass it over."""
     if report_to in ("all", "none"):

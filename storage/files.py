@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -54,6 +55,23 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise OSError(f"{path} could not be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside ``path``, which takes its place unless the body fails; the old one is there until then."""
+    fresh, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "old"))
+    for rest in (fresh, old):  # of a process that was killed
+        shutil.rmtree(rest, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    try:
+        yield fresh
+        if path.exists():
+            path.rename(old)
+        fresh.rename(path)
+    finally:
+        for rest in (fresh, old):
+            shutil.rmtree(rest, ignore_errors=True)
 
 
 def check_writable_target(path: str | Path, flag: str, folder: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -25,7 +24,7 @@ from inference.components import COMPONENT_NAMES, EMBEDDINGS, FOLDED_WEIGHTS, IN
 from inference.tokens import ENCODERS
 from nora import NoraLinear, fold_nora, save_inner
 from nora.model import nora_layers
-from storage.files import write_atomic, write_safetensors
+from storage.files import replacing_folder, write_atomic, write_safetensors
 
 from .methods import save_trained
 
@@ -100,15 +99,11 @@ def save_peft_folders(trained: Mapping[str, nn.Module], folder: Path) -> list[st
     """``peft/{component}``: adapter_config.json and adapter_model.safetensors, for PEFT's from_pretrained."""
     names = []
     for component, model in trained.items():
-        target, fresh = folder / PEFT_FOLDER / component, folder / PEFT_FOLDER / f".{component}.partial"
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True)
-        config = model.peft_config[ADAPTER]
+        target = folder / PEFT_FOLDER / component
         state = {f"base_model.model.{key}": value for key, value in get_peft_model_state_dict(model).items()}
-        write_safetensors(fresh / SAFETENSORS_WEIGHTS_NAME, state, {"format": "pt"})
-        config.save_pretrained(fresh)
-        shutil.rmtree(target, ignore_errors=True)
-        fresh.rename(target)
+        with replacing_folder(target) as fresh:
+            write_safetensors(fresh / SAFETENSORS_WEIGHTS_NAME, state, {"format": "pt"})
+            model.peft_config[ADAPTER].save_pretrained(fresh)
         names += [str(file.relative_to(folder)) for file in sorted(target.iterdir())]
     return names
 

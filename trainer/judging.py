@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from inference.components import BEST, BEST_SCORES
 from inference.evaluate import CLIP, DINO, Judge, warn_of_memorisation
 from inference.generate import GeneratedImage
 from inference.prompts import FIRST_SEED, Protocol, subject_of_prompt, with_article
-from storage.files import write_atomic
+from storage.files import replacing_folder, write_atomic
 from storage.pictures import open_image
 
 
@@ -86,14 +85,9 @@ class RunJudge:
         return found[name] < self.best[name] if name == "val_loss" else found[name] > self.best[name]
 
     def _keep(self, save_adapter: Callable[[Path], Any]) -> None:
-        folder = Path(self.config.output_dir) / BEST
-        fresh = folder.with_name(f".{BEST}.partial")
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True)
-        save_adapter(fresh)
-        write_atomic(fresh / BEST_SCORES, json.dumps(self.best, indent=1) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        fresh.rename(folder)
+        with replacing_folder(Path(self.config.output_dir) / BEST) as fresh:
+            save_adapter(fresh)
+            write_atomic(fresh / BEST_SCORES, json.dumps(self.best, indent=1) + "\n")
 
     def gives_up(self) -> bool:
         """Whether ``--early_stopping_patience`` is used up; every process gets the main one's answer."""
