@@ -61,7 +61,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def replacing_folder(path: Path) -> Iterator[Path]:
     """An empty folder beside ``path``, which takes its place unless the body fails; the old one is there until then."""
     fresh, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "old"))
-    for rest in (fresh, old):  # of a process that was killed
+    if old.exists() and not path.exists():  # a process was killed between the two renames
+        old.rename(path)
+    for rest in (fresh, old):
         shutil.rmtree(rest, ignore_errors=True)
     fresh.mkdir(parents=True)
     try:
