@@ -6,9 +6,6 @@
 One side is the trainer as it is. The other has the shape of diffusers' train_dreambooth_lora_sdxl.py with captions: the
 autoencoder and both text encoders stay in memory and encode the batch at every step. Same base, pictures, method (LoRA
 of rank 4), steps and batch; each run is a process of its own, the two take turns, and medians are compared as ratios.
-
-`quarter` is SDXL's own architecture at a quarter of every width and half of the resolution, with random weights: its
-parts have about the shares in the work that SDXL's have (multiply-adds grow with the square of the width in all).
 """
 
 from __future__ import annotations
@@ -28,10 +25,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import LoraConfig
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from benchmarks.sdxl_shape import ASSETS, base_folder
 from dreambooth.config import TrainConfig
 from dreambooth.data import folder_examples
 from dreambooth.encode import CropSettings, cut_picture, encode_prompts, inspect_picture, scale_latents, tokenize
@@ -43,59 +39,8 @@ from train_dreambooth_nora_sdxl import train
 from trainer.export import folded_lora, write_diffusers_file
 from trainer.methods import UNET_TARGETS
 
-ASSETS = Path(__file__).parent.parent / "assets"
 SUBJECT = ASSETS / "subjects" / "robot"
 PROMPT = "a photo of [V] robot"
-QUARTER = "quarter"
-
-
-def save_quarter_width_base(folder: str) -> None:
-    """SDXL with a quarter of its channels everywhere, for 512 × 512 pixels; heads stay as many as they are."""
-    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny-sdxl" / "tokenizer", model_max_length=77)
-    words = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    text = {f"{name}_token_id": id_ for name, id_ in words.items()} | {"vocab_size": len(tokenizer)}
-    first = CLIPTextConfig(
-        hidden_size=192, intermediate_size=768, num_hidden_layers=12, num_attention_heads=12, projection_dim=192, **text
-    )
-    second = CLIPTextConfig(
-        hidden_size=320,
-        intermediate_size=1280,
-        num_hidden_layers=32,
-        num_attention_heads=20,
-        projection_dim=320,
-        **text,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=64,
-        block_out_channels=(80, 160, 320),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10),
-        attention_head_dim=(5, 10, 20),
-        cross_attention_dim=512,
-        norm_num_groups=16,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=64,
-        projection_class_embeddings_input_dim=6 * 64 + 320,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(32, 64, 128, 128),
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        layers_per_block=2,
-        sample_size=512,
-        scaling_factor=0.13025,
-    )
-    StableDiffusionXLPipeline(
-        vae=vae,
-        unet=unet,
-        text_encoder=CLIPTextModel(first),
-        text_encoder_2=CLIPTextModelWithProjection(second),
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-    ).save_pretrained(folder)
 
 
 def encode_once(base: str, steps: int, batch: int, folder: str) -> None:
@@ -160,7 +105,9 @@ def measure(shape: str, base: str, steps: int, batch: int) -> tuple[float, float
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--base", default=str(ASSETS / "tiny-sdxl"), help=f"a folder, a Hub id, or {QUARTER}")
+    parser.add_argument(
+        "--base", default=str(ASSETS / "tiny-sdxl"), help="a folder, a Hub id, or a shape of benchmarks.sdxl_shape"
+    )
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
@@ -180,10 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps({"seconds": seconds, "peak_mb": peak}))
         return
     runs = {shape: [] for shape in SHAPES}
-    with tempfile.TemporaryDirectory() as folder:
-        if args.base == QUARTER:
-            save_quarter_width_base(folder)
-        base = folder if args.base == QUARTER else args.base
+    with base_folder(args.base) as base:
         for _ in range(args.repeats):
             for shape in SHAPES:
                 runs[shape].append(measure(shape, base, args.steps, args.batch))

@@ -26,7 +26,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 import nora
-from benchmarks.loop_shape import ASSETS, QUARTER, save_quarter_width_base
+from benchmarks.sdxl_shape import ASSETS, base_folder
 from inference.base import load_pipeline
 from inference.cli import quiet_libraries
 from inference.components import FOLDED_WEIGHTS, INNER_WEIGHTS
@@ -53,19 +53,17 @@ def write_adapter(pipeline: StableDiffusionXLPipeline, folder: Path, rank: int, 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--base", default=str(ASSETS / "tiny-sdxl"), help=f"a folder, a Hub id, or {QUARTER}")
+    parser.add_argument(
+        "--base", default=str(ASSETS / "tiny-sdxl"), help="a folder, a Hub id, or a shape of benchmarks.sdxl_shape"
+    )
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--outer_rank", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args(argv)
     quiet_libraries()
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, base_folder(args.base) as base:
         folder = Path(name)
         os.environ["NORA_CACHE_DIR"] = str(folder / "cache")
-        base = args.base
-        if base == QUARTER:
-            base = str(folder / "base")
-            save_quarter_width_base(base)
         write_adapter(load_pipeline(base), folder, args.rank, args.outer_rank)
         pipeline = load_pipeline(base)
 
