@@ -10,6 +10,7 @@ their base have changed, and a run that was cut off is resumed, so the command m
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -18,10 +19,12 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import train_dreambooth_nora_sdxl as script
 from dreambooth.config import TrainConfig
 from inference import evaluate, gallery
 from inference.cli import parse_config, quiet_libraries, run_command
@@ -33,7 +36,6 @@ from inference.scores import confidence_interval
 from inference.studio import local_state
 from storage.files import check_writable_target, read_json, write_atomic
 
-SCRIPT = Path(__file__).parent.parent / "train_dreambooth_nora_sdxl.py"
 COMMAND = "compare.json"  # in each run's folder: what it is trained with, and the record that it replaces
 INPUTS = (
     "pretrained_model_name_or_path",
@@ -133,7 +135,7 @@ def train(run: Run, threads: int | None) -> None:
     print(f"{run.folder}: training", flush=True)
     run.folder.mkdir(parents=True, exist_ok=True)
     write_atomic(command_file, json.dumps(begun) + "\n")
-    command = [sys.executable, str(SCRIPT), *run.flags, "--output_dir", str(run.folder)]
+    command = [sys.executable, script.__file__, *run.flags, "--output_dir", str(run.folder)]
     if not record.is_file():
         command += ["--resume_from_checkpoint", "latest"]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
@@ -257,11 +259,11 @@ def check_flags(run: Run) -> None:
     Raises:
         ValueError: with the trainer's own sentence.
     """
-    command = [sys.executable, str(SCRIPT), *run.flags, "--output_dir", str(run.folder), "--dry_run"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")] or [done.stderr[-300:]]
-        raise ValueError(f"{run.method}: {lines[-1].removeprefix('error: ')}")
+    try:
+        with redirect_stdout(io.StringIO()):
+            script.train(replace(train_config(run), dry_run=True))
+    except ValueError as error:
+        raise ValueError(f"{run.method}: {error}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:
