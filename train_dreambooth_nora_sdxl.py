@@ -42,11 +42,10 @@ from dreambooth.optim import (
     Average,
     build_optimizer,
     build_schedule,
-    check_optimizer,
     parameter_groups,
     scaled_learning_rate,
 )
-from dreambooth.prepare import current_prompts, embed_prompts, encode_run, read_pictures, with_class_prompts
+from dreambooth.prepare import current_prompts, embed_prompts, encode_run, with_class_prompts
 from dreambooth.record import (
     LOSS_PLOT,
     METRICS,
@@ -62,11 +61,11 @@ from dreambooth.record import (
 )
 from dreambooth.sharding import share_frozen
 from dreambooth.watch import GradientWatch, check_loss, explained
-from inference.base import base_geometry, check_base, check_xformers
+from inference.base import check_xformers
 from inference.cli import parse_config, quiet_libraries, run_command
 from inference.components import BEST, EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS, RUN_RECORD
 from inference.tokens import spell_out, spellings
-from storage.files import check_writable_target, write_atomic
+from storage.files import write_atomic
 from trainer.export import KOHYA_WEIGHTS, PEFT_FOLDER, check_files, save_adapter, save_components
 from trainer.judging import RunJudge
 from trainer.methods import (
@@ -82,6 +81,7 @@ from trainer.methods import (
     trained_parameters,
 )
 from trainer.observe import Observer
+from trainer.preflight import preflight
 from trainer.samples import draw_class_images, draw_samples, keep_samples, load_base
 
 # What a finished run leaves.
@@ -103,15 +103,8 @@ def train_alone(config: TrainConfig, lock: FolderLock) -> Path:
     """`train`, which lets go of the folder that is locked here."""
     clock = Clock()
     # 1. What can be refused without the base is refused before it is loaded.
-    config = config.resolved()
-    config.check()
-    check_optimizer(config)
-    check_base(config.pretrained_model_name_or_path)
+    config, pictures = preflight(config)
     output_dir = Path(config.output_dir)
-    check_writable_target(output_dir, "--output_dir", folder=True)
-    resolution, granularity = base_geometry(config.pretrained_model_name_or_path, **config.download_options())
-    config = replace(config, resolution=config.resolution or resolution)
-    pictures = read_pictures(config, granularity)
     if config.dry_run:
         if is_first_process():
             print(pictures.report(config))

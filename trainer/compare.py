@@ -10,7 +10,6 @@ their base have changed, and a run that was cut off is resumed, so the command m
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -19,12 +18,10 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import train_dreambooth_nora_sdxl as script
 from dreambooth.config import TrainConfig
 from inference import evaluate, gallery
 from inference.cli import parse_config, quiet_libraries, run_command
@@ -36,6 +33,9 @@ from inference.scores import confidence_interval
 from inference.studio import local_state
 from storage.files import check_writable_target, read_json, write_atomic
 
+from .preflight import preflight
+
+SCRIPT = Path(__file__).parent.parent / "train_dreambooth_nora_sdxl.py"
 COMMAND = "compare.json"  # in each run's folder: what it is trained with, and the record that it replaces
 INPUTS = (
     "pretrained_model_name_or_path",
@@ -135,7 +135,7 @@ def train(run: Run, threads: int | None) -> None:
     print(f"{run.folder}: training", flush=True)
     run.folder.mkdir(parents=True, exist_ok=True)
     write_atomic(command_file, json.dumps(begun) + "\n")
-    command = [sys.executable, script.__file__, *run.flags, "--output_dir", str(run.folder)]
+    command = [sys.executable, str(SCRIPT), *run.flags, "--output_dir", str(run.folder)]
     if not record.is_file():
         command += ["--resume_from_checkpoint", "latest"]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
@@ -254,14 +254,13 @@ def run(config: CompareConfig, train_flags: Sequence[str]) -> Path:
 
 
 def check_flags(run: Run) -> None:
-    """A dry run of the trainer.
+    """What the trainer refuses before it loads the base.
 
     Raises:
         ValueError: with the trainer's own sentence.
     """
     try:
-        with redirect_stdout(io.StringIO()):
-            script.train(replace(train_config(run), dry_run=True))
+        preflight(train_config(run))
     except ValueError as error:
         raise ValueError(f"{run.method}: {error}") from error
 
