@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 
-from benchmarks.sdxl_shape import ASSETS, base_folder
+from benchmarks.sdxl_shape import ASSETS, BASE_HELP, base_folder
 from dreambooth.config import TrainConfig
 from dreambooth.data import folder_examples
 from dreambooth.encode import CropSettings, cut_picture, encode_prompts, inspect_picture, scale_latents, tokenize
@@ -105,9 +105,7 @@ def measure(shape: str, base: str, steps: int, batch: int) -> tuple[float, float
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--base", default=str(ASSETS / "tiny-sdxl"), help="a folder, a Hub id, or a shape of benchmarks.sdxl_shape"
-    )
+    parser.add_argument("--base", default=str(ASSETS / "tiny-sdxl"), help=BASE_HELP)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)

@@ -26,7 +26,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 import nora
-from benchmarks.sdxl_shape import ASSETS, base_folder
+from benchmarks.sdxl_shape import ASSETS, BASE_HELP, base_folder
 from inference.base import load_pipeline
 from inference.cli import quiet_libraries
 from inference.components import FOLDED_WEIGHTS, INNER_WEIGHTS
@@ -53,9 +53,7 @@ def write_adapter(pipeline: StableDiffusionXLPipeline, folder: Path, rank: int, 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--base", default=str(ASSETS / "tiny-sdxl"), help="a folder, a Hub id, or a shape of benchmarks.sdxl_shape"
-    )
+    parser.add_argument("--base", default=str(ASSETS / "tiny-sdxl"), help=BASE_HELP)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--outer_rank", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
