@@ -263,7 +263,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             for name, path in models.items()
             for kind, prompts in asked.prompts.items()
         }
-        studio = Studio(config, config.base, picture_folder(output))
+        studio = Studio(config, picture_folder(output))
         drawn = dict(zip(jobs, studio.draw(list(jobs.values()), asked.seeds)))
         pictures = {name: drawn[name, "subject"] for name in models} | pictures
         without = {kind: judge.features(drawn[BASE_COLUMN, kind]) for kind in ("drift", "class_drift")}

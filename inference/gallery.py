@@ -206,7 +206,7 @@ def run(config: GalleryConfig) -> tuple[Path, Path]:
     settings = {}
     if adapters:
         config = choose_base(config, str(next(iter(adapters.values()))))
-        studio = Studio(config, config.base, picture_folder(page_path))
+        studio = Studio(config, picture_folder(page_path))
         columns = {BASE_COLUMN: [Take(None, None, None)]}
         columns |= {name: takes(path, config.scales, config.checkpoints) for name, path in adapters.items()}
         figures = {name: adapter_figures(path) for name, path in adapters.items()}
@@ -218,7 +218,7 @@ def run(config: GalleryConfig) -> tuple[Path, Path]:
             for one in drawn:
                 shot = Shot(take.scale, take.step, one.image)
                 shots.setdefault((name, one.prompt, one.seed), []).append(shot)
-        settings = describe_settings(config, config.base, next(iter(shots.values()))[0].image)
+        settings = describe_settings(config, next(iter(shots.values()))[0].image)
     for name, pictures in given.items():
         for one in pictures:
             if one.prompt in prompts and one.seed in seeds:
@@ -243,14 +243,14 @@ def run(config: GalleryConfig) -> tuple[Path, Path]:
     return page_path, sheet_path
 
 
-def describe_settings(config: GalleryConfig, base: str, image: Image.Image) -> dict[str, str]:
+def describe_settings(config: GalleryConfig, image: Image.Image) -> dict[str, str]:
     width, height = image.size
     sampling = f"{config.num_inference_steps} steps, guidance {config.guidance_scale:g}, {width}×{height} pixels"
     named = {"Revision": config.revision, "Variant": config.variant, "Scheduler": config.scheduler}
     named |= {"Autoencoder": config.vae, "Refiner": config.refiner, "Negative prompt": config.negative_prompt}
     if config.scales != [1]:
         named["Adapter scale"] = ", ".join(f"{scale:g}" for scale in config.scales)
-    return {"Base": base, "Sampling": sampling} | {label: value for label, value in named.items() if value}
+    return {"Base": config.base, "Sampling": sampling} | {label: value for label, value in named.items() if value}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -109,12 +109,12 @@ class Studio:
     """One pipeline, loaded when the first picture has to be drawn, and one adapter at a time on it.
 
     Args:
-        config: how pictures are drawn.
+        config: how pictures are drawn, its base chosen.
         folder: where they are kept, each model's in a folder of its own with a manifest.
     """
 
-    def __init__(self, config: SamplingConfig, base: str, folder: Path) -> None:
-        self.config, self.base, self.folder = config, base, folder
+    def __init__(self, config: SamplingConfig, folder: Path) -> None:
+        self.config, self.folder = config, folder
         self._pipeline: StableDiffusionXLPipeline | None = None
         self._refiner: Refiner | None = None
         self._on: tuple[Path, str] | None = None  # the adapter on the pipeline, and its name there
@@ -154,7 +154,7 @@ class Studio:
                     request = requests[drawn.prompt, drawn.seed]
                     adapters = {str(job.adapter): 1.0} if job.adapter else {}
                     record = describe(drawn, f"{names[drawn.prompt]}-{request[:8]}.png") | {"request": request}
-                    record |= self.config.record(self.base, pipeline, adapters, job.scale)
+                    record |= self.config.record(self.config.base, pipeline, adapters, job.scale)
                     write_image(folder, record, drawn.image)
                     records.append(record)
                     images[drawn.prompt, drawn.seed] = drawn.image
@@ -174,7 +174,7 @@ class Studio:
 
     def _requests(self, job: Job, seeds: Sequence[int]) -> Requests:
         wanted: dict[str, Any] = {"dtype": str(self.config.torch_dtype)}
-        parts = {"base": self.base, "vae": self.config.vae, "refiner": self.config.refiner}
+        parts = {"base": self.config.base, "vae": self.config.vae, "refiner": self.config.refiner}
         wanted |= {part: [where, local_state(where)] for part, where in parts.items()}
         wanted |= self.config.sampling_options() | {"batch_size": None}  # which changes no picture
         names = ("scheduler", *(("refiner_start",) if self.config.refiner else ()))
@@ -189,7 +189,7 @@ class Studio:
 
     def _put_on(self, adapter: Path | None, scale: float) -> StableDiffusionXLPipeline:
         if self._pipeline is None:
-            self._pipeline = self.config.load_pipeline(self.base)
+            self._pipeline = self.config.load_pipeline(self.config.base)
             self._refiner = self.config.load_refiner(self._pipeline)
         if adapter is None:
             unload_adapters(self._pipeline)
