@@ -23,7 +23,13 @@ from accelerate.utils import set_seed
 from diffusers.training_utils import cast_training_params, free_memory
 from tqdm.auto import tqdm
 
-from dreambooth.checkpoints import (
+from dreambooth.draws import CLASS, INSTANCE, picture_orders, step_seed, training_batch
+from dreambooth.loss import Objective
+from dreambooth.prepare import current_prompts, embed_prompts, encode_run, with_class_prompts
+from inference.base import check_xformers
+from inference.tokens import spell_out, spellings
+from methods.components import BEST, EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS, RUN_RECORD
+from runs.checkpoints import (
     FolderLock,
     GracefulStop,
     check_earlier_run,
@@ -33,20 +39,8 @@ from dreambooth.checkpoints import (
     read_step,
     save_checkpoint,
 )
-from dreambooth.config import TrainConfig, is_first_process
-from dreambooth.draws import CLASS, INSTANCE, picture_orders, step_seed, training_batch
-from dreambooth.launch import PRECISIONS, end_training, make_accelerator, push_to_hub, start_trackers
-from dreambooth.loss import Objective
-from dreambooth.memory import memory_line, quantize_frozen
-from dreambooth.optim import (
-    Average,
-    build_optimizer,
-    build_schedule,
-    parameter_groups,
-    scaled_learning_rate,
-)
-from dreambooth.prepare import current_prompts, embed_prompts, encode_run, with_class_prompts
-from dreambooth.record import (
+from runs.exports import KOHYA_WEIGHTS, PEFT_FOLDER, check_files, save_adapter, save_components
+from runs.record import (
     LOSS_PLOT,
     METRICS,
     MODEL_CARD,
@@ -59,15 +53,14 @@ from dreambooth.record import (
     samples_after,
     write_card,
 )
-from dreambooth.sharding import share_frozen
-from dreambooth.watch import GradientWatch, check_loss, explained
-from inference.base import check_xformers
-from inference.cli import parse_config, quiet_libraries, run_command
-from inference.components import BEST, EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS, RUN_RECORD
-from inference.tokens import spell_out, spellings
+from settings.command_line import parse_config, quiet_libraries, run_command
+from settings.training import TrainConfig, is_first_process
 from storage.files import write_atomic
-from trainer.export import KOHYA_WEIGHTS, PEFT_FOLDER, check_files, save_adapter, save_components
-from trainer.judging import RunJudge
+from trainer.accelerator import PRECISIONS, end_training, make_accelerator, push_to_hub, start_trackers
+from trainer.best_adapter import RunJudge
+from trainer.diagnostics import GradientWatch, check_loss, explained
+from trainer.hooks import Observer
+from trainer.memory import memory_line, quantize_frozen
 from trainer.methods import (
     adapter_config,
     add_new_tokens,
@@ -80,9 +73,16 @@ from trainer.methods import (
     trained_components,
     trained_parameters,
 )
-from trainer.observe import Observer
+from trainer.optimizer import (
+    Average,
+    build_optimizer,
+    build_schedule,
+    parameter_groups,
+    scaled_learning_rate,
+)
 from trainer.preflight import preflight
 from trainer.samples import draw_class_images, draw_samples, keep_samples, load_base
+from trainer.sharding import share_frozen
 
 # What a finished run leaves.
 WEIGHTS = (FOLDED_WEIGHTS, INNER_WEIGHTS, KOHYA_WEIGHTS, EMBEDDINGS, PEFT_FOLDER)

@@ -17,8 +17,6 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from dreambooth.cache import EncodedCache
-from dreambooth.config import TrainConfig
 from dreambooth.data import folder_examples
 from dreambooth.encode import (
     CropSettings,
@@ -28,11 +26,13 @@ from dreambooth.encode import (
     inspect_picture,
     tokenize,
 )
+from dreambooth.encoded_cache import EncodedCache
 from dreambooth.loss import Objective
 from dreambooth.validation import validation_loss
 from inference.base import load_pipeline
-from inference.cli import quiet_libraries
 from inference.load import load_adapter, unload_adapters
+from settings.command_line import quiet_libraries
+from settings.training import TrainConfig
 from train_dreambooth_nora_sdxl import train
 
 BATCH = 32

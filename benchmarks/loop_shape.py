@@ -28,15 +28,15 @@ import torch
 from peft import LoraConfig
 
 from benchmarks.sdxl_shape import ASSETS, BASE_HELP, base_folder
-from dreambooth.config import TrainConfig
 from dreambooth.data import folder_examples
 from dreambooth.encode import CropSettings, cut_picture, encode_prompts, inspect_picture, scale_latents, tokenize
 from dreambooth.loss import Objective
 from inference.base import load_pipeline
-from inference.cli import quiet_libraries
+from runs.exports import folded_lora, write_diffusers_file
+from settings.command_line import quiet_libraries
+from settings.training import TrainConfig
 from storage.pictures import open_image
 from train_dreambooth_nora_sdxl import train
-from trainer.export import folded_lora, write_diffusers_file
 from trainer.methods import UNET_TARGETS
 
 SUBJECT = ASSETS / "subjects" / "robot"

@@ -13,10 +13,9 @@ import torch
 import yaml
 from PIL import Image, ImageOps
 
+from settings.training import MOST, TrainConfig
 from storage.files import load_yaml
 from storage.pictures import CAPTION_SUFFIXES, METADATA, find_images
-
-from .config import MOST, TrainConfig
 
 
 @dataclass(frozen=True)

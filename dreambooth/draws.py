@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from .encode import EncodedPicture
+    from dreambooth.encode import EncodedPicture
 
 # Which kind of picture a draw is for; part of its key, so that class images don't repeat the instance images' noise.
 INSTANCE, CLASS, CALIBRATION, VALIDATION, CROPS, DROPOUT = range(6)

@@ -13,12 +13,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from dreambooth.buckets import nearest_bucket
+from dreambooth.data import Crop, Example, content_hash, crops
+from dreambooth.draws import CROPS, generator_for
+from dreambooth.encoded_cache import EncodedCache
 from storage.pictures import open_image
-
-from .buckets import nearest_bucket
-from .cache import EncodedCache
-from .data import Crop, Example, content_hash, crops
-from .draws import CROPS, generator_for
 
 Tokens = Mapping[str, torch.Tensor]  # input_ids and attention_mask, each (P, tokens)
 DEFAULT_VARIANTS = 4

@@ -6,7 +6,7 @@ import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, SchedulerMixin
 from diffusers.training_utils import compute_snr
 
-from .draws import Batch
+from dreambooth.draws import Batch
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 

@@ -14,16 +14,10 @@ from diffusers import StableDiffusionXLPipeline
 from torch import nn
 from tqdm.auto import tqdm
 
-from storage.files import check_writable_target
-from storage.pictures import find_images
-
-from .buckets import read_buckets
-from .cache import EncodedCache
-from .calibration import GENERIC_PROMPTS
-from .config import TEXT_ENCODERS, TrainConfig
-from .data import Concept, Example, content_hash, find_examples, read_concepts, source_flag
-from .draws import CLASS, INSTANCE, Batch
-from .encode import (
+from dreambooth.buckets import read_buckets
+from dreambooth.data import Concept, Example, content_hash, find_examples, read_concepts, source_flag
+from dreambooth.draws import CLASS, INSTANCE, Batch
+from dreambooth.encode import (
     DEFAULT_VARIANTS,
     CropSettings,
     EncodedPicture,
@@ -39,8 +33,13 @@ from .encode import (
     inspect_picture,
     tokenize,
 )
-from .prior import class_images, missing_seeds
-from .record import module_fingerprint
+from dreambooth.encoded_cache import EncodedCache
+from dreambooth.passes import GENERIC_PROMPTS
+from dreambooth.prior import class_images, missing_seeds
+from runs.record import module_fingerprint
+from settings.training import TEXT_ENCODERS, TrainConfig
+from storage.files import check_writable_target
+from storage.pictures import find_images
 
 ENCODED = "encoded"  # folder of the cache inside --output_dir
 PROMPTS_AT_ONCE = 64  # a few hundred MB in SDXL's second text encoder

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from diffusers import UNet2DConditionModel
 
-from .draws import VALIDATION, fixed_batches
-from .encode import EncodedPicture, EncodedPrompts
-from .loss import Objective
+from dreambooth.draws import VALIDATION, fixed_batches
+from dreambooth.encode import EncodedPicture, EncodedPrompts
+from dreambooth.loss import Objective
 
 SAMPLES = 64
 SEED = 20_231_115  # not the run's: every run is measured on the same noise

@@ -7,7 +7,7 @@ load           adapters on and off a pipeline
 tokens         new words that come with an adapter
 generate       prompts × seeds -> images, one generator per image; `python -m inference.generate`
 prompts        an instance prompt's subject in words, and the protocols' prompts with it
-evaluate       scores of adapters on a subject; `python -m inference.evaluate`
+evaluate       scores of adapters on a subject; `python -m judging.evaluate`
 gallery        base | adapter | adapter on one page and one sheet; `python -m inference.gallery`
 """
 
@@ -22,8 +22,8 @@ logging.getLogger("transformers.utils.import_utils").addFilter(
 
 from inference.adapter_files import inspect_adapter  # noqa: E402
 from inference.base import load_pipeline  # noqa: E402
-from inference.components import FOLDED_WEIGHTS, INNER_WEIGHTS, RUN_RECORD, adapter_components  # noqa: E402
 from inference.load import load_adapter, set_adapter_scale, swap_adapter, unload_adapters  # noqa: E402
+from methods.components import FOLDED_WEIGHTS, INNER_WEIGHTS, RUN_RECORD, adapter_components  # noqa: E402
 
 __all__ = [
     "FOLDED_WEIGHTS",

@@ -17,7 +17,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
 from inference.base import check_base
-from inference.components import (
+from methods.components import (
     BEST,
     BEST_SCORES,
     COMPONENT_NAMES,

@@ -24,13 +24,13 @@ from inference.adapter_files import (
     run_checkpoints,
     trained_steps,
 )
-from inference.cli import parse_config, quiet_libraries, run_command
-from inference.components import FOLDED_WEIGHTS, INNER_WEIGHTS
-from inference.evaluate import SCORES, format_memorisation, format_score
+from inference.columns import SAMPLING, ColumnsConfig, Job, Studio, picture_folder
 from inference.generate import choose_base
 from inference.page import UNKNOWN, Page, PageColumn, Shot, render_page
 from inference.sheet import draw_sheet
-from inference.studio import SAMPLING, ColumnsConfig, Job, Studio, picture_folder
+from judging.evaluate import SCORES, format_memorisation, format_score
+from methods.components import FOLDED_WEIGHTS, INNER_WEIGHTS
+from settings.command_line import parse_config, quiet_libraries, run_command
 from storage.files import check_writable_target, read_json, write_atomic
 from storage.pictures import find_images, open_image, png_bytes
 
@@ -68,7 +68,7 @@ class GalleryConfig(ColumnsConfig):
         default=None, metadata={"help": "Folder of the subject's training images, shown on top."}
     )
     scores: str | None = field(
-        default=None, metadata={"help": "File of inference.evaluate with columns of the same names: shown below them."}
+        default=None, metadata={"help": "File of judging.evaluate with columns of the same names: shown below them."}
     )
     output: str = field(default="out/gallery.html", metadata={"help": "The page; the sheet is beside it as .png."})
 
@@ -138,7 +138,7 @@ def subtitle(name: str, figures: Mapping[str, str]) -> str:
 
 
 def read_scores(path: str | None) -> dict[str, dict[str, str]]:
-    """Column -> label -> score, from a file of inference.evaluate.
+    """Column -> label -> score, from a file of judging.evaluate.
 
     Raises:
         ValueError: if it is no such file.
@@ -153,7 +153,7 @@ def read_scores(path: str | None) -> dict[str, dict[str, str]]:
             for name, scores in found.items()
         }
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"--scores {path} is not a file of inference.evaluate ({error!r})") from error
+        raise ValueError(f"--scores {path} is not a file of judging.evaluate ({error!r})") from error
 
 
 @dataclass(frozen=True)

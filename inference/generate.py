@@ -35,9 +35,9 @@ from inference.base import (
     load_refiner,
     make_scheduler,
 )
-from inference.cli import parse_config, quiet_libraries, run_command
 from inference.load import adapted_components, load_adapter, set_adapter_scale
 from inference.tokens import spell_out
+from settings.command_line import parse_config, quiet_libraries, run_command
 from storage.files import check_writable_target, write_atomic
 from storage.pictures import png_bytes
 

@@ -22,8 +22,8 @@ from torch import nn
 
 import nora
 from inference.adapter_files import AdapterFile, check_lora_fits, inspect_adapter
-from inference.components import COMPONENT_NAMES, FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
 from inference.tokens import has_new_word, load_new_word, remove_new_words
+from methods.components import COMPONENT_NAMES, FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
 
 
 def load_adapter(

@@ -18,12 +18,12 @@ from tiny_sdxl import saved_base  # noqa: F401 (built before the processes race 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dreambooth.config import TrainConfig
-from dreambooth.launch import end_training, make_accelerator
 from dreambooth.prior import class_image_name
-from dreambooth.sharding import share_frozen
-from inference.components import FOLDED_WEIGHTS
+from methods.components import FOLDED_WEIGHTS
+from settings.training import TrainConfig
+from trainer.accelerator import end_training, make_accelerator
 from trainer.methods import TRAINED_STATE
+from trainer.sharding import share_frozen
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "accelerate"
 VARIANTS = {

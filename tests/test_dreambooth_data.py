@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dreambooth.buckets import SDXL_BUCKETS, nearest_bucket, read_buckets
-from dreambooth.config import TrainConfig
 from dreambooth.data import Crop, cover, crops, find_examples, read_concepts
 from dreambooth.encode import CropSettings, check_masks, cut_picture, inspect_picture
 from dreambooth.prepare import PromptTable, read_pictures
 from dreambooth.prior import class_image_name, class_images, missing_seeds
+from settings.training import TrainConfig
 
 
 def config(**options) -> TrainConfig:

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_sdxl import build_pipeline
 
-from dreambooth.cache import EncodedCache, checksum
 from dreambooth.data import Example
 from dreambooth.encode import (
     CropSettings,
@@ -24,9 +23,10 @@ from dreambooth.encode import (
     scale_latents,
     tokenize,
 )
+from dreambooth.encoded_cache import EncodedCache, checksum
 from dreambooth.prepare import current_prompts
-from dreambooth.record import module_fingerprint
 from nora.cache import cache_key
+from runs.record import module_fingerprint
 
 SQUARE = CropSettings([(32, 32)])
 

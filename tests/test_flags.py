@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth.config import IDLE, IDLE_AS_IN_DIFFUSERS, TrainConfig
-from inference.cli import parse_config, read_config_file
+from settings.command_line import parse_config, read_config_file
+from settings.training import IDLE, IDLE_AS_IN_DIFFUSERS, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 REQUIRED = "required"

@@ -20,15 +20,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny_sdxl import build_pipeline, saved_base, saved_lora, saved_nora
 
-from inference import studio
+from inference import columns
 from inference.base import load_pipeline
-from inference.components import EMBEDDINGS
 from inference.gallery import adapter_figures, main
 from inference.generate import SamplingConfig, generate_images
 from inference.generate import main as generate_main
 from inference.load import load_adapter
 from inference.page import UNKNOWN, PageColumn
 from inference.sheet import draw_sheet
+from methods.components import EMBEDDINGS
 
 PROMPTS = ["[V] photo of a cat", 'a <b>"dog"</b> & a cat on the beach']
 VOID = {"meta", "img", "col", "br", "link", "input"}
@@ -102,15 +102,15 @@ def test_what_is_there_is_not_drawn_again(gallery, monkeypatch, tmp_path):
     main([*COMMAND, "--output", str(gallery / "again.html")])
     assert shown(gallery / "again.html") == shown(gallery / "gallery.html")
     opened = []
-    read = studio.open_image
-    monkeypatch.setattr(studio, "open_image", lambda path: opened.append(path) or read(path))
+    read = columns.open_image
+    monkeypatch.setattr(columns, "open_image", lambda path: opened.append(path) or read(path))
     main([*COMMAND, "--output", str(gallery / "again.html")])
     assert len(opened) == len(set(opened)) == 12  # each once
     monkeypatch.undo()
     drawn = []
-    generate = studio.generate_images
+    generate = columns.generate_images
     monkeypatch.setattr(
-        studio, "generate_images", lambda p, prompts, *a, **k: drawn.append(prompts) or generate(p, prompts, *a, **k)
+        columns, "generate_images", lambda p, prompts, *a, **k: drawn.append(prompts) or generate(p, prompts, *a, **k)
     )
     main([*COMMAND, "--prompt", "a dog", "--output", str(gallery / "again.html")])
     assert drawn == [["a dog"]] * 3

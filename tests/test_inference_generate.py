@@ -20,9 +20,9 @@ from PIL import Image
 from tiny_sdxl import build_pipeline, saved_base, saved_lora, saved_refiner
 
 from inference.base import load_pipeline, make_scheduler
-from inference.cli import parse_config
 from inference.generate import GenerateConfig, Refiner, encode_prompts, generate_images, image_names, main
 from inference.load import load_adapter, unload_adapters
+from settings.command_line import parse_config
 
 PROMPTS = ["[V] photo of a cat", "[V] photo of a cat in the jungle"]
 

@@ -1,4 +1,4 @@
-"""inference.components and inference.load, on a tiny SDXL with random weights built here (no network, no assets)."""
+"""methods.components and inference.load, on a tiny SDXL with random weights built here (no network, no assets)."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from transformers import CLIPTextModel
 import nora
 from inference.adapter_files import inspect_adapter, recorded_base
 from inference.base import check_base, check_xformers, load_pipeline
-from inference.components import EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
 from inference.generate import encode_prompts
 from inference.load import load_adapter, loaded_adapters, set_adapter_scale, swap_adapter, unload_adapters
+from methods.components import EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from benchmarks.heldout_loss import heldout_loss
-from dreambooth.config import TrainConfig
 from inference.base import load_pipeline
 from inference.load import load_adapter
+from settings.training import TrainConfig
 from train_dreambooth_nora_sdxl import train
 
 ROOT = Path(__file__).parent.parent

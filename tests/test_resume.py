@@ -18,7 +18,8 @@ from test_trainer import QUICK, losses, run
 from tiny_sdxl import saved_base
 
 import train_dreambooth_nora_sdxl as trainer
-from dreambooth.checkpoints import (
+from methods.components import FOLDED_WEIGHTS, INNER_WEIGHTS
+from runs.checkpoints import (
     STATE,
     check_earlier_run,
     checkpoints,
@@ -27,7 +28,6 @@ from dreambooth.checkpoints import (
     read_step,
     save_checkpoint,
 )
-from inference.components import FOLDED_WEIGHTS, INNER_WEIGHTS
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = {

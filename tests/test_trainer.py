@@ -22,12 +22,12 @@ from tiny_sdxl import build_pipeline, live_outputs, outputs, saved_base
 from transformers import CLIPTextModel
 
 import train_dreambooth_nora_sdxl as trainer
-from dreambooth.checkpoints import FolderLock
-from dreambooth.config import LR_SCHEDULES, TrainConfig
 from dreambooth.prior import class_image_name
 from inference.base import load_pipeline
-from inference.components import FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
 from inference.load import load_adapter
+from methods.components import FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
+from runs.checkpoints import FolderLock
+from settings.training import LR_SCHEDULES, TrainConfig
 from trainer import samples
 
 ROOT = Path(__file__).parent.parent

@@ -22,7 +22,7 @@ from tiny_sdxl import saved_base
 import train_dreambooth_nora_sdxl as trainer
 from storage import files
 from storage.pictures import find_images
-from trainer import observe, samples
+from trainer import hooks, samples
 
 HERE = "test_weak_spots"
 FAULTS = {
@@ -87,7 +87,7 @@ FAULTS = {
     "the base's revision and variant applied to another autoencoder": [
         "test_trainer::test_another_autoencoder_is_used_everywhere_and_gets_no_variant"
     ],
-    "checkpoints uploaded to the hub": ["test_trainer_export::test_only_the_adapter_is_uploaded"],
+    "checkpoints uploaded to the hub": ["test_runs_exports::test_only_the_adapter_is_uploaded"],
 }
 
 
@@ -172,7 +172,7 @@ def test_looking_keeps_modes_and_precision(tmp_path, monkeypatch):
         loaded.append((pipeline.unet, pipeline.text_encoder.dtype, pipeline.text_encoder_2.dtype))
         return pipeline
 
-    for module in (observe, trainer):
+    for module in (hooks, trainer):
         monkeypatch.setattr(module, "draw_samples", look)
     monkeypatch.setattr(samples, "load_pipeline", remember)
     run(tmp_path, mixed_precision="bf16", num_validation_images=1, validation_steps=1)

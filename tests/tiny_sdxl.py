@@ -23,7 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import nora
 from inference.base import load_pipeline
-from inference.components import FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
+from methods.components import FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
 
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]

@@ -22,18 +22,18 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dreambooth.config import TrainConfig
-from inference import evaluate, gallery
-from inference.cli import parse_config, quiet_libraries, run_command
-from inference.components import RUN_RECORD
-from inference.evaluate import CLIP, DINO, SCORES, EvaluateConfig
+from inference import gallery
+from inference.columns import local_state
 from inference.gallery import GalleryConfig
 from inference.generate import SamplingConfig
-from inference.scores import confidence_interval
-from inference.studio import local_state
+from judging import evaluate
+from judging.evaluate import CLIP, DINO, SCORES, EvaluateConfig
+from judging.scores import confidence_interval
+from methods.components import RUN_RECORD
+from settings.command_line import parse_config, quiet_libraries, run_command
+from settings.training import TrainConfig
 from storage.files import check_writable_target, read_json, write_atomic
-
-from .preflight import preflight
+from trainer.preflight import preflight
 
 SCRIPT = Path(__file__).parent.parent / "train_dreambooth_nora_sdxl.py"
 COMMAND = "compare.json"  # in each run's folder: what it is trained with, and the record that it replaces
@@ -64,16 +64,16 @@ class CompareConfig(SamplingConfig):
         default=None, metadata={"action": "extend", "help": "Each method is trained once with each. Default: 0."}
     )
     jobs: int = field(default=1, metadata={"help": "Trainings at once, a CPU core each; on one GPU leave it at 1."})
-    protocol: str = field(default="scenes", metadata={"help": "As in inference.evaluate."})
-    live_subject: bool = field(default=False, metadata={"help": "As in inference.evaluate."})
-    subject: str | None = field(default=None, metadata={"help": "As in inference.evaluate."})
-    class_name: str | None = field(default=None, metadata={"help": "As in inference.evaluate."})
-    instance_images: str | None = field(default=None, metadata={"help": "As in inference.evaluate."})
+    protocol: str = field(default="scenes", metadata={"help": "As in judging.evaluate."})
+    live_subject: bool = field(default=False, metadata={"help": "As in judging.evaluate."})
+    subject: str | None = field(default=None, metadata={"help": "As in judging.evaluate."})
+    class_name: str | None = field(default=None, metadata={"help": "As in judging.evaluate."})
+    instance_images: str | None = field(default=None, metadata={"help": "As in judging.evaluate."})
     seeds: list[int] | None = field(
         default=None, metadata={"action": "extend", "help": "Of the pictures. Default: as many as the protocol says."}
     )
-    clip: str = field(default=CLIP, metadata={"help": "As in inference.evaluate."})
-    dino: str = field(default=DINO, metadata={"help": "As in inference.evaluate."})
+    clip: str = field(default=CLIP, metadata={"help": "As in judging.evaluate."})
+    dino: str = field(default=DINO, metadata={"help": "As in judging.evaluate."})
     output_dir: str = field(default="out/compare", metadata={"help": "A folder for each run, the scores and the page."})
 
 

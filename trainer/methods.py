@@ -14,14 +14,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
 
-from dreambooth.calibration import run_unet_passes
-from dreambooth.config import TEXT_ENCODERS, TrainConfig
 from dreambooth.draws import INSTANCE, Batch
 from dreambooth.loss import Objective
+from dreambooth.passes import run_unet_passes
 from dreambooth.prepare import PROMPTS_AT_ONCE, Encoded
-from inference.components import INNER_WEIGHTS, adapter_components
 from inference.tokens import ENCODERS, add_new_word, token_names
+from methods.components import INNER_WEIGHTS, adapter_components
 from nora import NoraConfig, NoraLinear, calibration_mask, check_targets, load_inner, preprocess_nora
+from settings.training import TEXT_ENCODERS, TrainConfig
 from storage.files import write_safetensors
 
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from dreambooth.config import TrainConfig
-from dreambooth.optim import check_optimizer
 from dreambooth.prepare import Pictures, read_pictures
 from inference.base import base_geometry, check_base
+from settings.training import TrainConfig
 from storage.files import check_writable_target
+from trainer.optimizer import check_optimizer
 
 
 def preflight(config: TrainConfig) -> tuple[TrainConfig, Pictures]:

@@ -14,15 +14,15 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
-from dreambooth.config import TrainConfig
 from dreambooth.data import Concept
-from dreambooth.launch import PRECISIONS, log_images
 from dreambooth.prior import class_image_name
-from dreambooth.sharding import SplittingAccelerator
 from inference.base import default_dtype, load_pipeline
 from inference.generate import GeneratedImage, generate_images, image_names
+from settings.training import TrainConfig
 from storage.files import write_atomic
 from storage.pictures import png_bytes
+from trainer.accelerator import PRECISIONS, log_images
+from trainer.sharding import SplittingAccelerator
 
 
 class Sample(NamedTuple):

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from diffusers import UNet2DConditionModel
 
-from .draws import CALIBRATION, fixed_batches
-from .encode import EncodedPicture, EncodedPrompts
-from .loss import Objective
+from dreambooth.draws import CALIBRATION, fixed_batches
+from dreambooth.encode import EncodedPicture, EncodedPrompts
+from dreambooth.loss import Objective
 
 # Everyday captions beside the user's own: the text encoders' statistics should not rest on one sentence.
 GENERIC_PROMPTS = (

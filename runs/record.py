@@ -20,10 +20,9 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
+from runs.plot import loss_plot
+from settings.training import TrainConfig
 from storage.files import hash_tensors, write_atomic
-
-from .config import TrainConfig
-from .plot import loss_plot
 
 RECORD_VERSION = 1
 METRICS = "metrics.jsonl"

@@ -11,16 +11,15 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from dreambooth.config import TrainConfig
 from dreambooth.loss import Objective
-from dreambooth.optim import Average
 from dreambooth.prepare import Encoded, current_prompts
-from dreambooth.record import MetricsLog, step_samples
 from dreambooth.validation import validation_loss
-
-from .export import save_adapter
-from .judging import RunJudge
-from .samples import draw_pictures, draw_samples, keep_samples
+from runs.exports import save_adapter
+from runs.record import MetricsLog, step_samples
+from settings.training import TrainConfig
+from trainer.best_adapter import RunJudge
+from trainer.optimizer import Average
+from trainer.samples import draw_pictures, draw_samples, keep_samples
 
 
 class Observer:

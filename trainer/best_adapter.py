@@ -12,12 +12,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from dreambooth.config import TrainConfig
 from dreambooth.prepare import Pictures
-from inference.components import BEST, BEST_SCORES
-from inference.evaluate import CLIP, DINO, Judge, warn_of_memorisation
 from inference.generate import GeneratedImage
-from inference.prompts import FIRST_SEED, Protocol, subject_of_prompt, with_article
+from judging.evaluate import CLIP, DINO, Judge, warn_of_memorisation
+from judging.prompts import FIRST_SEED, Protocol, subject_of_prompt, with_article
+from methods.components import BEST, BEST_SCORES
+from settings.training import TrainConfig
 from storage.files import replacing_folder, write_atomic
 from storage.pictures import open_image
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .config import TrainConfig
+from settings.training import TrainConfig
 
 
 class TrainingFailure(ValueError):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from dreambooth.config import TrainConfig
-from dreambooth.optim import (
+from settings.training import TrainConfig
+from trainer.optimizer import (
     Average,
     build_optimizer,
     build_schedule,

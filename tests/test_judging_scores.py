@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter, ImageOps
 from transformers import CLIPModel, CLIPProcessor
 
-from inference.scores import (
+from judging.scores import (
     LONE_REFERENCE,
     ClipEncoder,
     ImageEncoder,

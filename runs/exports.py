@@ -18,15 +18,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from dreambooth.config import TrainConfig
-from dreambooth.optim import Average
-from inference.components import COMPONENT_NAMES, EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
 from inference.tokens import ENCODERS
+from methods.components import COMPONENT_NAMES, EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
 from nora import NoraLinear, fold_nora, save_inner
 from nora.model import nora_layers
+from settings.training import TrainConfig
 from storage.files import replacing_folder, write_atomic, write_safetensors
-
-from .methods import save_trained
+from trainer.methods import save_trained
+from trainer.optimizer import Average
 
 KOHYA_WEIGHTS = "pytorch_lora_weights_kohya.safetensors"
 PEFT_FOLDER = "peft"

@@ -1,4 +1,4 @@
-"""inference.evaluate: the command on a tiny base, and refusals."""
+"""judging.evaluate: the command on a tiny base, and refusals."""
 
 import json
 import re
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tiny_sdxl import saved_base, saved_lora, saved_nora
 
-from inference.evaluate import Judge, main
 from inference.generate import SamplingConfig, write_manifest
+from judging.evaluate import Judge, main
 from storage.pictures import open_image
 
 ASSETS = Path(__file__).parent.parent / "assets"

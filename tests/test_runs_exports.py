@@ -12,14 +12,14 @@ from test_trainer import CAT, run
 from tiny_sdxl import live_outputs, outputs, saved_base
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-import dreambooth.launch
 import train_dreambooth_nora_sdxl as script
-from dreambooth.config import TrainConfig
+import trainer.accelerator
 from inference.base import load_pipeline
-from inference.components import EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS
 from inference.generate import encode_prompts
 from inference.load import load_adapter, unload_adapters
-from trainer.export import KOHYA_WEIGHTS, PEFT_FOLDER, check_files
+from methods.components import EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS
+from runs.exports import KOHYA_WEIGHTS, PEFT_FOLDER, check_files
+from settings.training import TrainConfig
 
 FORMATS = {"output_kohya_format": True, "output_peft_format": True, "train_text_encoder": True}
 METHODS = {
@@ -199,9 +199,9 @@ def uploaded(monkeypatch):
         files = [str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()]
         got.update(files=set(filter_repo_objects(files, allow_patterns=allow_patterns)), token=token, **options)
 
-    monkeypatch.setattr(dreambooth.launch, "upload_folder", upload)
+    monkeypatch.setattr(trainer.accelerator, "upload_folder", upload)
     monkeypatch.setattr(
-        dreambooth.launch, "create_repo", lambda name, token, exist_ok: type("Url", (), {"repo_id": f"me/{name}"})
+        trainer.accelerator, "create_repo", lambda name, token, exist_ok: type("Url", (), {"repo_id": f"me/{name}"})
     )
     return got
 
@@ -228,7 +228,7 @@ def test_nothing_of_a_sub_folder_is_uploaded_unasked(tmp_path, uploaded):
     for name in wanted | at_home:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
-    dreambooth.launch.push_to_hub(TrainConfig(pretrained_model_name_or_path="base"), tmp_path)
+    trainer.accelerator.push_to_hub(TrainConfig(pretrained_model_name_or_path="base"), tmp_path)
     assert uploaded["files"] == wanted
 
 
@@ -239,6 +239,8 @@ def test_a_hub_that_is_not_reached_is_one_sentence(tmp_path, monkeypatch, error,
     def fail(*args, **options):
         raise error
 
-    monkeypatch.setattr(dreambooth.launch, "create_repo", fail)
+    monkeypatch.setattr(trainer.accelerator, "create_repo", fail)
     with pytest.raises(ValueError, match=f"^--push_to_hub me/x: {words}"):
-        dreambooth.launch.push_to_hub(TrainConfig(pretrained_model_name_or_path="base", hub_model_id="me/x"), tmp_path)
+        trainer.accelerator.push_to_hub(
+            TrainConfig(pretrained_model_name_or_path="base", hub_model_id="me/x"), tmp_path
+        )

@@ -18,9 +18,9 @@ from huggingface_hub import create_repo, upload_folder
 from PIL import Image
 from torch import nn
 
-from .config import TrainConfig
-from .memory import import_torchao
-from .sharding import accelerator_class
+from settings.training import TrainConfig
+from trainer.memory import import_torchao
+from trainer.sharding import accelerator_class
 
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What a hub repository gets; checkpoints, best/, logs and encoded pictures, wherever they are kept, stay at home.

@@ -22,8 +22,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from .config import TrainConfig
-from .memory import size
+from settings.training import TrainConfig
+from trainer.memory import size
 
 # What accelerate's launcher may say of FSDP: each has one meaning here, and another one must not be passed over.
 SETTINGS = {

@@ -10,15 +10,15 @@ from safetensors.torch import load_file
 from test_trainer import CAT, losses, run
 from tiny_sdxl import saved_base
 
-from dreambooth.config import TrainConfig
 from dreambooth.prepare import read_pictures
 from inference.adapter_files import recorded_base
 from inference.base import load_pipeline
-from inference.components import FOLDED_WEIGHTS
 from inference.generate import GeneratedImage
 from inference.load import load_adapter
+from methods.components import FOLDED_WEIGHTS
+from settings.training import TrainConfig
 from storage.pictures import find_images, open_image
-from trainer.judging import RunJudge
+from trainer.best_adapter import RunJudge
 
 ASSETS = Path(__file__).parent.parent / "assets"
 JUDGES = {"clip": str(ASSETS / "tiny-clip"), "dino": str(ASSETS / "tiny-dino")}

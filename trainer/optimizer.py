@@ -14,7 +14,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from .config import TrainConfig
+from settings.training import TrainConfig
 
 # Arguments that every group of parameters sets for itself.
 FLAGS = {

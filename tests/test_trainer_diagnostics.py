@@ -10,14 +10,14 @@ from tiny_sdxl import UNET_TARGETS, build_pipeline
 from torch import nn
 
 import nora
-from dreambooth.config import TrainConfig
 from dreambooth.draws import VALIDATION, fixed_batches
 from dreambooth.encode import EncodedPicture, EncodedPrompts
 from dreambooth.loss import Objective
-from dreambooth.memory import memory_line, quantize_frozen, saved_activation_bytes
-from dreambooth.record import MetricsLog
 from dreambooth.validation import SEED, validation_loss
-from dreambooth.watch import TrainingFailure, check_loss, explained, gradient_norms
+from runs.record import MetricsLog
+from settings.training import TrainConfig
+from trainer.diagnostics import TrainingFailure, check_loss, explained, gradient_norms
+from trainer.memory import memory_line, quantize_frozen, saved_activation_bytes
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 
-from inference.prompts import Protocol, class_of, subject_of_prompt, with_article, without_identifier
+from judging.prompts import Protocol, class_of, subject_of_prompt, with_article, without_identifier
 
 
 def test_prompts_in_plain_words():

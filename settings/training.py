@@ -360,10 +360,10 @@ class WatchOptions:
         "The best adapter's highest score, or lowest loss; one that draws its training images is never the best.",
     )
     early_stopping_patience: int | None = _option(None, "Stop after so many evaluations without a better one.")
-    eval_protocol: str = _option("scenes", "Prompts that are scored: as --protocol of inference.evaluate.")
+    eval_protocol: str = _option("scenes", "Prompts that are scored: as --protocol of judging.evaluate.")
     num_eval_images: int = _option(2, "Scored images per prompt.")
-    clip: str | None = _option(None, "A CLIP of transformers: folder or Hub id. Default: that of inference.evaluate.")
-    dino: str | None = _option(None, "An image encoder likewise. Default: that of inference.evaluate.")
+    clip: str | None = _option(None, "A CLIP of transformers: folder or Hub id. Default: that of judging.evaluate.")
+    dino: str | None = _option(None, "An image encoder likewise. Default: that of judging.evaluate.")
     report_to: str = _option("tensorboard", "Trackers of accelerate, such as tensorboard, wandb, all or none.")
     logging_dir: str = _option("logs", "Folder of the logs, inside --output_dir.")
 

@@ -1,0 +1,1 @@
+"""What a command line or a YAML file says, as typed and checked records; imports no torch."""
