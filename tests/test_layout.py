@@ -8,9 +8,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = (  # from the ground up: a room imports those before it, but for what is forbidden beside
     "storage",
-    "settings",
     "nora",
     "methods",
+    "settings",
     "dreambooth",
     "runs",
     "inference",
@@ -19,7 +19,7 @@ ROOMS = (  # from the ground up: a room imports those before it, but for what is
     "train_dreambooth_nora_sdxl",
     "tools",
 )
-BESIDE = {"nora": {"storage", "settings", "diffusers"}, "dreambooth": {"nora", "methods"}, "inference": {"dreambooth"}}
+BESIDE = {"nora": {"storage", "diffusers"}, "dreambooth": {"nora", "methods"}, "inference": {"dreambooth"}}
 OLD_NAMES = {"inference/evaluate.py"}  # commands that moved; the file only calls the new one
 
 
