@@ -15,6 +15,12 @@ BEST = "best"  # folder of the best adapter inside a run's, where the run was sc
 BEST_SCORES = "scores.json"  # in it: the step, and what it reached
 
 COMPONENT_NAMES = ("unet", "text_encoder", "text_encoder_2")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+# The attention layers that every method adapts, by the ends of their paths.
+TARGETS = {
+    "unet": ("to_q", "to_k", "to_v", "to_out.0"),
+    **dict.fromkeys(TEXT_ENCODERS, ("q_proj", "k_proj", "v_proj", "out_proj")),
+}
 
 
 def adapter_components(pipeline: Any | Mapping[str, nn.Module | None]) -> dict[str, nn.Module]:

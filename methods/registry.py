@@ -117,7 +117,6 @@ _METHODS = (
         LORA,
         "B = 0, magnitude = ‖W‖",
         fixed={"init_lora_weights": "gaussian", "use_dora": True},
-        adapter="methods.adapter:Dora",
         low_rank=False,
         limits=("its LoRA file, with magnitudes, is read by diffusers for the UNet",),
         no_text_encoders="makes a file that diffusers reads without the text encoders' magnitudes",
@@ -312,7 +311,7 @@ _METHODS = (
     Method(
         "mica",
         "MiCA",
-        'PEFT 0.21, init_lora_weights="mica"',
+        "arXiv 2604.01694",
         "W + s B A; B frozen, the last left singular vectors of W",
         "LoraConfig",
         (rank(4), alpha(), dropout()),

@@ -1,0 +1,245 @@
+"""A method at work in a run: its layers go into the models, learn, and become updates that files hold.
+
+`Adapter` serves every method of PEFT by its own configuration; a method that needs more is a subclass that overrides
+what differs. The trainer calls, in this order: `check_fits`, `inject` (or `restore`), then at each optimiser step
+`before_step`, `penalty`, `before_update` and `after_update`.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from methods.components import TARGETS
+from methods.options import Method
+from methods.registry import find_method
+from methods.update import Update, measured_update
+
+NAME = "default"  # of the adapter inside a model that is trained
+
+
+def make_adapter(name: str, args: Mapping[str, Any], *, seed: int = 0, total_steps: int = 1) -> Adapter:
+    """The method of that name with its options, as `registry.resolve` returns them.
+
+    Args:
+        seed: of what a step draws; the first weights come from torch's global generator.
+        total_steps: optimiser steps of the run.
+    """
+    method = find_method(name)
+    return find_class(method.adapter)(method, args, seed, total_steps)
+
+
+def find_class(path: str) -> Any:
+    """``module:Class``, or the name of a class of PEFT's."""
+    module, _, name = path.rpartition(":")
+    return getattr(importlib.import_module(module) if module else peft, name)
+
+
+class Adapter:
+    """One method's layers in the components that are trained.
+
+    Args:
+        args: every option of the method with its value.
+    """
+
+    def __init__(self, method: Method, args: Mapping[str, Any], seed: int, total_steps: int) -> None:
+        self.method, self.args, self.seed, self.total_steps = method, dict(args), seed, total_steps
+        self.models: dict[str, nn.Module] = {}  # component -> the model that the layers are in
+        self.wrappers: dict[str, PeftModel] = {}  # PEFT's own view of the same models
+
+    # --- in ---------------------------------------------------------------------------------------------------------
+
+    def config(self, component: str) -> PeftConfig:
+        """PEFT's configuration for one component: unet, text_encoder or text_encoder_2."""
+        options = {one.field: self.args[one.name] for one in self.method.options if one.field is not None}
+        given = {name: value for name, value in options.items() if value is not None}
+        return find_class(self.method.config)(target_modules=list(TARGETS[component]), **given, **self.extra_fields())
+
+    def extra_fields(self) -> dict[str, Any]:
+        """Fields of the configuration that no option says alone."""
+        alpha = self.method.option("alpha")
+        if alpha is None or self.args["alpha"] is not None:
+            return dict(self.method.fixed)
+        return {alpha.field: self.args["rank"], **self.method.fixed}  # the scale alpha / rank is 1
+
+    def check_fits(self, component: str, model: nn.Module) -> None:
+        """Refuse what a layer can't hold, before anything is drawn, measured or written.
+
+        Raises:
+            ValueError: with the component, the layer and its limit.
+        """
+        for name, layer in target_layers(component, model).items():
+            try:
+                self.check_layer(layer)
+            except ValueError as error:
+                raise ValueError(f"{component}: {str(error).format(layer=name)}") from error
+
+    def check_layer(self, layer: nn.Linear) -> None:
+        """Raise ValueError, with "{layer}" for its name, for a layer that can't be adapted."""
+        side = min(layer.weight.shape)
+        if self.method.low_rank and self.args["rank"] > side:
+            raise ValueError(
+                f"--rank {self.args['rank']} exceeds min(out, in)={side} at {{layer}}, the most that an update of it "
+                "can have: lower it"
+            )
+
+    def inject(self, component: str, model: nn.Module, measure: Callable[[int], None]) -> None:
+        """Put the layers into the model, which computes what it did before: the update starts at 0.
+
+        Args:
+            measure: runs the forward passes of a calibration, at most as many as it is told; for methods that have one.
+        """
+        self.wrap(component, model, self.config(component))
+
+    def wrap(self, component: str, model: nn.Module, config: PeftConfig) -> None:
+        self.models[component] = model
+        self.wrappers[component] = get_peft_model(model, config, NAME)
+        model._hf_peft_config_loaded = True  # diffusers and transformers ask for it before they touch an adapter
+
+    def restore(self, component: str, model: nn.Module, checkpoint: Path) -> None:
+        """Put the layers of a checkpoint's run into the model; their numbers follow, see `state_tensors`."""
+        self.inject(component, model, lambda passes: None)
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def rate(self, name: str) -> float:
+        """Factor on the learning rate of a parameter, by its name (LoRA+, arXiv 2402.12354)."""
+        return (self.args.get("lr_ratio") or 1.0) if "lora_B" in name else 1.0
+
+    def decays(self, name: str) -> bool:
+        """Whether weight decay pulls a parameter towards the base; where it doesn't, there is none."""
+        return not any(part in name for part in self.method.not_decayed)
+
+    def before_step(self, step: int) -> None:
+        """What an optimiser step draws, before its forward passes; a function of (seed, step)."""
+
+    def penalty(self) -> torch.Tensor | None:
+        """What is added to the loss of each forward pass; None for most methods."""
+        return None
+
+    def before_update(self) -> None:
+        """What is made of the gradients, once they are whole and clipped."""
+
+    def after_update(self, step: int) -> None:
+        """After ``step`` optimiser steps, while the gradients are there."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs besides the tensors of the layers."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+    # --- out --------------------------------------------------------------------------------------------------------
+
+    def updates(self, component: str) -> Iterator[tuple[str, Update]]:
+        """(module path, what its layer adds) in float32 on the CPU, one layer at a time."""
+        for name, layer in adapted_layers(self.models[component]).items():
+            yield name, self.layer_update(layer)
+
+    @torch.no_grad()
+    def layer_update(self, layer: Any) -> Update:
+        """``s B A`` of a LoRA layer; of any other what can be read off its outputs."""
+        if self.method.low_rank and isinstance(layer, LoraLayer):
+            up, down = (side[NAME].weight.detach().float().cpu() for side in (layer.lora_B, layer.lora_A))
+            return Update(layer.scaling[NAME] * up, down)
+        alone = copy.deepcopy(layer).eval().float().cpu()
+        return measured_update(alone, alone.get_base_layer())
+
+    def save_peft(self, component: str, folder: Path) -> None:
+        """Write PEFT's adapter_config.json and adapter_model.safetensors."""
+        self.wrappers[component].save_pretrained(str(folder))
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
+
+
+class RandLora(Adapter):
+    """PEFT's RandLoRA, whose scale grows with the rank of the random pairs."""
+
+    def extra_fields(self) -> dict[str, Any]:
+        return {} if self.args["alpha"] is not None else {"randlora_alpha": 20 * self.args["rank"]}
+
+
+class Oft(Adapter):
+    """PEFT's OFT; its default block side is given as an argument, because PEFT refuses files that don't say it."""
+
+    def check_layer(self, layer: nn.Linear) -> None:
+        size, n = self.args["block_size"], layer.weight.shape[1]
+        if n % size:
+            raise ValueError(f"--method_args block_size={size} does not divide the {n} inputs of {{layer}}: lower it")
+
+
+class Hra(Adapter):
+    """PEFT's HRA."""
+
+    def check_layer(self, layer: nn.Linear) -> None:
+        rank, n = self.args["rank"], layer.weight.shape[1]
+        if rank > n:
+            raise ValueError(f"--rank {rank} exceeds the {n} inputs of {{layer}}, which is all there is to reflect")
+
+
+class FourierFt(Adapter):
+    """PEFT's FourierFT."""
+
+    def check_layer(self, layer: nn.Linear) -> None:
+        count, size = self.args["n_frequency"], math.prod(layer.weight.shape)
+        if count > size:
+            raise ValueError(f"--method_args n_frequency={count} exceeds the {size} entries of {{layer}}: lower it")
+
+
+# --- layers and tensors -----------------------------------------------------------------------------------------------
+
+
+def target_layers(component: str, model: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that a component's adapter goes into, before it does."""
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if any(name.endswith(f".{target}") for target in TARGETS[component])
+    }
+
+
+def adapted_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
+    """The outermost layers of adapters, by module path."""
+    found: dict[str, BaseTunerLayer] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer) and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = layer
+    return found
+
+
+def adapter_tensors(model: nn.Module, base: set[str]) -> dict[str, torch.Tensor]:
+    """Parameters and buffers that came with an adapter, frozen ones too.
+
+    Args:
+        base: the names of the base's own, before anything was injected.
+    """
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {name: tensor for name, tensor in tensors.items() if name.replace(".base_layer.", ".") not in base}
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The base model, as it was before the adapter; what learns and what is frozen is the same afterwards."""
+    layers = list(adapted_layers(model).values())
+    learning = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, learns in learning.items():  # PEFT lets everything of an adapter learn again, frozen factors too
+            parameter.requires_grad_(learns)

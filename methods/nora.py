@@ -1,0 +1,58 @@
+"""NoRA in a run: AwSVD measures what its layers see before they go in, and the inner factors have a file of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from torch import nn
+
+from methods.adapter import NAME, Adapter
+from methods.components import INNER_WEIGHTS, adapter_components
+from methods.update import Update
+from nora import NoraLinear, check_targets, load_inner, preprocess_nora, save_inner
+from storage.files import write_safetensors
+
+
+class Nora(Adapter):
+    """``W + s B B' A' A`` (arXiv 2408.10280)."""
+
+    def check_fits(self, component: str, model: nn.Module) -> None:
+        try:
+            check_targets(model, self.config(component))
+        except ValueError as error:
+            raise ValueError(f"{component}: {error} (r is --rank, outer_r is --outer_rank)") from error
+        super().check_fits(component, model)
+
+    def extra_fields(self) -> dict:
+        return {}  # its alpha is the rank by itself
+
+    def inject(self, component: str, model: nn.Module, measure: Callable[[int], None]) -> None:
+        config = self.config(component)
+        preprocess_nora(model, config, lambda: measure(self.args["calibration_passes"]))
+        self.wrap(component, model, config)
+
+    def restore(self, component: str, model: nn.Module, checkpoint: Path) -> None:
+        """The outer factors come from the statistics in the file: nothing is measured again."""
+        load_inner(checkpoint / INNER_WEIGHTS, adapter_components({component: model}))
+        self.models[component] = model
+
+    def rate(self, name: str) -> float:
+        return (self.args["lr_ratio"] or 1.0) if "nora_inner_B" in name else 1.0
+
+    @torch.no_grad()
+    def layer_update(self, layer: NoraLinear) -> Update:
+        down, up = layer.fold(NAME)
+        return Update(up, down)
+
+    def save_inner(self, path: Path) -> None:
+        save_inner(path, adapter_components(self.models))
+
+    def save_peft(self, component: str, folder: Path) -> None:
+        model = self.models[component]
+        state = {f"base_model.model.{key}": value for key, value in get_peft_model_state_dict(model).items()}
+        write_safetensors(folder / SAFETENSORS_WEIGHTS_NAME, state, {"format": "pt"})
+        model.peft_config[NAME].save_pretrained(folder)
