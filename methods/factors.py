@@ -20,7 +20,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from methods.adapter import NAME, Adapter, adapted_layers
 from methods.components import TARGETS
-from methods.files import write_lora_folder
+from methods.peft_folder import write_lora_folder
 from methods.update import Update
 
 

@@ -1,1 +1,81 @@
-def write_lora_folder(folder, updates): ...
+"""An adapter's files: a LoRA file where the update is a pair of factors, PEFT folders, and what is near them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from diffusers.utils import convert_state_dict_to_kohya
+from peft import get_peft_model_state_dict
+
+from methods.adapter import NAME, Adapter, adapted_layers
+from methods.components import COMPONENT_NAMES, FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
+from storage.files import replacing_folder, write_atomic, write_safetensors
+
+KOHYA_WEIGHTS = "pytorch_lora_weights_kohya.safetensors"
+PEFT_FOLDER = "peft"
+
+
+def has_lora_file(adapter: Adapter) -> bool:
+    """Whether a LoRA file holds the update exactly; DoRA's has magnitudes beside the factors."""
+    return adapter.method.low_rank or adapter.method.name == "dora"
+
+
+def save_files(adapter: Adapter, folder: Path, *, kohya: bool = False, peft: bool = True) -> list[str]:
+    """Write the adapter's files, each whole or not there; returns their names.
+
+    Args:
+        kohya: also with the names of kohya's sd-scripts.
+        peft: also PEFT folders; written anyway where there is no LoRA file.
+    """
+    names = []
+    if has_lora_file(adapter):
+        lora = lora_tensors(adapter)
+        write_diffusers_file(lora, folder / FOLDED_WEIGHTS)
+        names.append(FOLDED_WEIGHTS)
+        if kohya:
+            write_safetensors(folder / KOHYA_WEIGHTS, convert_state_dict_to_kohya(dict(lora)))
+            names.append(KOHYA_WEIGHTS)
+    if adapter.method.name == "nora":
+        adapter.save_inner(folder / INNER_WEIGHTS)
+        names.append(INNER_WEIGHTS)
+    if peft or not has_lora_file(adapter):
+        for component in adapter.models:
+            target = folder / PEFT_FOLDER / component
+            with replacing_folder(target) as fresh:
+                adapter.save_peft(component, fresh)
+            names += [str(file.relative_to(folder)) for file in sorted(target.iterdir())]
+    return names
+
+
+def lora_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """The adapter as LoRA with alpha = rank, any scale being in lora_B; keys as in diffusers' files."""
+    tensors = {}
+    for prefix, model in adapter_components(adapter.models).items():
+        if adapter.method.low_rank:
+            component = prefix.removesuffix(".text_model")
+            for name, update in adapter.updates(component):
+                tensors[f"{prefix}.{name}.lora_A.weight"] = update.down
+                tensors[f"{prefix}.{name}.lora_B.weight"] = update.up
+        else:  # DoRA
+            scales = {name: layer.scaling[NAME] for name, layer in adapted_layers(model).items()}
+            for key, weight in get_peft_model_state_dict(model).items():
+                name, is_B, _ = key.partition(".lora_B.")
+                tensors[f"{prefix}.{key}"] = weight.float() * (scales[name] if is_B else 1)
+    return tensors
+
+
+def write_diffusers_file(lora: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Through diffusers' own writer, so that the file is what its trainers write."""
+    by_component: dict[str, dict[str, torch.Tensor]] = {name: {} for name in COMPONENT_NAMES}
+    for key, weight in lora.items():
+        component, _, rest = key.partition(".")
+        by_component[component][rest] = weight
+    with tempfile.TemporaryDirectory() as fresh:
+        StableDiffusionXLPipeline.save_lora_weights(
+            fresh, weight_name=path.name, **{f"{name}_lora_layers": layers for name, layers in by_component.items()}
+        )
+        write_atomic(path, (Path(fresh) / path.name).read_bytes())

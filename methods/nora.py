@@ -1,4 +1,4 @@
-"""NoRA in a run: AwSVD measures what its layers see before they go in, and the inner factors have a file of their own."""
+"""NoRA in a run: AwSVD measures what its layers see before they go in; the inner factors have a file of their own."""
 
 from __future__ import annotations
 
