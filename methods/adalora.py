@@ -51,6 +51,12 @@ class AdaLora(Adapter):
 
     def after_update(self, step: int) -> None:
         for wrapper in self.wrappers.values():
+            learning = [parameter for parameter in wrapper.parameters() if parameter.requires_grad]
+            if all(parameter.grad is None for parameter in learning):
+                continue  # text encoders that learn no more
+            for parameter in learning:  # CLIP's last layer is not used by SDXL, and PEFT wants a gradient of all
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
             wrapper.base_model.update_and_allocate(step)
 
     def state_dict(self) -> dict[str, Any]:

@@ -204,7 +204,8 @@ def saved_nora(hidden: int = 32, base_seed: int = 0) -> Path:
 def outputs(pipeline: StableDiffusionXLPipeline) -> dict[str, torch.Tensor]:
     """Hidden and pooled states of both text encoders, and the UNet's noise prediction made from them."""
     embeds, _, pooled, _ = pipeline.encode_prompt("a cat in the jungle", do_classifier_free_guidance=False)
-    first = pipeline.text_encoder(torch.arange(32)[None], output_hidden_states=True).hidden_states[-2]
+    tokens = torch.arange(min(32, pipeline.text_encoder.config.max_position_embeddings))
+    first = pipeline.text_encoder(tokens[None], output_hidden_states=True).hidden_states[-2]
     generator = torch.Generator().manual_seed(0)
     noise = pipeline.unet(
         torch.randn(1, 4, 8, 8, generator=generator),
