@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -51,15 +53,20 @@ def trained_parameters(name: str) -> int:
         layers = nn.ModuleDict({"attention": nn.ModuleDict({"to_q": nn.Linear(n, m, bias=False)})})
         layer = layers["attention"]["to_q"]
         adapter = make_adapter(name, resolve(name, [], {}))
-        adapter.inject("unet", layers, lambda passes, n=n, layer=layer: layer(torch.randn(1, 4, n)))
+        adapter.inject("unet", layers, partial(run_passes, layer))
         total += count * sum(p.numel() for p in layers.parameters() if p.requires_grad)
     return total
+
+
+def run_passes(layer: nn.Linear, passes: int) -> None:
+    """A calibration, for methods that have one."""
+    layer(torch.randn(1, 4, layer.in_features))
 
 
 def page() -> str:
     """The whole page, in Markdown."""
     columns = "method", "`--method`", "source", "adapted layer", "trained", "files", "text encoders"
-    rows = [(*columns, "scale", "merge", "stack", "can't")]
+    rows: list[tuple[str, ...]] = [(*columns, "scale", "merge", "stack", "can't")]
     rows.append(("---",) * len(rows[0]))
     for name, method in METHODS.items():
         text = f"no: {method.no_text_encoders}" if method.no_text_encoders else "yes"

@@ -24,7 +24,7 @@ class AdaLora(Adapter):
     """
 
     def config(self, component: str) -> PeftConfig:
-        options = {one.field: self.args[one.name] for one in self.method.options}
+        options = {str(one.field): self.args[one.name] for one in self.method.options}
         options["lora_alpha"] = options["lora_alpha"] or self.args["init_rank"]
         return AdaLoraConfig(**options, total_step=self.total_steps, target_modules=list(TARGETS[component]))
 

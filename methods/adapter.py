@@ -72,7 +72,7 @@ class Adapter:
         alpha = self.method.option("alpha")
         if alpha is None or self.args["alpha"] is not None:
             return dict(self.method.fixed)
-        return {alpha.field: self.args["rank"], **self.method.fixed}  # the scale alpha / rank is 1
+        return {str(alpha.field): self.args["rank"], **self.method.fixed}  # the scale alpha / rank is 1
 
     def check_fits(self, component: str, model: nn.Module) -> None:
         """Refuse what a layer can't hold, before anything is drawn, measured or written.
@@ -162,6 +162,10 @@ class Adapter:
         """Write PEFT's adapter_config.json and adapter_model.safetensors."""
         self.wrappers[component].save_pretrained(str(folder))
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
+
+    def save_more(self, folder: Path) -> list[str]:
+        """Write files of a kind that only this method has; returns their names."""
+        return []
 
 
 class RandLora(Adapter):

@@ -13,7 +13,7 @@ from diffusers.utils import convert_state_dict_to_kohya
 from peft import get_peft_model_state_dict
 
 from methods.adapter import NAME, Adapter, adapted_layers
-from methods.components import COMPONENT_NAMES, FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
+from methods.components import COMPONENT_NAMES, FOLDED_WEIGHTS, adapter_components
 from storage.files import replacing_folder, write_atomic, write_safetensors
 
 KOHYA_WEIGHTS = "pytorch_lora_weights_kohya.safetensors"
@@ -45,9 +45,7 @@ def save_files(adapter: Adapter, folder: Path, *, kohya: bool = False, peft: boo
         if kohya:
             write_safetensors(folder / KOHYA_WEIGHTS, convert_state_dict_to_kohya(dict(lora)))
             names.append(KOHYA_WEIGHTS)
-    if adapter.method.name == "nora":
-        adapter.save_inner(folder / INNER_WEIGHTS)
-        names.append(INNER_WEIGHTS)
+    names += adapter.save_more(folder)
     if peft or not has_lora_file(adapter):
         for component in adapter.models:
             target = folder / PEFT_FOLDER / component

@@ -48,8 +48,9 @@ class Nora(Adapter):
         down, up = layer.fold(NAME)
         return Update(up, down)
 
-    def save_inner(self, path: Path) -> None:
-        save_inner(path, adapter_components(self.models))
+    def save_more(self, folder: Path) -> list[str]:
+        save_inner(folder / INNER_WEIGHTS, adapter_components(self.models))
+        return [INNER_WEIGHTS]
 
     def save_peft(self, component: str, folder: Path) -> None:
         model = self.models[component]

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from tiny_sdxl import outputs
 
+import methods.__main__
 from inference.base import load_pipeline
 from inference.load import load_adapter, set_adapter_scale, swap_adapter, unload_adapters
 from methods.adapter import adapted_layers, make_adapter, without_adapters
@@ -333,3 +334,7 @@ def test_the_published_names_are_there():
     names = "nora lora dora rslora pissa olora vera adalora lokr loha randlora oft hra fourierft mica lora-fa loraplus"
     assert set(f"{names} moslora dylora".split()) <= set(METHODS)
     assert LoraConfig is type(make_adapter("mica", resolve("mica", [], {})).config("unet"))
+
+
+def test_the_table_in_the_docs_is_the_code_s():
+    assert methods.__main__.page() == (ROOT / "docs" / "methods.md").read_text()
