@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from trainer.methods import UNET_TARGETS
 
 from benchmarks.sdxl_shape import ASSETS, BASE_HELP, base_folder
 from dreambooth.data import folder_examples
@@ -37,7 +38,6 @@ from settings.command_line import quiet_libraries
 from settings.training import TrainConfig
 from storage.pictures import open_image
 from train_dreambooth_nora_sdxl import train
-from trainer.methods import UNET_TARGETS
 
 SUBJECT = ASSETS / "subjects" / "robot"
 PROMPT = "a photo of [V] robot"

@@ -26,7 +26,8 @@ from methods.components import (
     INNER_WEIGHTS,
     RUN_RECORD,
 )
-from storage.files import read_json, read_safetensors_header
+from storage.files import read_json
+from storage.tensors import read_safetensors_header
 
 _LORA_MATRIX = re.compile(r"(?P<layer>.+)\.(?P<side>lora_A|lora_B|lora\.down|lora\.up)\.weight")
 BASE_COLUMN = "base"

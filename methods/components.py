@@ -16,6 +16,8 @@ BEST_SCORES = "scores.json"  # in it: the step, and what it reached
 
 COMPONENT_NAMES = ("unet", "text_encoder", "text_encoder_2")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+# Keys of learned embeddings, as diffusers' advanced DreamBooth script writes them -> text encoder and tokenizer.
+ENCODERS = {"clip_l": ("text_encoder", "tokenizer"), "clip_g": ("text_encoder_2", "tokenizer_2")}
 # The attention layers that every method adapts, by the ends of their paths.
 TARGETS = {
     "unet": ("to_q", "to_k", "to_v", "to_out.0"),

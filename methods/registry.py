@@ -451,7 +451,8 @@ def _nora(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
         ("calibration_passes", ("outer_init", "awsvd")),
         ("inner_std", ("inner_init", "normal")),
     ):
-        if name in given and values[needed[0]] != needed[1]:
+        said = given.get(name, method.option(name).default) != method.option(name).default
+        if said and values[needed[0]] != needed[1]:
             raise ValueError(
                 f"--{name} {given[name]} has no effect with {values[needed[0]]}: add --{needed[0]} {needed[1]} or "
                 "leave it out"

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from storage.files import tensor_bytes, write_safetensors
+from storage.tensors import tensor_bytes, write_safetensors
 
 from .functional import OuterFactors
 

@@ -24,7 +24,7 @@ from peft import PeftModel, inject_adapter_in_model
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from storage.files import write_safetensors
+from storage.tensors import write_safetensors
 
 from .basis import FOLDED_FILE, Basis, build_basis, check_base, check_basis, oriented_weight
 from .config import NoraConfig, plain_config

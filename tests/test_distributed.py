@@ -17,12 +17,12 @@ from test_trainer import losses, run
 from tiny_sdxl import saved_base  # noqa: F401 (built before the processes race to build it)
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from trainer.methods import TRAINED_STATE
 
 from dreambooth.prior import class_image_name
 from methods.components import FOLDED_WEIGHTS
 from settings.training import TrainConfig
 from trainer.accelerator import end_training, make_accelerator
-from trainer.methods import TRAINED_STATE
 from trainer.sharding import share_frozen
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "accelerate"

@@ -26,7 +26,7 @@ from dreambooth.encode import (
 from dreambooth.encoded_cache import EncodedCache, checksum
 from dreambooth.prepare import current_prompts
 from nora.cache import cache_key
-from runs.record import module_fingerprint
+from storage.tensors import module_fingerprint
 
 SQUARE = CropSettings([(32, 32)])
 
