@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from dreambooth.prepare import Encoded
+from methods.adapter import adapted_layers
 from settings.training import TrainConfig
 
 OPTIMIZER_BYTES = 8  # two fp32 moments a parameter, as Adam keeps them
@@ -86,6 +87,10 @@ def saved_activation_bytes(unet: UNet2DConditionModel, batch_size: int, shape: t
         kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
+    # LoHa and LoKr draw in training mode whether to drop a layer, which a tensor without storage can't decide
+    deciding = [layer for layer in adapted_layers(unet).values() if layer.training]
+    for layer in deciding:
+        layer.training = False
     config = unet.config
     pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     # what a method keeps outside of buffers, such as FourierFT's places, is small and stays as it is
@@ -104,6 +109,8 @@ def saved_activation_bytes(unet: UNet2DConditionModel, batch_size: int, shape: t
         )
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             functional_call(unet, state, inputs, {"added_cond_kwargs": conditioning})
+    for layer in deciding:
+        layer.training = True
     return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
 
 
