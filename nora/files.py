@@ -153,7 +153,7 @@ def load_inner(path: str | os.PathLike, components: Mapping[str, nn.Module], ada
 def read_inner(
     path: str | os.PathLike, components: Mapping[str, nn.Module]
 ) -> dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """Prefix -> module -> (``A' A`` (r', n), ``s B B'`` (m, r')) in float32 on the CPU; the components stay as they are.
+    """Prefix -> module -> (``A' A`` (r', n), ``s B B'`` (m, r')) in float32 on the CPU; nothing is injected.
 
     Args:
         path: a file that `save_inner` wrote.

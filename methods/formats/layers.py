@@ -79,7 +79,7 @@ def layer_names(components: Mapping[str, nn.Module]) -> dict[str, Layer]:
 
 
 def path_spellings(component: str, path: str) -> list[str]:
-    """The path, and for text encoders also without or with `text_model`, a level that transformers' versions differ in."""
+    """The path, and for text encoders also without or with `text_model`: versions of transformers differ in it."""
     if component == "unet":
         return [path]
     return [path, path.removeprefix("text_model.") if path.startswith("text_model.") else f"text_model.{path}"]
