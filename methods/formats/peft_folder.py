@@ -127,7 +127,10 @@ def _path(key: str, layers: Mapping[str, Any]) -> str | None:
 def _layers(
     folder: Path, config: PeftConfig, component: str, tensors: Mapping[str, Any], model: nn.Module
 ) -> dict[str, Layer]:
-    """Path as the file spells it -> layer, for each layer that the file has something for."""
+    """Path as the file spells it -> layer, for each layer that the file is for.
+
+    Those are the layers that it has tensors of; where layers share what is trained, those that its configuration names.
+    """
     own = base_layers(model)
     by_spelling = {one: Layer(component, path, own[path]) for path in own for one in path_spellings(component, path)}
     found: dict[str, Layer] = {}
@@ -147,21 +150,27 @@ def _layers(
                 "of linear layers and convolutions alone can be loaded"
             )
         found[path] = layer
-    if not found:
+    shared = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].uses_shared_state
+    if not found and not (tensors and shared and config.target_modules):
         raise ValueError(f"adapter {folder} has nothing for any layer: its file is empty or of another kind")
     if config.target_modules in (None, "all-linear"):
         config.target_modules = list(found)
     taken = {layer.path for layer in found.values()}
-    leveled = any(path.startswith("text_model.") for path in found)
+    leveled = any(path.startswith("text_model.") for path in found or own)
     for path, module in own.items():
-        spelling = next(one for one in path_spellings(component, path) if one.startswith("text_model.") == leveled)
+        spellings = path_spellings(component, path)
+        spelling = next((one for one in spellings if one.startswith("text_model.") == leveled), path)
         wanted = isinstance(module, (nn.Linear, nn.Conv2d)) and path not in taken
-        if wanted and BaseTuner._check_target_module_exists(config, spelling) is True:
+        if not wanted or not BaseTuner._check_target_module_exists(config, spelling):
+            continue
+        if not shared:
             raise ValueError(
                 f"adapter {folder} lacks the weights of {component}.{path}, which its configuration names: its file is "
                 "incomplete, or it belongs to another base"
             )
-    return found
+        found[spelling] = by_spelling[spelling]
+    order = {path: index for index, path in enumerate(own)}  # in which some methods draw what they share
+    return dict(sorted(found.items(), key=lambda item: order[item[1].path]))
 
 
 def _build(
