@@ -186,6 +186,8 @@ def _generate_batches(
     scale = pipeline.vae_scale_factor
     latents_shape = (pipeline.unet.config.in_channels, call_options["height"] // scale, call_options["width"] // scale)
     pipeline.set_progress_bar_config(disable=True)  # one bar over the images, not one over the steps of each batch
+    as_pil = call_options["output_type"] == "pil"
+    call_options = call_options | ({"output_type": "np"} if as_pil else {})  # which can be checked
     base_options = call_options
     if refiner:
         refiner.pipeline.set_progress_bar_config(disable=True)
@@ -220,11 +222,28 @@ def _generate_batches(
                     "lower the batch size or the image size"
                 ) from error
             for (prompt, seed), image in zip(batch, images):
+                check_finite(image, prompt, seed)
+            for (prompt, seed), image in zip(
+                batch, pipeline.image_processor.numpy_to_pil(images) if as_pil else images
+            ):
                 yield GeneratedImage(prompt, seed, image)
             bar.update(len(batch))
     finally:
         if own_bar:
             bar.close()
+
+
+def check_finite(image: np.ndarray | torch.Tensor, prompt: str, seed: int) -> None:
+    """Refuse a picture that is none: as PIL's it would be black.
+
+    Raises:
+        ValueError: it has values that are not finite.
+    """
+    if not bool(torch.as_tensor(image).isfinite().all()):
+        raise ValueError(
+            f"the picture of {prompt!r} with seed {seed} has values that are not finite: lower the adapter's scale, or "
+            "draw in float32 (--dtype fp32) or with another --vae"
+        )
 
 
 def _stack(embeds: Sequence[PromptEmbeds]) -> PromptEmbeds:

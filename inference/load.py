@@ -1,38 +1,43 @@
 """Adapters on and off a pipeline.
 
-Every check that can be made on a file's header is made before the pipeline is touched, and a load that fails leaves
-the pipeline as it was.
+There is one kind of them here: LoRA layers of PEFT that hold `Update`s, whatever method made them. The base's weights
+are never touched, so scale 0 and taking an adapter off are the base to the bit. A file is read and checked to the end
+before the pipeline is touched, and a load that fails leaves the pipeline as it was.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import StableDiffusionXLPipeline
-from diffusers.utils.state_dict_utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
-from peft import PeftConfig, PeftType, set_peft_model_state_dict
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file
 from torch import nn
 
-import nora
-from inference.adapter_files import AdapterFile, check_lora_fits, inspect_adapter
-from inference.tokens import has_new_word, load_new_word, remove_new_words
-from methods.components import COMPONENT_NAMES, FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
+from inference.adapter_files import AdapterFile, inspect_adapter
+from inference.tokens import add_new_word, check_new_word, has_new_word, read_new_word, remove_new_words
+from methods.components import COMPONENT_NAMES, FOLDED_WEIGHTS, INNER_WEIGHTS
+from methods.formats.layers import base_layers
+from methods.reading import Updates, read_file
+from methods.update import Update
 
 
 def load_adapter(
     pipeline: StableDiffusionXLPipeline, path: str | Path, scale: float = 1.0, name: str | None = None
 ) -> str:
-    """Load a NoRA or LoRA adapter onto the pipeline, beside those already there, and return its name.
+    """Load an adapter of any method onto the pipeline, beside those already there, and return its name.
 
     Args:
-        path: a run folder, its folded file, its inner-only file, any LoRA file of diffusers or kohya, or a PEFT folder.
+        path: a run folder, one of its files, any file of LoRA, LoCon, DoRA, LoHa or LoKr in the names of diffusers,
+            kohya, LyCORIS or ComfyUI, or a PEFT folder of any method.
         scale: factor on the adapter's update; 0 gives the base, 1 what was trained.
         name: for `set_adapter_scale` and `unload_adapters`; letters, digits, "-" and "_". None: from the path.
 
@@ -41,7 +46,6 @@ def load_adapter(
     """
     file = inspect_adapter(path)
     name = _default_name(path) if name is None else name
-    components = adapter_components(pipeline)
     if not re.fullmatch(r"[\w-]+", name, re.ASCII):
         raise ValueError(f'adapter name "{name}" must be made of letters, digits, "-" and "_"')
     _check_scale(scale)
@@ -51,25 +55,13 @@ def load_adapter(
             f'an adapter "{name}" is already loaded (loaded: {", ".join(names)}): pass another name, '
             f'or call unload_adapters(pipeline, "{name}") first'
         )
-    _check_fits(pipeline, file, components)
-    active = {prefix: _active_adapters(module) for prefix, module in components.items()}
-    try:
-        if file.kind == "inner":
-            prefixes = nora.inner_prefixes(file.path)
-            nora.load_inner(file.path, {prefix: components[prefix] for prefix in prefixes}, adapter_name=name)
-        elif file.kind == "peft":
-            for part, folder in file.parts.items():
-                _load_peft(getattr(pipeline, part), folder, name)
-        else:  # diffusers reads kohya's spelling too
-            pipeline.load_lora_weights(file.path.parent, weight_name=file.path.name, adapter_name=name)
-        if file.new_word is not None:
-            load_new_word(pipeline, file.new_word, name)
-    except BaseException:
-        unload_adapters(pipeline, name)
-        _activate(components, active)
-        raise
-    _activate(components, {prefix: [*names, name] for prefix, names in active.items()})
-    set_adapter_scale(pipeline, name, scale)
+    read = _read(pipeline, file)
+    if _merged(pipeline):
+        raise ValueError(
+            f"adapter {file.path} can't be loaded while others are merged, because merged layers would leave it out: "
+            "call pipeline.unfuse_lora first, or load it before merging"
+        )
+    _put_on(pipeline, read, name, scale)
     return name
 
 
@@ -84,103 +76,154 @@ def swap_adapter(pipeline: StableDiffusionXLPipeline, path: str | Path, name: st
         path: as for `load_adapter`.
 
     Raises:
-        ValueError: as `load_adapter`, or no adapter of that name is loaded; the adapter that was loaded is then still
-            there, or off if the new one's file broke while it was read.
+        ValueError: as `load_adapter`, or no adapter of that name is loaded; the pipeline is then as before.
     """
     file = inspect_adapter(path)
     scale = _adapter_scale(pipeline, name)
-    _check_fits(pipeline, file, adapter_components(pipeline))
-    if not _copy_weights(pipeline, file, name):
+    read = _read(pipeline, file, in_place_of=name)
+    if not _copy_weights(pipeline, read, name):
         unload_adapters(pipeline, name)
-        load_adapter(pipeline, path, scale, name)
+        _put_on(pipeline, read, name, scale)
 
 
-def _copy_weights(pipeline: StableDiffusionXLPipeline, file: AdapterFile, name: str) -> bool:
-    """Copy a plain LoRA's weights into the loaded one's; False, with nothing done, where more differs than they."""
-    new_words = file.new_word is not None or has_new_word(pipeline, name)
-    if file.kind != "folded" or "lora_adapter_metadata" in file.metadata or new_words or _merged(pipeline):
+class _Read(NamedTuple):
+    """An adapter that fits the pipeline, in the dtypes and on the devices of its layers."""
+
+    updates: Updates
+    new_word: tuple[str, dict[str, torch.Tensor]] | None
+
+
+def _read(pipeline: StableDiffusionXLPipeline, file: AdapterFile, in_place_of: str | None = None) -> _Read:
+    components = _components(pipeline)
+    updates = read_file(file, components)
+    new_word = read_new_word(file.new_word) if file.new_word is not None else None
+    if new_word is not None:
+        check_new_word(pipeline, *new_word, in_place_of=in_place_of)
+    for component, found in updates.items():
+        layers = base_layers(components[component])
+        for path, update in found.items():
+            found[path] = placed = _place(update, layers[path].weight, components[component].dtype)
+            if not placed.is_finite():
+                raise ValueError(f"adapter {file.path} is too large for {placed.up.dtype} in {component}.{path}")
+    return _Read(updates, new_word)
+
+
+def _place(update: Update, weight: torch.Tensor, dtype: torch.dtype) -> Update:
+    """The update where its layer is, and as precise: factors of one size, so that neither leaves float16's range."""
+    if weight.device.type == "meta":
+        raise ValueError("the base's weights are offloaded: load adapters before enable_sequential_cpu_offload")
+    up, down = update.up.abs().max().item(), update.down.abs().max().item()
+    if dtype == torch.float16 and up > 0 and down > 0:
+        balance = 2.0 ** round(math.log2(down / up) / 2)  # a power of two changes no digit
+        update = Update(update.up * balance, update.down / balance, update.bias)
+    return Update(*(None if one is None else one.to(weight.device, dtype).contiguous() for one in update))
+
+
+def _put_on(pipeline: StableDiffusionXLPipeline, read: _Read, name: str, scale: float) -> None:
+    components = _components(pipeline)
+    active = {component: _active_adapters(module) for component, module in components.items()}
+    try:
+        for component, updates in read.updates.items():
+            _inject(components[component], updates, name)
+        if read.new_word is not None:
+            add_new_word(pipeline, *read.new_word, name)
+    except BaseException:
+        unload_adapters(pipeline, name)
+        _activate(components, active)
+        raise
+    _activate(components, {component: [*names, name] for component, names in active.items()})
+    set_adapter_scale(pipeline, name, scale)
+
+
+def _inject(model: nn.Module, updates: Mapping[str, Update], name: str) -> None:
+    """Plain LoRA layers with alpha = rank at exactly these modules."""
+    by_rank: dict[int, list[str]] = {}
+    for path, update in updates.items():
+        by_rank.setdefault(update.rank, []).append(path)
+    common = Counter({rank: len(paths) for rank, paths in by_rank.items()}).most_common(1)[0][0]
+    # PEFT tries each pattern on each layer, so one for all layers of a rank
+    others = {_exactly(paths): rank for rank, paths in by_rank.items() if rank != common}
+    config = LoraConfig(
+        r=common,
+        lora_alpha=common,
+        rank_pattern=others,
+        alpha_pattern=others,
+        target_modules=_exactly(updates),
+        inference_mode=True,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there are several adapters, which is meant
+        inject_adapter_in_model(config, model, name, low_cpu_mem_usage=True)  # on the meta device: nothing is drawn
+    model._hf_peft_config_loaded = True  # diffusers and transformers ask for it before they touch an adapter
+    for path, (up, down, bias) in updates.items():
+        layer = model.get_submodule(path)
+        layer.lora_A[name].weight = nn.Parameter(down, requires_grad=False)
+        layer.lora_B[name].weight = nn.Parameter(up, requires_grad=False)
+        if bias is not None:
+            layer.lora_B[name].bias = nn.Parameter(bias, requires_grad=False)
+            layer.lora_bias[name] = True
+
+
+def _exactly(paths: Iterable[str]) -> str:
+    return f"^({'|'.join(map(re.escape, paths))})$"
+
+
+@torch.no_grad()
+def _copy_weights(pipeline: StableDiffusionXLPipeline, read: _Read, name: str) -> bool:
+    """Copy the updates into the loaded ones; False, with nothing done, where more differs than numbers."""
+    if read.new_word is not None or has_new_word(pipeline, name) or _merged(pipeline):
         return False
-    live = {}
-    for prefix, module in adapter_components(pipeline).items():
-        config = getattr(module, "peft_config", {}).get(name)
-        if config is None:
-            continue
-        plain = config.peft_type == PeftType.LORA and not (config.use_dora or config.use_rslora or config.alpha_pattern)
-        if not plain or config.lora_alpha != config.r or config.rank_pattern:
-            return False
-        for layer_name, layer in module.named_modules():
-            if isinstance(layer, LoraLayer) and name in layer.lora_A:
-                live[f"{prefix}.{layer_name}.lora_A.weight"] = layer.lora_A[name].weight
-                live[f"{prefix}.{layer_name}.lora_B.weight"] = layer.lora_B[name].weight
-    # files differ in whether they spell transformers' old `text_model` level
-    spelled = {_without_level(key): key for key in file.shapes}
-    live = {_without_level(key): weight for key, weight in live.items()}
-    if {key: tuple(weight.shape) for key, weight in live.items()} != {
-        key: file.shapes[spelled[key]] for key in spelled
-    }:
+    live = {
+        (component, path): layer
+        for component, module in _components(pipeline).items()
+        for path, layer in module.named_modules()
+        if isinstance(layer, LoraLayer) and name in layer.lora_A
+    }
+    new = {(component, path): update for component, found in read.updates.items() for path, update in found.items()}
+    if live.keys() != new.keys() or not all(_holds(live[place], name, new[place]) for place in live):
         return False
-    weights = load_file(file.path)
-    with torch.no_grad():
-        for key, weight in live.items():
-            weight.copy_(weights[spelled[key]])
+    for place, update in new.items():
+        live[place].lora_A[name].weight.copy_(update.down)
+        live[place].lora_B[name].weight.copy_(update.up)
     return True
 
 
-def _without_level(key: str) -> str:
-    return re.sub(r"^(text_encoder(_2)?)\.text_model\.", r"\1.", key)
-
-
-def _check_fits(pipeline: StableDiffusionXLPipeline, file: AdapterFile, components: dict[str, nn.Module]) -> None:
-    """Refuse another base's adapter, as far as that can be seen without touching the pipeline."""
-    if file.kind == "folded":
-        check_lora_fits(file.path, file.shapes, components)
-    elif file.kind == "kohya":
-        # the names say nothing of the layer until diffusers has translated them, which it does in two steps
-        weights, _ = pipeline.lora_state_dict(str(file.path), unet_config=pipeline.unet.config)
-        text = {key: weight for key, weight in weights.items() if key.startswith("text_encoder")}
-        unet = {key: weight for key, weight in weights.items() if key not in text}
-        weights = convert_unet_state_dict_to_peft(unet) | (convert_state_dict_to_peft(text) if text else {})
-        check_lora_fits(file.path, {key: tuple(weight.shape) for key, weight in weights.items()}, components)
-    elif file.kind == "inner":
-        if absent := [prefix for prefix in nora.inner_prefixes(file.path) if prefix not in components]:
-            raise ValueError(f"adapter {file.path} belongs to another base: this pipeline has no {', '.join(absent)}")
-    elif all("lora_A" in key or "lora_B" in key for key in file.shapes):
-        check_lora_fits(file.path, file.shapes, components)
-
-
-def _load_peft(model: nn.Module, folder: Path, name: str) -> None:
-    """Put a PEFT adapter of any method into one component."""
-    config = PeftConfig.from_pretrained(str(folder))
-    config.inference_mode = True
-    weights = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
-    if not hasattr(model, "text_model"):  # a level that transformers 5 dropped, see adapter_components
-        weights = {key.replace("base_model.model.text_model.", "base_model.model."): w for key, w in weights.items()}
-    weights = {key.removeprefix("base_model.model."): weight for key, weight in weights.items()}
-    model.add_adapter(config, adapter_name=name)
-    result = set_peft_model_state_dict(model, weights, adapter_name=name)
-    if result.unexpected_keys:
-        raise ValueError(
-            f"adapter {folder} belongs to another base: this one has no place for {result.unexpected_keys[0]}; "
-            "use the base it was trained on"
-        )
+def _holds(layer: LoraLayer, name: str, update: Update) -> bool:
+    """Whether the layer becomes the update by its two factors alone."""
+    plain = not (layer.use_dora.get(name) or layer.use_rslora.get(name) or layer.lora_bias.get(name))
+    return (
+        plain
+        and update.bias is None
+        and layer.lora_alpha[name] == layer.r[name]
+        and layer.lora_A[name].weight.shape == update.down.shape
+    )
 
 
 def loaded_adapters(pipeline: StableDiffusionXLPipeline) -> list[str]:
     """Names of the adapters on any part of the pipeline, in the order they were loaded."""
-    components = adapter_components(pipeline).values()
+    components = _components(pipeline).values()
     return list(dict.fromkeys(name for module in components for name in getattr(module, "peft_config", None) or {}))
 
 
 def adapted_components(pipeline: StableDiffusionXLPipeline) -> list[str]:
     """Names of the parts that carry an adapter."""
-    parts = {name: getattr(pipeline, name, None) for name in COMPONENT_NAMES}
-    return [name for name, module in parts.items() if module is not None and _tuner_layers(module)]
+    return [name for name, module in _components(pipeline).items() if _tuner_layers(module)]
 
 
 def set_adapter_scale(pipeline: StableDiffusionXLPipeline, name: str, scale: float) -> None:
-    """Scale one adapter's update in every part, whatever the other adapters' scales are."""
+    """Scale one adapter's update in every part, whatever the other adapters' scales are.
+
+    Raises:
+        ValueError: no adapter of that name is loaded, or it is merged, so that its scale is in the weights already.
+    """
     _check_scale(scale)
-    for layer in _layers_of(pipeline, name):
+    layers = _layers_of(pipeline, name)
+    if any(name in layer.merged_adapters for layer in layers):
+        raise ValueError(
+            f'adapter "{name}" is merged, and its scale is in the weights: call pipeline.unfuse_lora first, or set the '
+            "scale before merging"
+        )
+    for layer in layers:
         layer.set_scale(name, float(scale))
 
 
@@ -194,14 +237,14 @@ def _adapter_scale(pipeline: StableDiffusionXLPipeline, name: str) -> float:
     return product / own
 
 
-def _layers_of(pipeline: StableDiffusionXLPipeline, name: str) -> list[BaseTunerLayer]:
+def _layers_of(pipeline: StableDiffusionXLPipeline, name: str) -> list[Any]:
     if name not in loaded_adapters(pipeline):
         raise ValueError(f'no adapter "{name}" is loaded (loaded: {", ".join(loaded_adapters(pipeline)) or "none"})')
-    return [layer for module in adapter_components(pipeline).values() for layer in _tuner_layers(module)]
+    return [layer for module in _components(pipeline).values() for layer in _tuner_layers(module)]
 
 
 def _merged(pipeline: StableDiffusionXLPipeline) -> bool:
-    return any(layer.merged for module in adapter_components(pipeline).values() for layer in _tuner_layers(module))
+    return any(layer.merged for module in _components(pipeline).values() for layer in _tuner_layers(module))
 
 
 def unload_adapters(pipeline: StableDiffusionXLPipeline, name: str | None = None) -> None:
@@ -236,7 +279,12 @@ def _default_name(path: str | Path) -> str:
     return "adapter_" + (re.sub(r"[^A-Za-z0-9_-]+", "_", stem) or "0")
 
 
-def _tuner_layers(module: nn.Module) -> list[BaseTunerLayer]:
+def _components(pipeline: StableDiffusionXLPipeline) -> dict[str, nn.Module]:
+    parts = {name: getattr(pipeline, name, None) for name in COMPONENT_NAMES}
+    return {name: module for name, module in parts.items() if module is not None}
+
+
+def _tuner_layers(module: nn.Module) -> list[Any]:
     return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
 
 
@@ -244,7 +292,7 @@ def _active_adapters(module: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for layer in _tuner_layers(module) for name in layer.active_adapters))
 
 
-def _activate(components: dict[str, nn.Module], names: dict[str, list[str]]) -> None:
-    for prefix, module in components.items():
+def _activate(components: Mapping[str, nn.Module], names: Mapping[str, list[str]]) -> None:
+    for component, module in components.items():
         for layer in _tuner_layers(module):
-            layer.set_adapter(names[prefix], inference_mode=True)
+            layer.set_adapter(names[component], inference_mode=True)

@@ -40,20 +40,39 @@ def add_new_word(
         adapter: for `remove_new_words`.
 
     Raises:
-        ValueError: if the base knows the tokens already, or has text encoders of another width; nothing is added then.
+        ValueError: as `check_new_word`; nothing is added then.
     """
-    for key, text_encoder, tokenizer in _text_parts(pipeline):
-        vectors = embeddings[key]
-        width = text_encoder.get_input_embeddings().weight.shape[1]
-        if vectors.shape[1] != width:
-            raise ValueError(f"the new word {word!r} has {key} of width {vectors.shape[1]}, and this base has {width}")
-        if known := sorted(set(token_names(word, len(vectors))) & set(tokenizer.get_vocab())):
-            raise ValueError(f"the base's vocabulary has {known[0]} already: another adapter has the word {word!r} too")
+    check_new_word(pipeline, word, embeddings)
     for key, text_encoder, tokenizer in _text_parts(pipeline):
         vectors = list(embeddings[key])
         names = token_names(word, len(vectors))
         pipeline.load_textual_inversion(vectors, token=names, text_encoder=text_encoder, tokenizer=tokenizer)
         tokenizer.new_words = _new_words(tokenizer) | {word: NewWord(names, adapter)}
+
+
+def check_new_word(
+    pipeline: StableDiffusionXLPipeline,
+    word: str,
+    embeddings: Mapping[str, torch.Tensor],
+    in_place_of: str | None = None,
+) -> None:
+    """Refuse a word that can't be added.
+
+    Args:
+        in_place_of: an adapter whose own words are about to go.
+
+    Raises:
+        ValueError: if the base knows the tokens already, or has text encoders of another width.
+    """
+    for key, text_encoder, tokenizer in _text_parts(pipeline):
+        vectors = embeddings[key]
+        width = text_encoder.get_input_embeddings().weight.shape[1]
+        if vectors.ndim != 2 or vectors.shape[1] != width:
+            raise ValueError(f"the new word {word!r} has {key} of width {vectors.shape[-1]}, and this base has {width}")
+        going = {token for new in _new_words(tokenizer).values() if new.adapter == in_place_of for token in new.tokens}
+        taken = set(tokenizer.get_vocab()) - (going if in_place_of is not None else set())
+        if known := sorted(set(token_names(word, len(vectors))) & taken):
+            raise ValueError(f"the base's vocabulary has {known[0]} already: another adapter has the word {word!r} too")
 
 
 def remove_new_words(pipeline: StableDiffusionXLPipeline, adapter: str | None = None) -> None:
@@ -87,11 +106,11 @@ def _text_parts(pipeline: StableDiffusionXLPipeline) -> list[tuple[str, PreTrain
     return [(key, *(getattr(pipeline, part) for part in parts)) for key, parts in ENCODERS.items()]
 
 
-def load_new_word(pipeline: StableDiffusionXLPipeline, path: Path, adapter: str) -> None:
-    """Add the word of a file that a run wrote, as the adapter's.
+def read_new_word(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
+    """The word of a file that a run wrote, and its embeddings.
 
     Raises:
-        ValueError: if it is no such file, or doesn't fit the base.
+        ValueError: if it is no such file, or damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -101,4 +120,6 @@ def load_new_word(pipeline: StableDiffusionXLPipeline, path: Path, adapter: str)
         raise ValueError(f"{path} can't be read as learned embeddings: {error}") from error
     if not word:
         raise ValueError(f"{path} does not say which word it is for: load it with load_textual_inversion")
-    add_new_word(pipeline, word, embeddings, adapter)
+    if not all(bool(vectors.isfinite().all()) for vectors in embeddings.values()):
+        raise ValueError(f"{path} has embeddings of {word!r} that are not finite: the file is damaged")
+    return word, embeddings

@@ -73,14 +73,19 @@ class AdaLora(Adapter):
             for name in MEMORY:
                 setattr(wrapper.base_model.rankallocator, name, remembered[name])
 
-    @torch.no_grad()
     def layer_update(self, layer: SVDLinear) -> Update:
-        """The components that are left, E and the scale in ``up``; one that was taken away has E = 0."""
-        A, B, E = (side[NAME].detach().float().cpu() for side in (layer.lora_A, layer.lora_B, layer.lora_E))
-        left = E[:, 0] != 0
-        left[0] |= not bool(left.any())  # a file needs a rank of at least 1
-        scale = layer.scaling[NAME] / (layer.ranknum[NAME].item() + 1e-5)  # as PEFT divides
-        return Update(scale * B[:, left] * E[left, 0], A[left])
+        return allocated_update(layer)
+
+
+@torch.no_grad()
+def allocated_update(layer: SVDLinear) -> Update:
+    """The components that are left, E and the scale in ``up``; one that was taken away has E = 0."""
+    A, B, E = (side[NAME].detach().float().cpu() for side in (layer.lora_A, layer.lora_B, layer.lora_E))
+    left = E[:, 0] != 0
+    if not bool(left.any()):  # a file needs a rank of at least 1
+        return Update(B.new_zeros(len(B), 1), A.new_zeros(1, A.shape[1]))
+    scale = layer.scaling[NAME] / (layer.ranknum[NAME].item() + 1e-5)  # as PEFT divides
+    return Update(scale * B[:, left] * E[left, 0], A[left])
 
 
 def _rows(factor: torch.Tensor) -> torch.Tensor:

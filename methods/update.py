@@ -48,12 +48,13 @@ def measured_update(layer: nn.Module, base: nn.Module) -> Update:
     It needs to know nothing of the method: OFT's rotations and DoRA's magnitudes are a ΔW like any other.
 
     Args:
-        layer: an adapted ``nn.Linear``, its adapter active, in evaluation mode.
+        layer: an adapted ``nn.Linear``, its adapter active, in evaluation mode; or a convolution without padding.
         base: the same layer without it.
     """
-    n, weight = base.weight.shape[1], base.weight
-    eye = torch.eye(n, dtype=weight.dtype, device=weight.device)
+    weight = base.weight
+    shape = weight.shape[1:]
+    eye = torch.eye(shape.numel(), dtype=weight.dtype, device=weight.device).reshape(-1, *shape)
     zero = torch.zeros_like(eye[:1])
-    offset = layer(zero) - base(zero)  # (1, m)
-    delta = (layer(eye) - base(eye) - offset).T  # (m, n)
+    offset = (layer(zero) - base(zero)).flatten(1)  # (1, m)
+    delta = ((layer(eye) - base(eye)).flatten(1) - offset).T.reshape(weight.shape)
     return Update.dense(delta, offset[0] if bool(offset.any()) else None)

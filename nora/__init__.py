@@ -10,7 +10,7 @@ ensure_peft_type()  # the config names the type when it is constructed, so the t
 
 from .calibration import calibration_mask, preprocess_nora  # noqa: E402
 from .config import NoraConfig  # noqa: E402
-from .files import inner_prefixes, load_inner, save_inner  # noqa: E402
+from .files import inner_prefixes, load_inner, read_inner, save_inner  # noqa: E402
 from .layer import NoraLinear  # noqa: E402
 from .model import NoraModel, check_targets, fold_nora  # noqa: E402
 
@@ -26,5 +26,6 @@ __all__ = [
     "inner_prefixes",
     "load_inner",
     "preprocess_nora",
+    "read_inner",
     "save_inner",
 ]

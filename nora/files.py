@@ -28,6 +28,7 @@ from storage.tensors import write_safetensors
 
 from .basis import FOLDED_FILE, Basis, build_basis, check_base, check_basis, oriented_weight
 from .config import NoraConfig, plain_config
+from .functional import OuterFactors, fold
 from .layer import NoraLinear
 from .model import check_layer, find_targets, nora_layers, ready_bases
 
@@ -131,17 +132,59 @@ def load_inner(path: str | os.PathLike, components: Mapping[str, nn.Module], ada
         ValueError: if it isn't such a file, or one of a later format; if components, modules, keys or shapes don't
             agree; if a base weight or an outer pair isn't the one that the adapter was trained with.
     """
-    inner = _read(path)
-    given, held = set(components), set(inner.configs)
-    if given != held:
-        raise ValueError(
-            f"{path} holds {sorted(held)} but the components given are {sorted(given)}: pass exactly those"
-        )
     for prefix, model in components.items():
         if isinstance(model, PeftModel):
             raise ValueError(f"component {prefix!r} is a PeftModel: pass the model inside, model.get_base_model()")
         if adapter_name in getattr(model, "peft_config", {}):
             raise ValueError(f"component {prefix!r} already has an adapter {adapter_name!r}: choose another name")
+    inner = _read(path)
+    bases = _checked_bases(path, inner, components)
+    for prefix, model in components.items():
+        with ready_bases(bases[prefix]):
+            if hasattr(model, "add_adapter"):  # so that diffusers and transformers know of the adapter
+                model.add_adapter(inner.configs[prefix], adapter_name=adapter_name)
+            else:
+                inject_adapter_in_model(inner.configs[prefix], model, adapter_name)
+        for name, layer in nora_layers(model, adapter_name).items():
+            _set_inner(layer, adapter_name, inner, f"{prefix}.{name}")
+
+
+@torch.no_grad()
+def read_inner(
+    path: str | os.PathLike, components: Mapping[str, nn.Module]
+) -> dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """Prefix -> module -> (``A' A`` (r', n), ``s B B'`` (m, r')) in float32 on the CPU; nothing is injected.
+
+    Args:
+        path: a file that `save_inner` wrote.
+        components: as for `load_inner`; adapters that are on them already make no difference.
+
+    Raises:
+        ValueError: as `load_inner`.
+    """
+    inner = _read(path)
+    folded: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
+    for prefix, bases in _checked_bases(path, inner, components).items():
+        folded[prefix] = {}
+        for name, layer in find_targets(components[prefix], inner.configs[prefix]).items():
+            key, W = f"{prefix}.{name}", oriented_weight(layer)
+            outer = OuterFactors(
+                *(factor.to(W.dtype).cpu() for factor in bases[name].outer)
+            )  # as a live layer holds it
+            ranks = inner.configs[prefix].layer_ranks(name, tuple(W.shape))
+            folded[prefix][name] = fold(inner.inner_A[key], inner.inner_B[key], outer, ranks.alpha / ranks.r)
+    return folded
+
+
+def _checked_bases(
+    path: str | os.PathLike, inner: InnerFile, components: Mapping[str, nn.Module]
+) -> dict[str, dict[str, Basis]]:
+    """Prefix -> module -> the basis that its inner factors were trained in, after every check."""
+    given, held = set(components), set(inner.configs)
+    if given != held:
+        raise ValueError(
+            f"{path} holds {sorted(held)} but the components given are {sorted(given)}: pass exactly those"
+        )
     targets = {prefix: _matching_targets(path, prefix, model, inner) for prefix, model in components.items()}
     for prefix, layers in targets.items():  # cheap, so before the first decomposition
         for name, layer in layers.items():
@@ -156,14 +199,7 @@ def load_inner(path: str | os.PathLike, components: Mapping[str, nn.Module], ada
             basis = build_basis(name, layer, config, outer_r, inner.statistics.get(key))
             check_basis(key, basis, inner.fingerprints[key])
             bases[prefix][name] = basis
-    for prefix, model in components.items():
-        with ready_bases(bases[prefix]):
-            if hasattr(model, "add_adapter"):  # so that diffusers and transformers know of the adapter
-                model.add_adapter(inner.configs[prefix], adapter_name=adapter_name)
-            else:
-                inject_adapter_in_model(inner.configs[prefix], model, adapter_name)
-        for name, layer in nora_layers(model, adapter_name).items():
-            _set_inner(layer, adapter_name, inner, f"{prefix}.{name}")
+    return bases
 
 
 @torch.no_grad()

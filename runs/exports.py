@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,9 +12,12 @@ from torch import nn
 from methods.adapter import Adapter
 from methods.components import EMBEDDINGS, ENCODERS, FOLDED_WEIGHTS, INNER_WEIGHTS, RUN_RECORD
 from methods.files import KOHYA_WEIGHTS, PEFT_FOLDER, save_files
+from methods.reading import read_adapter
+from methods.update import Update
 from runs.record import LOSS_PLOT, MODEL_CARD
 from storage.tensors import write_safetensors
 
+TOLERANCE = 1e-4  # relative; files hold what is live in fp32, and differ by how a product is rounded
 # What a finished run leaves.
 WEIGHTS = (FOLDED_WEIGHTS, INNER_WEIGHTS, KOHYA_WEIGHTS, EMBEDDINGS, PEFT_FOLDER)
 RESULTS = (RUN_RECORD, MODEL_CARD, LOSS_PLOT, *WEIGHTS)
@@ -52,5 +55,33 @@ def new_embeddings(models: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
     return embeddings
 
 
-def check_files(adapter: Adapter, folder: Path, files: list[str]) -> None:
-    """Read the files back as a user would; the lead's placeholder until reading is merged."""
+@torch.no_grad()
+def check_files(adapter: Adapter, folder: Path, files: Sequence[str]) -> None:
+    """Read the files back as a user's pipeline does, and compare each layer's ΔW with the live one.
+
+    Args:
+        files: names of those that were written, in the folder.
+
+    Raises:
+        ValueError: naming the file and the layer that differ.
+    """
+    paths = [folder / name for name in (FOLDED_WEIGHTS, INNER_WEIGHTS, KOHYA_WEIGHTS) if name in files]
+    if any(name.startswith(f"{PEFT_FOLDER}/") for name in files):
+        paths.append(folder / PEFT_FOLDER)
+    for path in paths:
+        read = read_adapter(path, adapter.models)
+        for component in adapter.models:
+            found = dict(read.get(component, {}))
+            for layer, update in adapter.updates(component):
+                if layer not in found:
+                    raise ValueError(f"{path} lacks {component}.{layer}: the file is not whole")
+                _compare(path, f"{component}.{layer}", found.pop(layer), update)
+            if found:
+                raise ValueError(f"{path} has {component}.{min(found)}, and the adapter in memory has not")
+
+
+def _compare(path: Path, layer: str, found: Update, live: Update) -> None:
+    size = float(live.weight().norm())
+    error = float((found.weight() - live.weight()).norm()) / max(size, 1e-12)
+    if size > 0 and not error <= TOLERANCE:
+        raise ValueError(f"{path} read back differs from the adapter in memory by {error:.1e} at {layer}")

@@ -108,7 +108,8 @@ def saved_activation_bytes(unet: UNet2DConditionModel, batch_size: int, shape: t
             torch.empty(batch_size, tokens, config.cross_attention_dim, **options),
         )
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            functional_call(unet, state, inputs, {"added_cond_kwargs": conditioning})
+            # no ties: a module that several layers share would keep what has no storage
+            functional_call(unet, state, inputs, {"added_cond_kwargs": conditioning}, tie_weights=False)
     for layer in deciding:
         layer.training = True
     return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)

@@ -1,0 +1,8 @@
+"""Adapter files by their keys.
+
+layers      the base's layers, by every name that a file may give them
+keys        what a key's ending says, and what a file is that is no adapter of SDXL
+formulas    the tensors of one layer -> its `Update`
+lora_file   a file of such layers -> updates
+peft_folder a folder of PEFT, of any method -> updates
+"""
