@@ -23,9 +23,11 @@ from torch import nn
 import nora
 from inference.adapter_files import AdapterFile, check_lora_fits, inspect_adapter
 from inference.tokens import has_new_word, load_new_word, remove_new_words
+from methods.basis_cache import basis_cache
 from methods.components import COMPONENT_NAMES, FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
 
 
+@basis_cache()
 def load_adapter(
     pipeline: StableDiffusionXLPipeline, path: str | Path, scale: float = 1.0, name: str | None = None
 ) -> str:

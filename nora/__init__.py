@@ -8,6 +8,7 @@ from .registration import ensure_peft_type, register
 
 ensure_peft_type()  # the config names the type when it is constructed, so the type must exist before
 
+from .cache import BasisCache, use_basis_cache  # noqa: E402
 from .calibration import calibration_mask, preprocess_nora  # noqa: E402
 from .config import NoraConfig  # noqa: E402
 from .files import inner_prefixes, load_inner, save_inner  # noqa: E402
@@ -16,7 +17,10 @@ from .model import NoraModel, check_targets, fold_nora  # noqa: E402
 
 register(NoraConfig, NoraModel)
 
+__version__ = "0.1.0"
+
 __all__ = [
+    "BasisCache",
     "NoraConfig",
     "NoraLinear",
     "NoraModel",
@@ -27,4 +31,5 @@ __all__ = [
     "load_inner",
     "preprocess_nora",
     "save_inner",
+    "use_basis_cache",
 ]

@@ -14,6 +14,7 @@ from torch import nn
 
 from .basis import attach_statistic, oriented_weight
 from .config import NoraConfig
+from .functional import where_float64_is
 from .model import check_targets, find_targets
 
 _token_mask: ContextVar[torch.Tensor | None] = ContextVar("token_mask", default=None)
@@ -121,7 +122,7 @@ class _ChannelSums:
         tokens = values.reshape(-1, values.shape[-1])  # (tokens, n)
         tokens = tokens.float()  # half precision would overflow in x²
         tokens = tokens.square() if self.squared else tokens.abs()
-        total, count = tokens.sum(dim=0, dtype=torch.float64), tokens.shape[0]
+        total, count = where_float64_is(tokens).sum(dim=0, dtype=torch.float64), tokens.shape[0]
         self._recent[key] = (weakref.ref(x, lambda _: self._recent.pop(key, None)), x._version, mask, total, count)
         return total, count
 

@@ -24,12 +24,11 @@ from peft import PeftModel, inject_adapter_in_model
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from storage.files import write_safetensors
-
-from .basis import FOLDED_FILE, Basis, build_basis, check_base, check_basis, oriented_weight
+from .basis import Basis, check_base, oriented_weight, rebuild_basis
 from .config import NoraConfig, plain_config
-from .layer import NoraLinear
-from .model import check_layer, find_targets, nora_layers, ready_bases
+from .layer import NoraLinear, check_unmerged
+from .model import check_in_memory, check_layer, find_targets, nora_layers, own_name, ready_bases
+from .safetensors_file import write_safetensors
 
 FORMAT_VERSION = 1
 _HEADER_KEYS = ("format_version", "nora_config", "fingerprints", "awsvd_stats_aliases")
@@ -152,10 +151,9 @@ def load_inner(path: str | os.PathLike, components: Mapping[str, nn.Module], ada
         bases[prefix] = {}
         for name, layer in layers.items():
             key, config = f"{prefix}.{name}", inner.configs[prefix]
-            outer_r = inner.inner_A[key].shape[1]
-            basis = build_basis(name, layer, config, outer_r, inner.statistics.get(key))
-            check_basis(key, basis, inner.fingerprints[key])
-            bases[prefix][name] = basis
+            names = own_name(components[prefix], name), name
+            outer_r, statistic = inner.inner_A[key].shape[1], inner.statistics.get(key)
+            bases[prefix][name] = rebuild_basis(key, names, layer, config, outer_r, statistic, inner.fingerprints[key])
     for prefix, model in components.items():
         with ready_bases(bases[prefix]):
             if hasattr(model, "add_adapter"):  # so that diffusers and transformers know of the adapter
@@ -190,6 +188,8 @@ def _matching_targets(path, prefix: str, model: nn.Module, inner: InnerFile) -> 
         )
     for name, layer in layers.items():
         key = f"{prefix}.{name}"
+        check_unmerged(model.get_submodule(name), key, "loading another")
+        check_in_memory(model, name, layer)
         if any(parameter.is_meta for parameter in layer.parameters()):
             raise ValueError(
                 f"{key} has no weight (meta device), and the outer factors come from it: load the base first"
@@ -207,8 +207,8 @@ def _matching_targets(path, prefix: str, model: nn.Module, inner: InnerFile) -> 
             statistic = inner.statistics.get(key)
             if statistic is None:
                 raise ValueError(
-                    f"{path} lacks the AwSVD statistic of {key}: save the adapter again, or use the folded file "
-                    f"{FOLDED_FILE}"
+                    f"{path} lacks the AwSVD statistic of {key}: save the adapter again, or load a LoRA that "
+                    "fold_nora made of it"
                 )
             if tuple(statistic.shape) != (n,):
                 raise ValueError(

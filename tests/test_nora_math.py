@@ -363,7 +363,9 @@ def test_sums_of_inner_factors():
     full = (outer.B @ core @ outer.A).double().numpy()
     U, sigma, Vt = np.linalg.svd(full)
     best = (U[:, :2] * sigma[:2]) @ Vt[:2]
-    np.testing.assert_allclose((outer.B @ cut_B @ cut_A @ outer.A).numpy(), best, atol=1e-4 * sigma[0])
+    np.testing.assert_allclose(
+        (outer.B.double() @ cut_B @ cut_A @ outer.A.double()).numpy(), best, atol=1e-4 * sigma[0]
+    )
 
 
 # ---------------------------------------------------------------------- parameter counts, nothing allocated

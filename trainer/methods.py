@@ -19,6 +19,7 @@ from dreambooth.loss import Objective
 from dreambooth.passes import run_unet_passes
 from dreambooth.prepare import PROMPTS_AT_ONCE, Encoded
 from inference.tokens import ENCODERS, add_new_word, token_names
+from methods.basis_cache import basis_cache
 from methods.components import INNER_WEIGHTS, adapter_components
 from nora import NoraConfig, NoraLinear, calibration_mask, check_targets, load_inner, preprocess_nora
 from settings.training import TEXT_ENCODERS, TrainConfig
@@ -105,6 +106,7 @@ def check_fits(config: TrainConfig, trained: Mapping[str, nn.Module]) -> None:
                 )
 
 
+@basis_cache()
 def inject(model: nn.Module, peft_config: PeftConfig, run_passes: Callable[[], None]) -> None:
     """Put an adapter that starts at the base model into it; NoRA first measures what its layers see.
 
@@ -116,6 +118,7 @@ def inject(model: nn.Module, peft_config: PeftConfig, run_passes: Callable[[], N
     model.add_adapter(peft_config)
 
 
+@basis_cache()
 def restore(trained: Mapping[str, nn.Module], configs: Mapping[str, PeftConfig], checkpoint: Path) -> None:
     """Put the adapters of a checkpoint into the components, with the very numbers that they had."""
     nora = {name: model for name, model in trained.items() if isinstance(configs[name], NoraConfig)}
