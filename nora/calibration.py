@@ -69,10 +69,16 @@ def preprocess_nora(
 
     Raises:
         ValueError: if a targeted module never fires, is missing from ``stats`` or has another width there, if the ranks
-            don't fit a module, or if neither or both of ``run_model`` and ``stats`` are given.
+            don't fit a module, if neither or both of ``run_model`` and ``stats`` are given, or if the config was
+            injected before without calibration.
     """
     if isinstance(model, PeftModel):
         model = model.get_base_model()
+    if config.outer_init_was_chosen and config.outer_init == "svd":
+        raise ValueError(
+            'outer_init was None and became "svd" when this config was injected into a model that was not calibrated, '
+            "so calibrating now would do nothing: make a new config"
+        )
     config.saved = False  # whatever file the config came from, this starts afresh
     if not config.needs_statistics:
         return {}

@@ -44,8 +44,8 @@ class NoraConfig(PeftConfig):
         target_modules: names, a regular expression, or "all-linear", as in every PEFT method. ``nn.Linear`` and
             transformers' ``Conv1D``.
         outer_init: "awsvd" (activation-aware SVD of W), "svd", or "random" (Gaussian at the SVD's Frobenius norms).
-            None: "awsvd" where `preprocess_nora` has measured the model, else "svd" with a warning; the copy of the
-            config that the model holds and saves says which.
+            None: "awsvd" where `preprocess_nora` has measured the model, else "svd" with a warning; injection writes
+            here which.
         awsvd_gamma: exponent of the statistic in S: 0.5 in the paper's Eq. 3, 1.0 in the authors' code.
         awsvd_stat: what S measures per input channel: "mean_abs" or "rms" of the activations (both need
             `preprocess_nora`), or "weight", the data-free mean |W| of the channel's column.
@@ -90,6 +90,8 @@ class NoraConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the layers' ModuleList."})
     init_weights: bool = field(default=True, metadata={"help": "False starts at a random, non-zero update."})
     saved: bool = field(default=False, metadata={"help": "Set by saving: the basis comes with the weights."})
+
+    outer_init_was_chosen = False  # no field: outer_init was None until an injection wrote it
 
     def __post_init__(self) -> None:
         super().__post_init__()

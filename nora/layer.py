@@ -379,11 +379,15 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         return result
 
     def _check_mixed_batch(self, x: torch.Tensor, adapter_names: list[str]) -> None:
-        self.check_unmerged("mixing adapters in a batch")
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         if len(adapter_names) != len(x):
             raise ValueError(
-                f"adapter_names has {len(adapter_names)} names, and {self.name} gets "
-                f"{len(x)} rows: give one name for each sample, and leave out modules that see the batch flattened"
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively: give one name for each sample, and leave {self.name} "
+                "out of target_modules if the model flattens its batch"
             )
 
     def _update(self, x: torch.Tensor, adapter: str) -> torch.Tensor:

@@ -169,14 +169,17 @@ class NoraModel(BaseTuner):
     # ------------------------------------------------------------------ injection
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        config = self.peft_config[adapter_name]
+        given = config.outer_init
         try:
-            self.peft_config[adapter_name] = _with_outer_init(model, self.peft_config[adapter_name])
+            _choose_outer_init(model, config)
             if kwargs.get("state_dict") is None:  # with one, its keys choose the modules, and each is checked in turn
-                self._check_before_injection(model, self.peft_config[adapter_name])
+                self._check_before_injection(model, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             # The name went into the model's configs, and diffusers and transformers mark the model as adapted, before
             # PEFT called us; left so, a second try with a corrected config would be refused.
+            config.outer_init = given
             self.peft_config.pop(adapter_name, None)
             if not self.peft_config and getattr(model, "_hf_peft_config_loaded", False):
                 model._hf_peft_config_loaded = False
@@ -235,7 +238,7 @@ class NoraModel(BaseTuner):
         ranks = peft_config.layer_ranks(current_key, tuple(oriented_weight(base_layer).shape))
         name = own_name(self.model, current_key)
         layer = target if isinstance(target, NoraLinear) else NoraLinear(target, name)
-        layer.update_layer(adapter_name, Origin(peft_config, current_key), ranks, peft_config.inference_mode)
+        layer.update_layer(adapter_name, Origin(copy.copy(peft_config), current_key), ranks, peft_config.inference_mode)
 
         basis = _ready_bases.get().get(current_key)
         if basis is None and peft_config.saved and not base_layer.weight.is_meta:
@@ -351,12 +354,18 @@ class NoraModel(BaseTuner):
             yield
             return
         if self.training:
-            raise ValueError("adapter_names mixes adapters in one batch for inference only: call model.eval() first")
+            raise ValueError(
+                "Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first, since mixed "
+                "batches are for inference"
+            )
         if isinstance(adapter_names, str) or not isinstance(adapter_names, Sequence):
             raise ValueError(f"adapter_names={adapter_names!r} must be a list with one name for each sample")
         unknown = sorted(set(adapter_names) - set(self.peft_config) - {"__base__"})
         if unknown:
-            raise ValueError(f"adapter_names has {unknown}, but the model has {sorted(self.peft_config)}")
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}, and the model has "
+                f"{', '.join(sorted(self.peft_config))}"
+            )
         # Beam search repeats every sample, but an encoder has run before that.
         beams = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None) or 1
         encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
@@ -410,17 +419,16 @@ class NoraModel(BaseTuner):
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
-def _with_outer_init(model: nn.Module, config: NoraConfig) -> NoraConfig:
-    """The config, or a copy that says what ``outer_init=None`` means for this model: the user's own stays None.
+def _choose_outer_init(model: nn.Module, config: NoraConfig) -> None:
+    """Write into the config what ``outer_init=None`` means for this model.
 
     Raises:
         ValueError: if only some of the targeted modules were calibrated.
     """
     if config.outer_init is not None:
-        return config
+        return
     targets = find_targets(model, config)
     silent = [name for name, layer in targets.items() if attached_statistic(layer, config.awsvd_stat) is None]
-    config = copy.copy(config)
     if config.awsvd_stat == "weight" or not silent:
         config.outer_init = "awsvd"
     elif len(silent) == len(targets):
@@ -435,7 +443,7 @@ def _with_outer_init(model: nn.Module, config: NoraConfig) -> NoraConfig:
             f"outer_init is None, and {len(silent)} of {len(targets)} targeted modules were not calibrated, the first "
             f'{silent[0]}: call preprocess_nora(model, config, run_model) with this config, or set outer_init="svd"'
         )
-    return config
+    config.outer_init_was_chosen = True
 
 
 def _check_same_basis(one: dict[str, NoraLinear], other: dict[str, NoraLinear], name: str, other_name: str) -> None:
