@@ -122,11 +122,12 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         # The pair takes the base's dtype: in fp32 it would double the frozen memory of a half-precision base.
         self.nora_outer_A[adapter_name] = basis.outer.A.to(weight)
         self.nora_outer_B[adapter_name] = basis.outer.B.to(weight)
+        # Copies: load_state_dict writes into the buffers in place, and then they are compared with what the pair is of.
         if basis.fingerprint is not None:
-            self.nora_fingerprint[adapter_name] = basis.fingerprint.to(weight.device)
+            self.nora_fingerprint[adapter_name] = basis.fingerprint.to(weight.device, copy=True)
         if basis.statistic is not None:
-            self.nora_stats[adapter_name] = basis.statistic.to(weight.device)
-        self._made_from[adapter_name] = (basis.fingerprint, basis.statistic)
+            self.nora_stats[adapter_name] = basis.statistic.to(weight.device, copy=True)
+        self._made_from[adapter_name] = (_copied(basis.fingerprint), _copied(basis.statistic))
 
     def await_basis(self, adapter_name: str) -> None:
         """Make room for a saved adapter: its fingerprint and statistic come with its weights, and then its basis."""
@@ -400,6 +401,10 @@ class NoraLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "nora." + super().__repr__()
+
+
+def _copied(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.clone()
 
 
 def check_unmerged(layer: nn.Module, name: str, before: str) -> None:
