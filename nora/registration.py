@@ -2,9 +2,13 @@
 
 PEFT 0.21 offers `register_peft_method`, but it refuses names that are not in the `PeftType` enum, and the enum has no
 hook to extend it: a member is made by hand. A plain string would not do: transformers reads ``peft_type.value``.
+
+A field such as ``LoraConfig.use_nora``, which a proposal for PEFT has for normalised LoRA, another method, is no clash.
 """
 
 from __future__ import annotations
+
+from importlib.metadata import version
 
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
@@ -39,7 +43,8 @@ def register(config_cls: type, model_cls: type) -> None:
     if registered is None:
         register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix)
     elif (registered.__module__, registered.__qualname__) != (model_cls.__module__, model_cls.__qualname__):
+        theirs = f"{registered.__module__}.{registered.__qualname__}"
         raise ImportError(
-            f"the installed PEFT already has a method {NAME} ({registered.__module__}.{registered.__qualname__}), and "
-            "adapters saved by one can't be read by the other: install peft 0.21.2, or use PEFT's own NoRA"
+            f"peft {version('peft')} has a method {NAME} of its own ({theirs}), and neither it nor this package reads "
+            "what the other saves: install an earlier peft, such as 0.21.2, or use PEFT's own without importing nora"
         )

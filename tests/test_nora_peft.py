@@ -388,14 +388,49 @@ def test_registration_is_a_real_member_and_idempotent():
     nora.register(NoraConfig, nora.NoraModel)
 
 
-def test_registration_names_a_clash():
-    import nora
+def import_nora_after(preparation):
+    """Import nora in a process of its own whose PEFT has been changed by the preparation; returns what it prints."""
+    script = preparation + "\nimport nora\nprint(type(nora.NoraConfig(target_modules=['x'])).__name__)"
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
 
-    class NoraModel:
-        prefix = "nora_"
 
-    with pytest.raises(ImportError, match="already has a method NORA"):
-        nora.register(NoraConfig, NoraModel)
+def test_a_peft_with_a_nora_of_its_own_is_named():
+    """As it would be if PEFT added the member to its enum and registered a tuner for it."""
+    process = import_nora_after("""
+import importlib.util, pathlib, types, peft
+from dataclasses import dataclass
+from peft.utils.peft_types import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+spec = importlib.util.find_spec("nora")
+alone = types.ModuleType("registration")  # the enum member, without importing the package
+exec(pathlib.Path(spec.submodule_search_locations[0], "registration.py").read_text(), alone.__dict__)
+alone.ensure_peft_type()
+class NoraModel(peft.tuners.lora.LoraModel): pass
+NoraModel.__module__ = "peft.tuners.nora.model"
+PEFT_TYPE_TO_TUNER_MAPPING[PeftType.NORA] = NoraModel
+""")
+    assert process.returncode == 1
+    message = "has a method NORA of its own (peft.tuners.nora.model.NoraModel), and neither it nor this package reads"
+    assert message in process.stderr.strip().splitlines()[-1]
+    assert process.stderr.strip().splitlines()[-1].startswith("ImportError: peft ")
+
+
+def test_a_use_nora_field_of_lora_is_no_clash(tmp_path):
+    """As in the proposal for PEFT: normalised LoRA as a switch of LoraConfig."""
+    process = import_nora_after("""
+import peft
+from dataclasses import dataclass, field
+@dataclass
+class LoraConfig(peft.LoraConfig):
+    use_nora: bool = field(default=False)
+peft.LoraConfig = peft.tuners.lora.LoraConfig = LoraConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils.peft_types import PeftType
+PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = LoraConfig
+assert LoraConfig(use_nora=True).use_nora
+""")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() == "NoraConfig"
 
 
 def test_import_alone_registers(tmp_path):
