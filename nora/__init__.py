@@ -14,16 +14,16 @@ from .config import NoraConfig  # noqa: E402
 from .files import inner_prefixes, load_inner, save_inner  # noqa: E402
 from .layer import NoraLinear  # noqa: E402
 from .model import NoraModel, check_targets, fold_nora  # noqa: E402
+from .version import __version__  # noqa: E402
 
 register(NoraConfig, NoraModel)
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BasisCache",
     "NoraConfig",
     "NoraLinear",
     "NoraModel",
+    "__version__",
     "calibration_mask",
     "check_targets",
     "fold_nora",
