@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -41,10 +41,21 @@ def is_transposed(base_layer: nn.Module) -> bool:
     return isinstance(base_layer, Conv1D)
 
 
+def base_weight(base_layer: nn.Module) -> torch.Tensor:
+    """The frozen weight as the layer stores it."""
+    return cast(torch.Tensor, base_layer.weight)
+
+
 def oriented_weight(base_layer: nn.Module) -> torch.Tensor:
     """The frozen weight as (out, in) = (m, n), detached, whatever way the layer stores it."""
-    weight = base_layer.weight.detach()
+    weight = base_weight(base_layer).detach()
     return weight.T if is_transposed(base_layer) else weight
+
+
+def layer_shape(base_layer: nn.Module) -> tuple[int, int]:
+    """(out, in) = (m, n)."""
+    m, n = oriented_weight(base_layer).shape
+    return m, n
 
 
 def attach_statistic(base_layer: nn.Module, kind: str, statistic: torch.Tensor) -> None:
@@ -71,8 +82,8 @@ def build_basis(
         return Basis(OuterFactors(A, B), None, None)
     if config.outer_init == "random":
         seed = layer_seed(config.outer_seed, name)
-        settings = ("random", outer_r, config.sigma_side, seed)
-        outer = cached_outer_factors(W, None, settings, lambda: random_factors(W, outer_r, seed, config.sigma_side))
+        key = ("random", outer_r, config.sigma_side, seed)
+        outer = cached_outer_factors(W, None, key, lambda: random_factors(W, outer_r, seed, config.sigma_side))
         return Basis(outer, fingerprint(W, outer), None)
     scale, used = None, None
     if config.outer_init == "awsvd":

@@ -87,9 +87,9 @@ def preprocess_nora(
         raise ValueError(f"preprocess_nora got {given} of run_model and stats: pass one of them")
     check_targets(model, config)
     targets = find_targets(model, config)
-    if stats is None:
+    if run_model is not None:
         measured = _measure(targets, model if hooked_model is None else hooked_model, config.awsvd_stat, run_model)
-    else:
+    elif stats is not None:
         measured = _checked(stats, targets)
     for name, layer in targets.items():
         attach_statistic(layer, config.awsvd_stat, measured[name])

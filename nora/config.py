@@ -70,8 +70,8 @@ class NoraConfig(PeftConfig):
     r: int = field(default=8, metadata={"help": "Rank of the update (the paper's r')."})
     outer_r: int | None = field(default=None, metadata={"help": "Outer rank (the paper's r); None means 8 r."})
     nora_alpha: float | None = field(default=None, metadata={"help": "s = nora_alpha / r; None means s = 1."})
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to adapt."})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
+    target_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to adapt."})
+    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
     outer_init: str | None = field(
         default=None, metadata={"help": "awsvd, svd or random; None: awsvd where the model was calibrated, else svd."}
     )
@@ -161,9 +161,9 @@ class NoraConfig(PeftConfig):
         Raises:
             ValueError: if the layer can't hold them, with its name, the value, the limit and the fix.
         """
-        r = self.rank_pattern.get(get_pattern_key(self.rank_pattern, name), self.r)
-        outer_r = self.outer_rank_pattern.get(get_pattern_key(self.outer_rank_pattern, name), self.outer_r)
-        alpha = self.alpha_pattern.get(get_pattern_key(self.alpha_pattern, name), self.nora_alpha)
+        r = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name), self.r)
+        outer_r = self.outer_rank_pattern.get(get_pattern_key(list(self.outer_rank_pattern), name), self.outer_r)
+        alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), name), self.nora_alpha)
         side = min(shape)
         limit, cut = f"min(out, in)={side}", False
         if outer_r is None:

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.nn import functional as F
 
-from .basis import Basis, check_base, fingerprints_agree, is_transposed, oriented_weight, rebuild_basis
+from .basis import Basis, base_weight, check_base, fingerprints_agree, is_transposed, oriented_weight, rebuild_basis
 from .config import LayerRanks, NoraConfig
 from .functional import FINGERPRINT_SHAPE, OuterFactors, fold, matched_std
 
@@ -118,7 +118,7 @@ class NoraLinear(nn.Module, BaseTunerLayer):
 
     def set_basis(self, adapter_name: str, basis: Basis) -> None:
         """Install the frozen pair with its fingerprint and the float16 statistic that it came from."""
-        weight = self.get_base_layer().weight
+        weight = self.base_weight
         # The pair takes the base's dtype: in fp32 it would double the frozen memory of a half-precision base.
         self.nora_outer_A[adapter_name] = basis.outer.A.to(weight)
         self.nora_outer_B[adapter_name] = basis.outer.B.to(weight)
@@ -131,9 +131,9 @@ class NoraLinear(nn.Module, BaseTunerLayer):
 
     def await_basis(self, adapter_name: str) -> None:
         """Make room for a saved adapter: its fingerprint and statistic come with its weights, and then its basis."""
-        device = self.get_base_layer().weight.device
-        nn.init.zeros_(self.nora_inner_A[adapter_name].weight)
-        nn.init.zeros_(self.nora_inner_B[adapter_name].weight)
+        device = self.base_weight.device
+        for inner in self.inner(adapter_name):
+            nn.init.zeros_(inner)
         self.nora_fingerprint[adapter_name] = torch.full(FINGERPRINT_SHAPE, math.nan, device=device)
         if self._origins[adapter_name].config.needs_statistics:
             self.nora_stats[adapter_name] = torch.full((self.in_features,), math.nan, dtype=torch.half, device=device)
@@ -159,9 +159,9 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         """
         config, full_name = self._origins[adapter_name]
         self.check_base_is_here()
-        base_layer, outer_r = self.get_base_layer(), self.nora_inner_A[adapter_name].in_features
         names = tuple(dict.fromkeys((self.name, full_name)))
-        return rebuild_basis(self.name, names, base_layer, config, outer_r, statistic, fingerprint)
+        outer_r = self.outer_rank(adapter_name)
+        return rebuild_basis(self.name, names, self.get_base_layer(), config, outer_r, statistic, fingerprint)
 
     def refresh_basis(self, adapter_name: str, base_loaded: bool) -> None:
         """Make the pair in use the one that the fingerprint and the statistic, which a loader has set, are of.
@@ -202,11 +202,24 @@ class NoraLinear(nn.Module, BaseTunerLayer):
 
     def check_base_is_here(self) -> None:
         """Raise ValueError if the base weight is not in memory, as accelerate's offloading leaves it."""
-        if self.get_base_layer().weight.is_meta:
+        if self.base_weight.is_meta:
             raise ValueError(
                 f"{self.name} has no weight in memory (meta device), as after accelerate's "
                 "offloading: load the base without offloading first"
             )
+
+    @property
+    def base_weight(self) -> torch.Tensor:
+        """The frozen weight as the base layer stores it."""
+        return base_weight(self.get_base_layer())
+
+    def inner(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The trained A' (r', r) and B' (r, r')."""
+        return base_weight(self.nora_inner_A[adapter_name]), base_weight(self.nora_inner_B[adapter_name])
+
+    def outer_rank(self, adapter_name: str) -> int:
+        """The paper's r."""
+        return self.inner(adapter_name)[0].shape[1]
 
     def basis(self, adapter_name: str) -> Basis:
         """The adapter's basis as it is in use."""
@@ -223,8 +236,7 @@ class NoraLinear(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def reset_inner(self, adapter_name: str, config: NoraConfig, basis: Basis) -> None:
         """Draw A' and B' on the CPU, so that ``torch.manual_seed`` gives the same start on every device."""
-        inner_A = self.nora_inner_A[adapter_name].weight
-        inner_B = self.nora_inner_B[adapter_name].weight
+        inner_A, inner_B = self.inner(adapter_name)
         if inner_A.is_meta:
             return
         r, outer_r = inner_A.shape
@@ -291,9 +303,10 @@ class NoraLinear(nn.Module, BaseTunerLayer):
 
         On the CPU: what a file holds must not depend on how a GPU rounds its products (TF32: to 3 digits).
         """
+        inner_A, inner_B = self.inner(adapter_name)
         return fold(
-            self.nora_inner_A[adapter_name].weight.detach().cpu(),
-            self.nora_inner_B[adapter_name].weight.detach().cpu(),
+            inner_A.detach().cpu(),
+            inner_B.detach().cpu(),
             OuterFactors(*(factor.cpu() for factor in self.outer(adapter_name))),
             self.nora_alpha[adapter_name] / self.r[adapter_name],
         )
@@ -301,19 +314,20 @@ class NoraLinear(nn.Module, BaseTunerLayer):
     def _delta_weight(self, adapter_name: str) -> torch.Tensor:
         """ΔW at the current scale, in the base weight's own layout; float32, or float64 for a float64 base."""
         self.check_base_is_here()
+        inner_A, inner_B = self.inner(adapter_name)
         lora_A, lora_B = fold(
-            self.nora_inner_A[adapter_name].weight.detach(),
-            self.nora_inner_B[adapter_name].weight.detach(),
+            inner_A.detach(),
+            inner_B.detach(),
             self.outer(adapter_name),
             self.scaling[adapter_name],
-            torch.float64 if self.get_base_layer().weight.dtype == torch.float64 else torch.float32,
+            torch.float64 if self.base_weight.dtype == torch.float64 else torch.float32,
         )
         delta = lora_B @ lora_A  # (m, n)
         return delta.T if is_transposed(self.get_base_layer()) else delta
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """``ΔW = s B B' A' A`` at the current scale, in the base weight's layout and dtype."""
-        return self._delta_weight(adapter_name).to(self.get_base_layer().weight.dtype)
+        return self._delta_weight(adapter_name).to(self.base_weight.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add ΔW of the adapters to the base weight; `unmerge` puts back the very bits that were there.
@@ -331,7 +345,7 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.nora_inner_A:
                 continue
-            weight = self.get_base_layer().weight
+            weight = self.base_weight
             delta = self._delta_weight(name)
             merged = (weight.data.to(delta) + delta).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
@@ -349,7 +363,8 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", UserWarning, stacklevel=2)
             return
-        weight = self.get_base_layer().weight
+        weight = self.base_weight
+        assert self._weight_before_merge is not None
         weight.data = self._weight_before_merge.to(weight)  # .to: the model may have moved since
         self._weight_before_merge = None
         self.merged_adapters.clear()
@@ -396,7 +411,7 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         A, B = self.outer(adapter)
         inner_A, inner_B = self.nora_inner_A[adapter], self.nora_inner_B[adapter]
         z = F.linear(self.nora_dropout[adapter](self._cast_input_dtype(x, A.dtype)), A)  # (..., r)
-        u = inner_A(self._cast_input_dtype(z, inner_A.weight.dtype))  # (..., r')
+        u = inner_A(self._cast_input_dtype(z, self.inner(adapter)[0].dtype))  # (..., r')
         return self.scaling[adapter] * F.linear(self._cast_input_dtype(inner_B(u), B.dtype), B)
 
     def __repr__(self) -> str:
@@ -409,7 +424,7 @@ def _copied(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 def check_unmerged(layer: nn.Module, name: str, before: str) -> None:
     """Raise ValueError if a tuner's layer, or one that it is wrapped around, has merged adapters."""
-    while isinstance(layer, BaseTunerLayer):
+    while isinstance(layer, BaseTunerLayer) and isinstance(layer.base_layer, nn.Module):
         if layer.merged:
             raise ValueError(
                 f"{name} has merged adapters {layer.merged_adapters}, so its weight is not the base's: unmerge them "

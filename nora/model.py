@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -21,7 +22,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
-from .basis import Basis, attached_statistic, build_basis, check_base, oriented_weight
+from .basis import Basis, attached_statistic, base_weight, build_basis, check_base, layer_shape
 from .combine import concatenated, truncated
 from .config import DEFAULT_OUTER_MULTIPLE, NoraConfig
 from .layer import NoraLinear, Origin, check_unmerged
@@ -48,7 +49,8 @@ def find_targets(model: nn.Module, config: NoraConfig) -> dict[str, nn.Module]:
     """Base layers that the config targets in the model, by module name, in the model's order. Changes neither."""
     config = copy.copy(config)
     if config.target_modules is None:
-        NoraModel._prepare_adapter_config(NoraModel, config, BaseTuner.get_model_config(model))
+        tuner = cast(BaseTuner, NoraModel)  # it asks the class only
+        NoraModel._prepare_adapter_config(tuner, config, BaseTuner.get_model_config(model))
     _maybe_include_all_linear_layers(config, model)
     tuner_layers = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, BaseTunerLayer))
     targets = {}
@@ -112,7 +114,7 @@ def check_layer(name: str, base_layer: nn.Module, config: NoraConfig) -> None:
         raise ValueError(f"{name} is a {type(base_layer).__name__}, and NoRA adapts nn.Linear and Conv1D: {leave_out}")
     if isinstance(base_layer, NonDynamicallyQuantizableLinear):
         raise ValueError(f"{name} belongs to nn.MultiheadAttention, which never calls it as a module: {leave_out}")
-    weight = base_layer.weight
+    weight = base_weight(base_layer)
     foreign = type(weight).__module__.partition(".")[0] != "torch"  # torchao and bitsandbytes have their own tensors
     if foreign or not weight.is_floating_point() or weight.ndim != 2:
         kind = f"{type(weight).__name__}, dtype {weight.dtype}, shape {tuple(weight.shape)}"
@@ -122,7 +124,7 @@ def check_layer(name: str, base_layer: nn.Module, config: NoraConfig) -> None:
         )
     if not weight.is_meta and not bool(weight.any()):
         raise ValueError(f"{name} has a weight of zeros, and its outer factors would be zero too: {leave_out}")
-    config.layer_ranks(name, tuple(oriented_weight(base_layer).shape))
+    config.layer_ranks(name, layer_shape(base_layer))
 
 
 def check_targets(model: nn.Module, config: NoraConfig) -> None:
@@ -145,7 +147,7 @@ def check_in_memory(model: nn.Module, name: str, base_layer: nn.Module) -> None:
     Raises:
         ValueError: naming the layer.
     """
-    if not base_layer.weight.is_meta:
+    if not base_weight(base_layer).is_meta:
         return
     path = name.split(".")
     around = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path))]
@@ -164,7 +166,8 @@ class NoraModel(BaseTuner):
 
     prefix = "nora_"
     tuner_layer_cls = NoraLinear
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
+    peft_config: dict[str, NoraConfig]  # type: ignore[assignment]
 
     # ------------------------------------------------------------------ injection
 
@@ -182,7 +185,7 @@ class NoraModel(BaseTuner):
             config.outer_init = given
             self.peft_config.pop(adapter_name, None)
             if not self.peft_config and getattr(model, "_hf_peft_config_loaded", False):
-                model._hf_peft_config_loaded = False
+                model._hf_peft_config_loaded = False  # type: ignore[assignment]
             raise
 
     def _check_before_injection(self, model: nn.Module, config: NoraConfig) -> None:
@@ -191,14 +194,14 @@ class NoraModel(BaseTuner):
             check_unmerged(model.get_submodule(name), name, "adding another")
             check_in_memory(model, name, layer)
             check_layer(name, layer, config)
-            weight = layer.weight
+            weight = base_weight(layer)
             if weight.is_meta:
                 continue
             if name not in _ready_bases.get():
                 if not bool(torch.isfinite(weight).all()):
                     raise ValueError(f"{name} has NaN or infinity in its weight: load a sound base")
                 self._statistic(name, layer, config)
-            ranks = config.layer_ranks(name, tuple(oriented_weight(layer).shape))
+            ranks = config.layer_ranks(name, layer_shape(layer))
             if ranks.cut:
                 cut.append(f"{name} ({ranks.outer_r})")
         if cut:
@@ -222,7 +225,7 @@ class NoraModel(BaseTuner):
             )
         return statistic
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: NoraConfig,
         adapter_name: str,
@@ -235,17 +238,18 @@ class NoraModel(BaseTuner):
     ) -> None:
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         check_layer(current_key, base_layer, peft_config)
-        ranks = peft_config.layer_ranks(current_key, tuple(oriented_weight(base_layer).shape))
+        ranks = peft_config.layer_ranks(current_key, layer_shape(base_layer))
         name = own_name(self.model, current_key)
         layer = target if isinstance(target, NoraLinear) else NoraLinear(target, name)
         layer.update_layer(adapter_name, Origin(copy.copy(peft_config), current_key), ranks, peft_config.inference_mode)
 
         basis = _ready_bases.get().get(current_key)
-        if basis is None and peft_config.saved and not base_layer.weight.is_meta:
+        on_meta = base_weight(base_layer).is_meta
+        if basis is None and peft_config.saved and not on_meta:
             layer.await_basis(adapter_name)
         else:
             if basis is None:
-                statistic = None if base_layer.weight.is_meta else self._statistic(current_key, base_layer, peft_config)
+                statistic = None if on_meta else self._statistic(current_key, base_layer, peft_config)
                 basis = build_basis(name, base_layer, peft_config, ranks.outer_r, statistic)
             layer.set_basis(adapter_name, basis)
             layer.reset_inner(adapter_name, peft_config, basis)
@@ -260,7 +264,7 @@ class NoraModel(BaseTuner):
             return
         for layer in nora_layers(self.model, adapter_name).values():
             for inner in (layer.nora_inner_A[adapter_name], layer.nora_inner_B[adapter_name]):
-                if inner.weight.dtype.itemsize < 4:
+                if base_weight(inner).dtype.itemsize < 4:
                     inner.float()
 
     # ------------------------------------------------------------------ sums of adapters
@@ -306,14 +310,14 @@ class NoraModel(BaseTuner):
         if combination_type == "svd":
             rank = svd_rank or max(layers[a][name].r[a] for a in adapters for name in first)
         for name, layer in first.items():
-            outer_r = layer.nora_inner_A[adapters[0]].in_features
+            outer_r = layer.outer_rank(adapters[0])
             if rank > outer_r:
                 raise ValueError(
                     f'rank {rank} of the sum exceeds outer_r={outer_r} at {name}: use combination_type="svd" with '
                     f"svd_rank of at most {outer_r}"
                 )
 
-        widths = {name: layer.nora_inner_A[adapters[0]].in_features for name, layer in first.items()}
+        widths = {name: layer.outer_rank(adapters[0]) for name, layer in first.items()}
         self.peft_config[adapter_name] = replace(
             self.peft_config[adapters[0]],
             r=rank,
@@ -326,16 +330,13 @@ class NoraModel(BaseTuner):
         with ready_bases({name: layer.basis(adapters[0]) for name, layer in first.items()}):
             self.inject_adapter(self.model, adapter_name)
         for layer in first.values():
-            parts = [
-                (weight * layer.scaling[a], (layer.nora_inner_A[a].weight, layer.nora_inner_B[a].weight))
-                for a, weight in zip(adapters, weights)
-            ]
+            parts = [(weight * layer.scaling[a], layer.inner(a)) for a, weight in zip(adapters, weights)]
             self._set_sum(layer, adapter_name, parts, combination_type)
 
     @staticmethod
     @torch.no_grad()
     def _set_sum(layer: NoraLinear, adapter_name: str, parts: list, combination_type: str) -> None:
-        new_A, new_B = layer.nora_inner_A[adapter_name].weight, layer.nora_inner_B[adapter_name].weight
+        new_A, new_B = layer.inner(adapter_name)
         inner_A, inner_B = concatenated(parts)
         if combination_type == "svd":
             inner_A, inner_B = truncated((inner_A, inner_B), layer.outer(adapter_name), new_A.shape[0])

@@ -7,7 +7,6 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -32,6 +31,6 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata:
         temporary.unlink(missing_ok=True)
 
 
-def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor of any device, layout and dtype."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
