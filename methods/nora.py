@@ -11,6 +11,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
 from methods.adapter import NAME, Adapter
+from methods.basis_cache import basis_cache
 from methods.components import INNER_WEIGHTS, adapter_components
 from methods.update import Update
 from nora import NoraLinear, check_targets, load_inner, preprocess_nora, save_inner
@@ -31,11 +32,13 @@ class Nora(Adapter):
     def extra_fields(self) -> dict:
         return {}  # its alpha is the rank by itself
 
+    @basis_cache()
     def inject(self, component: str, model: nn.Module, measure: Callable[[int], None]) -> None:
         config = self.config(component)
         preprocess_nora(model, config, lambda: measure(self.args["calibration_passes"]))
         self.wrap(component, model, config)
 
+    @basis_cache()
     def restore(self, models: Mapping[str, nn.Module], checkpoint: Path) -> None:
         """The outer factors come from the statistics in the file: nothing is measured again."""
         load_inner(checkpoint / INNER_WEIGHTS, adapter_components(models))
