@@ -1,4 +1,4 @@
-"""What is kept of pictures and prompts once they are encoded; `dreambooth.encode` makes it, `dreambooth.draws` samples it."""
+"""Encoded pictures and prompts: what `dreambooth.encode` makes and `dreambooth.draws` samples from."""
 
 from __future__ import annotations
 

@@ -1,0 +1,107 @@
+"""Pictures on a disk: their names, the text in each PNG, and the manifest that lists a folder's; imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from storage.files import write_atomic
+from storage.pictures import png_bytes
+
+MANIFEST = "manifest.jsonl"
+
+
+def image_names(prompts: Sequence[str]) -> dict[str, str]:
+    """A file-name stem per prompt; prompts whose stems would collide get a hash of their text."""
+    slugs = {
+        prompt: re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60].rstrip("-") or "prompt" for prompt in prompts
+    }
+    counts = {slug: list(slugs.values()).count(slug) for slug in slugs.values()}
+    return {prompt: slug if counts[slug] == 1 else f"{slug}-{_digest(prompt)}" for prompt, slug in slugs.items()}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def read_manifest(folder: Path) -> list[dict[str, Any]]:
+    """The images that earlier commands listed in this folder; [] where there is no manifest."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return []
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        types = {"file": str, "prompt": str, "seed": int}
+        if all(isinstance(record[name], kind) for record in records for name, kind in types.items()):
+            return records
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise ValueError(f"{path} is not a manifest of this command: move it away, or choose another --output")
+
+
+def write_manifest(folder: Path, records: Sequence[dict[str, Any]]) -> None:
+    """One JSON line per image; lines of earlier commands stay for images that are still there and not redrawn."""
+    redrawn = {record["file"] for record in records}
+    kept = [
+        record
+        for record in read_manifest(folder)
+        if record["file"] not in redrawn and (folder / record["file"]).is_file()
+    ]
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in [*kept, *records]]
+    write_atomic(folder / MANIFEST, "".join(lines))
+
+
+def describe(drawn: GeneratedImage, file: str) -> dict[str, Any]:
+    width, height = drawn.image.size
+    return {"file": file, "prompt": drawn.prompt, "seed": drawn.seed, "width": width, "height": height}
+
+
+def write_image(folder: Path, record: Mapping[str, Any], image: Image.Image) -> None:
+    """A PNG that says what it was made with: its line of the manifest, and the command that draws it again."""
+    text = {"parameters": json.dumps(record, ensure_ascii=False), "command": remake_command(record)}
+    write_atomic(folder / record["file"], png_bytes(image, text))
+
+
+def remake_command(record: Mapping[str, Any]) -> str:
+    """The command that draws one image of a manifest again."""
+    command = ["python", "-m", "inference.generate"]
+    for name, value in record.items():
+        if (
+            name in ("file", "request")
+            or value is None
+            or value is False
+            or (name == "scale" and not record["adapter"])
+        ):
+            continue
+        values = value if isinstance(value, list) else [value]
+        # with "=", because a prompt or a weight may begin with a dash; a flag with several values may be repeated
+        command += [f"--{name}"] if value is True else [f"--{name}={one}" for one in values]
+    return shlex.join(command)
+
+
+#REC
+    def record(
+        self, base: str, pipeline: StableDiffusionXLPipeline, adapters: Mapping[str, float], scale: float
+    ) -> dict[str, Any]:
+        """What an image depends on besides its prompt, seed and size, under the names of generate's flags."""
+        names = ("negative_prompt", "num_inference_steps", "guidance_scale", "vae")
+        return {
+            "base": base,
+            "revision": self.revision,
+            "variant": self.variant,
+            "adapter": list(adapters) or None,
+            "adapter_weights": list(adapters.values()) if set(adapters.values()) - {1.0} else None,
+            "scale": scale,
+            **{name: getattr(self, name) for name in names},
+            "scheduler": type(pipeline.scheduler).__name__,
+            "refiner": self.refiner,
+            "refiner_start": self.refiner_start if self.refiner else None,
+            "dtype": next(name for name, dtype in DTYPES.items() if dtype == pipeline.unet.dtype),
+        }
