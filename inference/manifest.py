@@ -12,10 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from settings.sampling import SamplingConfig
 from storage.files import write_atomic
 from storage.pictures import png_bytes
 
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
+
+    from inference.sampling import GeneratedImage
+
 MANIFEST = "manifest.jsonl"
+DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # PyTorch's names -> those of --dtype
 
 
 def image_names(prompts: Sequence[str]) -> dict[str, str]:
@@ -24,10 +31,11 @@ def image_names(prompts: Sequence[str]) -> dict[str, str]:
         prompt: re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60].rstrip("-") or "prompt" for prompt in prompts
     }
     counts = {slug: list(slugs.values()).count(slug) for slug in slugs.values()}
-    return {prompt: slug if counts[slug] == 1 else f"{slug}-{_digest(prompt)}" for prompt, slug in slugs.items()}
+    return {prompt: slug if counts[slug] == 1 else f"{slug}-{text_digest(prompt)}" for prompt, slug in slugs.items()}
 
 
-def _digest(text: str) -> str:
+def text_digest(text: str) -> str:
+    """Eight letters that tell two texts apart in a file name."""
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -58,9 +66,44 @@ def write_manifest(folder: Path, records: Sequence[dict[str, Any]]) -> None:
     write_atomic(folder / MANIFEST, "".join(lines))
 
 
-def describe(drawn: GeneratedImage, file: str) -> dict[str, Any]:
+def image_record(
+    config: SamplingConfig,
+    pipeline: StableDiffusionXLPipeline,
+    drawn: GeneratedImage,
+    file: str,
+    adapters: Mapping[str, float],
+    scale: float,
+) -> dict[str, Any]:
+    """All that an image depends on, under the names of `inference.generate`'s flags: its line of the manifest.
+
+    Args:
+        config: with its base chosen.
+        adapters: path -> weight.
+        scale: factor on all of them.
+    """
     width, height = drawn.image.size
-    return {"file": file, "prompt": drawn.prompt, "seed": drawn.seed, "width": width, "height": height}
+    weights = list(adapters.values())
+    return {
+        "file": file,
+        "prompt": drawn.prompt,
+        "seed": drawn.seed,
+        "width": width,
+        "height": height,
+        "base": config.base,
+        "revision": config.revision,
+        "variant": config.variant,
+        "adapter": list(adapters) or None,
+        "adapter_weights": weights if set(weights) - {1.0} else None,
+        "scale": scale,
+        "negative_prompt": config.negative_prompt,
+        "num_inference_steps": config.num_inference_steps,
+        "guidance_scale": config.guidance_scale,
+        "vae": config.vae,
+        "scheduler": type(pipeline.scheduler).__name__,
+        "refiner": config.refiner,
+        "refiner_start": config.refiner_start if config.refiner else None,
+        "dtype": DTYPES[str(pipeline.unet.dtype).removeprefix("torch.")],
+    }
 
 
 def write_image(folder: Path, record: Mapping[str, Any], image: Image.Image) -> None:
@@ -86,22 +129,3 @@ def remake_command(record: Mapping[str, Any]) -> str:
     return shlex.join(command)
 
 
-#REC
-    def record(
-        self, base: str, pipeline: StableDiffusionXLPipeline, adapters: Mapping[str, float], scale: float
-    ) -> dict[str, Any]:
-        """What an image depends on besides its prompt, seed and size, under the names of generate's flags."""
-        names = ("negative_prompt", "num_inference_steps", "guidance_scale", "vae")
-        return {
-            "base": base,
-            "revision": self.revision,
-            "variant": self.variant,
-            "adapter": list(adapters) or None,
-            "adapter_weights": list(adapters.values()) if set(adapters.values()) - {1.0} else None,
-            "scale": scale,
-            **{name: getattr(self, name) for name in names},
-            "scheduler": type(pipeline.scheduler).__name__,
-            "refiner": self.refiner,
-            "refiner_start": self.refiner_start if self.refiner else None,
-            "dtype": next(name for name, dtype in DTYPES.items() if dtype == pipeline.unet.dtype),
-        }

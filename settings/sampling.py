@@ -1,4 +1,4 @@
-"""Flags of the commands that draw pictures, as plain records; imports no torch, so that a wrong flag is refused at once."""
+"""Flags of the commands that draw pictures, as plain records. Imports no torch: a wrong flag is refused at once."""
 
 from __future__ import annotations
 
