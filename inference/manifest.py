@@ -54,6 +54,30 @@ def read_manifest(folder: Path) -> list[dict[str, Any]]:
     raise ValueError(f"{path} is not a manifest of this command: move it away, or choose another --output")
 
 
+def listed_images(name: str, folder: Path) -> dict[tuple[str, int, float | None], Path]:
+    """(prompt, seed, scale of the adapters) -> file, of the pictures that a manifest lists.
+
+    Args:
+        name: of the column in `--images`, for the messages.
+
+    Raises:
+        ValueError: if there is no manifest, or if it has two pictures for one place.
+    """
+    records = read_manifest(folder)
+    if not records:
+        raise ValueError(f"--images {name}={folder} has no manifest: name a folder that inference.generate wrote")
+    files: dict[tuple[str, int, float | None], Path] = {}
+    for record in records:
+        place = record["prompt"], record["seed"], record.get("scale") if record.get("adapter") else None
+        if place in files:
+            raise ValueError(
+                f"--images {name}={folder} has two pictures of {place[0]!r} with seed {place[1]}, {files[place].name} "
+                f"and {record['file']}: keep each in a folder of its own"
+            )
+        files[place] = folder / record["file"]
+    return files
+
+
 def write_manifest(folder: Path, records: Sequence[dict[str, Any]]) -> None:
     """One JSON line per image; lines of earlier commands stay for images that are still there and not redrawn."""
     redrawn = {record["file"] for record in records}
@@ -127,5 +151,3 @@ def remake_command(record: Mapping[str, Any]) -> str:
         # with "=", because a prompt or a weight may begin with a dash; a flag with several values may be repeated
         command += [f"--{name}"] if value is True else [f"--{name}={one}" for one in values]
     return shlex.join(command)
-
-

@@ -22,11 +22,12 @@ from tiny_sdxl import build_pipeline, saved_base, saved_lora, saved_nora
 
 from inference import columns
 from inference.base import load_pipeline
-from inference.gallery import adapter_figures, main
-from inference.generate import SamplingConfig, generate_images
+from inference.figures import adapter_figures
+from inference.gallery import main
 from inference.generate import main as generate_main
 from inference.load import load_adapter
 from inference.page import UNKNOWN, PageColumn
+from inference.sampling import generate_images
 from inference.sheet import draw_sheet
 from methods.components import EMBEDDINGS
 
@@ -97,7 +98,7 @@ def test_the_page_has_every_picture(gallery):
 
 def test_what_is_there_is_not_drawn_again(gallery, monkeypatch, tmp_path):
     """The same command draws nothing, and not even loads the base; another prompt costs its own pictures."""
-    monkeypatch.setattr(SamplingConfig, "load_pipeline", lambda *args: pytest.fail("nothing is missing"))
+    monkeypatch.setattr(columns, "pipeline_for", lambda *args: pytest.fail("nothing is missing"))
     before = (gallery / "gallery.html").read_text()
     main([*COMMAND, "--output", str(gallery / "again.html")])
     assert shown(gallery / "again.html") == shown(gallery / "gallery.html")
@@ -308,7 +309,7 @@ def test_figures_that_are_not_known_are_dashes(tmp_path):
     shutil.copy(saved_lora() / "pytorch_lora_weights.safetensors", tmp_path / "from-elsewhere.safetensors")
     figures = adapter_figures(tmp_path / "from-elsewhere.safetensors")
     assert figures["Method"] == figures["Trainable parameters"] == figures["Training time"] == UNKNOWN
-    assert figures["Adapter file (folded)"].endswith("kB") and figures["Adapter file (inner only)"] == UNKNOWN
+    assert figures["LoRA file"].endswith("kB") and "NoRA file (inner only)" not in figures
     record = {"method": "nora", "config": {"rank": 16, "outer_rank": None}, "timings": None, "peak_memory_mb": None}
     (tmp_path / "run.json").write_text(json.dumps(record))
     figures = adapter_figures(tmp_path)

@@ -22,6 +22,7 @@ from tiny_sdxl import build_pipeline, saved_base, saved_lora, saved_refiner
 from inference.base import load_pipeline, make_scheduler
 from inference.generate import image_names, main
 from inference.load import load_adapter, unload_adapters
+from inference.pipelines import pipeline_for, refiner_for
 from inference.sampling import Refiner, encode_prompts, generate_images
 from settings.command_line import parse_config
 from settings.sampling import GenerateConfig
@@ -325,9 +326,9 @@ def test_refiner_goes_on_where_the_base_stops(pipeline):
 
 def test_the_refiner_steps_as_the_base_does(monkeypatch):
     """Schedulers differ in how they scale noisy latents, which go from one to the other as they are."""
-    config = GenerateConfig(refiner=str(saved_refiner()), scheduler="ddim", device="cpu")
-    pipeline = config.load_pipeline(str(saved_base()))
-    refiner = config.load_refiner(pipeline).pipeline
+    config = GenerateConfig(refiner=str(saved_refiner()), scheduler="ddim", device="cpu", base=str(saved_base()))
+    pipeline = pipeline_for(config)
+    refiner = refiner_for(config, pipeline).pipeline
     assert type(refiner.scheduler) is type(pipeline.scheduler) is DDIMScheduler
     assert refiner.scheduler.config == pipeline.scheduler.config and refiner.scheduler is not pipeline.scheduler
 
@@ -336,7 +337,7 @@ def test_the_refiner_steps_as_the_base_does(monkeypatch):
     for cls in (type(pipeline), type(refiner)):
         monkeypatch.setattr(cls, name, lambda pipeline: fast.append(type(pipeline)))
     config = replace(config, **{name: True})
-    config.load_refiner(config.load_pipeline(str(saved_base())))
+    refiner_for(config, pipeline_for(config))
     assert fast == [type(pipeline), type(refiner)]
 
 

@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 from dreambooth.data import Concept
 from dreambooth.prior import class_image_name
 from inference.base import default_dtype, load_pipeline
-from inference.generate import GeneratedImage, generate_images, image_names
+from inference.manifest import image_names
+from inference.sampling import GeneratedImage, generate_images
 from settings.training import TrainConfig
 from storage.files import write_atomic
 from storage.pictures import png_bytes
