@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 
 class Spread(NamedTuple):
@@ -36,6 +35,8 @@ def spread(values: Mapping[int, Sequence[float]], resamples: int = 2000) -> Spre
 
 def confidence_interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean of a few independent runs, and half of its 95 % interval by Student's t; NaN for a single run."""
+    from scipy import stats  # takes a second to import, which no --help should wait for
+
     mean = float(np.mean(values))
     if len(values) < 2:
         return mean, math.nan

@@ -4,8 +4,8 @@
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
         --instance_data_dir my_cat --instance_prompt "a photo of [V] cat"
 
-What stands behind ``--`` goes to every training. A finished run is trained again only if its flags, pictures or base have
-changed, and a run that was cut off is resumed: the command may be repeated until all is there.
+What stands behind ``--`` goes to every training. A finished run is trained again only if its flags, pictures or base
+have changed, and a run that was cut off is resumed: the command may be repeated until all is there.
 """
 
 from __future__ import annotations
