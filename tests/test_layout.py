@@ -1,6 +1,7 @@
 """The one-way flow between packages and modules (CONTRIBUTING.md), read from the imports."""
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -63,9 +64,12 @@ def imported_modules(name: str, known: dict[str, Path]) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name} has a relative import"
-            spelled = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= (spelled & known.keys()) or {node.module}
+            module = node.module or ""
+            if node.level:
+                package = name if known[name].name == "__init__.py" else name.rpartition(".")[0]
+                module = importlib.util.resolve_name("." * node.level + module, package)
+            for alias in node.names:  # a module of the package, or a name in it
+                found.add(spelled if (spelled := f"{module}.{alias.name}") in known else module)
     return (found & known.keys()) - {name}
 
 

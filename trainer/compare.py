@@ -22,13 +22,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from inference import gallery
 from inference.score_labels import SCORE_LABELS
+from judging import evaluate
 from judging.plan import instance_folder
 from judging.statistics import confidence_interval
 from judging.tables import markdown_table, warn_of_memorisation
 from methods.components import RUN_RECORD
 from settings.columns import CompareConfig, EvaluateConfig, GalleryConfig
-from settings.command_line import parse_config, quiet_libraries, run_command
+from settings.command_line import parse_config, run_command
 from settings.sampling import SamplingConfig
 from settings.training import TrainConfig
 from storage.files import check_writable_target, read_json, write_atomic
@@ -179,12 +181,6 @@ def run(config: CompareConfig, train_flags: Sequence[str]) -> Path:
     if len(config.scales) > 1:
         raise ValueError("--scale: a comparison is at one scale; inference.gallery shows several")
     runs = plan(config, train_flags)
-
-    # PyTorch and diffusers take seconds to import: this command's own flags have been checked by now
-    quiet_libraries()
-    from inference import gallery
-    from judging import evaluate
-
     # What would be refused after the training is refused before it.
     shared = {one.name: getattr(config, one.name) for one in fields(SamplingConfig)}
     scores_file = output_dir / "scores.json"
@@ -236,7 +232,7 @@ def check_flags(run: Run) -> None:
     Raises:
         ValueError: with the trainer's own sentence.
     """
-    from trainer.preflight import preflight  # PyTorch's, as above
+    from trainer.preflight import preflight  # which imports PyTorch: --help and refused flags need none
 
     try:
         preflight(train_config(run))
