@@ -9,11 +9,13 @@ costs no more than its own pictures.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from inference.manifest import listed_images
+from inference.page import Page, PageColumn, PagePicture, render_page
 from inference.score_labels import SCORE_LABELS, format_memorisation, format_score
+from inference.sheet import draw_sheet
 from settings.columns import BASE_COLUMN, SAMPLING, GalleryConfig
 from settings.command_line import parse_config, quiet_libraries, run_command
 from storage.files import check_writable_target, read_json, write_atomic
@@ -65,11 +67,9 @@ def run(config: GalleryConfig) -> tuple[Path, Path]:
     # PyTorch and diffusers take seconds to import: wrong flags have been refused by now
     quiet_libraries()
     from inference.adapter_files import inspect_adapter, run_checkpoints
-    from inference.columns import AdapterVersion, adapter_versions, draw_versions, open_listed, picture_folder
+    from inference.columns import open_listed
     from inference.figures import adapter_figures, describe_settings, subtitle
-    from inference.page import Page, PageColumn, PagePicture, render_page
     from inference.pipelines import check_hardware, choose_base
-    from inference.sheet import draw_sheet
 
     check_hardware(config)
     for path in adapters.values():
@@ -81,12 +81,7 @@ def run(config: GalleryConfig) -> tuple[Path, Path]:
     figures = {name: adapter_figures(path) for name, path in adapters.items()}
     if adapters:
         config = choose_base(config, str(next(iter(adapters.values()))))
-        versions = {name: adapter_versions(path, config.scales, config.checkpoints) for name, path in adapters.items()}
-        versions = {BASE_COLUMN: [AdapterVersion()], **versions}
-        for name, version, drawn in draw_versions(config, versions, prompts, seeds, picture_folder(page_path)):
-            for one in drawn:
-                picture = PagePicture(version.scale, version.step, one.image)
-                pictures.setdefault((name, one.prompt, one.seed), []).append(picture)
+        pictures = draw_columns(config, adapters, prompts, seeds)
         settings = describe_settings(config, next(iter(pictures.values()))[0].image.size)
     for name, files in listed.items():
         for one in open_listed(files):
@@ -94,15 +89,8 @@ def run(config: GalleryConfig) -> tuple[Path, Path]:
                 pictures.setdefault((name, one.prompt, one.seed), []).append(PagePicture(one.scale, None, one.image))
     if not pictures:
         raise ValueError("--images have no picture of these --prompts and --seeds: leave them out to show all")
-    columns = [
-        PageColumn(
-            name,
-            subtitle(name, figures[name]) if name in figures else "no adapter" if name == BASE_COLUMN else "",
-            figures.get(name, {}),
-            scores.get(name, {}),
-        )
-        for name in names
-    ]
+    subtitles = {BASE_COLUMN: "no adapter"} | {name: subtitle(name, found) for name, found in figures.items()}
+    columns = [PageColumn(name, subtitles.get(name, ""), figures.get(name, {}), scores.get(name, {})) for name in names]
     page = Page("Side by side: " + ", ".join(names), settings, columns, prompts, seeds, pictures, instances)
     last = {place: several[-1].image for place, several in pictures.items()}
     sheet = draw_sheet(columns, last, prompts, seeds, instances)
@@ -110,6 +98,23 @@ def run(config: GalleryConfig) -> tuple[Path, Path]:
     write_atomic(sheet_path, png_bytes(sheet))
     write_atomic(page_path, render_page(page))
     return page_path, sheet_path
+
+
+def draw_columns(
+    config: GalleryConfig, adapters: Mapping[str, Path], prompts: Sequence[str], seeds: Sequence[int]
+) -> dict[tuple[str, str, int], list[PagePicture]]:
+    """(column, prompt, seed) -> pictures, of the base and of each adapter at its scales and checkpoints."""
+    from inference.columns import AdapterVersion, adapter_versions, draw_versions, picture_folder
+
+    versions = {BASE_COLUMN: [AdapterVersion()]}
+    versions |= {name: adapter_versions(path, config.scales, config.checkpoints) for name, path in adapters.items()}
+    folder = picture_folder(Path(config.output))
+    pictures: dict[tuple[str, str, int], list[PagePicture]] = {}
+    for name, version, drawn in draw_versions(config, versions, prompts, seeds, folder):
+        for one in drawn:
+            picture = PagePicture(version.scale, version.step, one.image)
+            pictures.setdefault((name, one.prompt, one.seed), []).append(picture)
+    return pictures
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,14 +10,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from inference.manifest import listed_images
-from judging.plan import instance_folder, instance_pictures, plan_images, read_protocol
+from judging.plan import Plan, instance_folder, instance_pictures, plan_images, read_protocol
 from judging.tables import score_table, warn_of_memorisation
 from settings.columns import BASE_COLUMN, EVALUATE_DRAWING, EvaluateConfig
 from settings.command_line import parse_config, quiet_libraries, run_command
 from storage.files import check_writable_target, write_atomic
+
+if TYPE_CHECKING:
+    from judging.scorer import Scorer
 
 
 def check(config: EvaluateConfig, recorded: Sequence[Mapping[str, Any]]) -> None:
@@ -56,7 +59,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     quiet_libraries()
     from inference.adapter_files import inspect_adapter, recorded_config
     from inference.base import check_device
-    from inference.columns import CachedSampler, SampleSet, open_listed, picture_folder
+    from inference.columns import open_listed
     from inference.pipelines import check_hardware, choose_base
     from judging.scorer import Scorer
 
@@ -64,41 +67,48 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     for path in adapters.values():
         inspect_adapter(path)
     recorded = [recorded_config(path) for path in adapters.values()]
+    plan = None
     if adapters:
         plan = plan_images(config, recorded)
         config = choose_base(config, str(next(iter(adapters.values()))))
     instances = instance_pictures(instance_folder(config.instance_images, recorded))
     scorer = Scorer(config.clip, config.dino, instances, check_device(config.device))
-    pictures = {name: open_listed(files) for name, files in listed.items()}
-    drifts: dict[str, dict[str, Any]] = {}
-    if adapters:
-        models: dict[str, Path | None] = {BASE_COLUMN: None, **adapters}
-        sets = {
-            (name, kind): SampleSet(name, path, prompts, config.scales[0] if path else 1.0)
-            for name, path in models.items()
-            for kind, prompts in plan.prompts.items()
-        }
-        sampler = CachedSampler(config, picture_folder(output))
-        drawn = dict(zip(sets, sampler.draw(list(sets.values()), plan.seeds)))
-        pictures = {name: drawn[name, "subject"] for name in models} | pictures
-        base = {kind: scorer.features(drawn[BASE_COLUMN, kind]) for kind in ("drift", "class_drift")}
-        drifts = {
-            name: {kind: scorer.drift(drawn[name, kind], features) for kind, features in base.items()}
-            for name in adapters
-        }
-    columns = {name: scorer.score(images) | drifts.get(name, {}) for name, images in pictures.items()}
+    scores = score_adapters(config, adapters, plan, scorer) if plan else {}
+    scores |= {name: scorer.score(open_listed(files)) for name, files in listed.items()}
     result = {
         "version": 1,
         "encoders": {"clip": config.clip, "dino": config.dino},
         "protocol": config.protocol if adapters and not config.prompts else None,
-        "seeds": plan.seeds if adapters else None,
-        "prompts": plan.prompts["subject"] if adapters else None,
+        "seeds": plan.seeds if plan else None,
+        "prompts": plan.prompts["subject"] if plan else None,
         "instance_images": len(instances),
-        "scores": {name: {key: value._asdict() for key, value in scores.items()} for name, scores in columns.items()},
+        "scores": {name: {key: value._asdict() for key, value in one.items()} for name, one in scores.items()},
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
+
+
+def score_adapters(
+    config: EvaluateConfig, adapters: Mapping[str, Path], plan: Plan, scorer: Scorer
+) -> dict[str, dict[str, Any]]:
+    """Scores of the base and of each adapter, by column; of the adapters also how far they drift from the base."""
+    from inference.columns import CachedSampler, SampleSet, picture_folder
+
+    models: dict[str, Path | None] = {BASE_COLUMN: None, **adapters}
+    sets = {
+        (name, kind): SampleSet(name, path, prompts, config.scales[0] if path else 1.0)
+        for name, path in models.items()
+        for kind, prompts in plan.prompts.items()
+    }
+    sampler = CachedSampler(config, picture_folder(Path(config.output)))
+    drawn = dict(zip(sets, sampler.draw(list(sets.values()), plan.seeds)))
+    scores = {name: scorer.score(drawn[name, "subject"]) for name in models}
+    for kind in ("drift", "class_drift"):
+        base = scorer.features(drawn[BASE_COLUMN, kind])
+        for name in adapters:
+            scores[name][kind] = scorer.drift(drawn[name, kind], base)
+    return scores
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -182,48 +182,62 @@ def run(config: CompareConfig, train_flags: Sequence[str]) -> Path:
         raise ValueError("--scale: a comparison is at one scale; inference.gallery shows several")
     runs = plan(config, train_flags)
     # What would be refused after the training is refused before it.
-    shared = {one.name: getattr(config, one.name) for one in fields(SamplingConfig)}
-    scores_file = output_dir / "scores.json"
-    names = ("protocol", "live_subject", "subject", "class_name", "instance_images", "seeds", "clip", "dino")
-    judged = {name: getattr(config, name) for name in names}
-    adapters = [f"{one.name}={one.folder}" for one in runs]
-    scoring = EvaluateConfig(**shared, **judged, adapters=adapters, output=str(scores_file))
+    scoring = scoring_flags(config, runs)
     trained = [vars(train_config(one)) for one in runs]
     evaluate.check(scoring, trained)
     # A mistake in one method's flags is found before another has trained for an hour.
     for one in {run.method: run for run in runs}.values():
         check_flags(one)
-    threads = max(1, (os.cpu_count() or 1) // config.jobs) if config.jobs > 1 else None
-    with ThreadPoolExecutor(config.jobs) as pool:
+    train_all(runs, config.jobs)
+
+    result = evaluate.run(scoring)
+    for name, scores in result["scores"].items():
+        warn_of_memorisation(name, scores["memorisation"])
+    records = {one.method: read_json(one.folder / RUN_RECORD) for one in reversed(runs)}
+    text = table(summarise(result["scores"], runs), records)
+    count = len(config.train_seeds or [0])
+    between = f"between {count} trainings of each" if count > 1 else "between pictures, of one training of each"
+    write_atomic(output_dir / "table.md", f"{text}\n\nMean ± half of the 95 % interval, {between}.\n")
+    print(text)
+    page, _ = gallery.run(
+        GalleryConfig(
+            **sampling_flags(config),
+            adapters=[f"{one.name}={one.folder}" for one in runs if one.seed == runs[0].seed],
+            prompts=result["prompts"],
+            seeds=result["seeds"],
+            instance_images=instance_folder(config.instance_images, trained),
+            scores=scoring.output,
+            output=str(output_dir / "gallery.html"),
+        )
+    )
+    return page
+
+
+def sampling_flags(config: CompareConfig) -> dict[str, Any]:
+    """What the scores and the page are drawn with."""
+    return {one.name: getattr(config, one.name) for one in fields(SamplingConfig)}
+
+
+def scoring_flags(config: CompareConfig, runs: Sequence[Run]) -> EvaluateConfig:
+    names = ("protocol", "live_subject", "subject", "class_name", "instance_images", "seeds", "clip", "dino")
+    return EvaluateConfig(
+        **sampling_flags(config),
+        **{name: getattr(config, name) for name in names},
+        adapters=[f"{one.name}={one.folder}" for one in runs],
+        output=str(Path(config.output_dir) / "scores.json"),
+    )
+
+
+def train_all(runs: Sequence[Run], jobs: int) -> None:
+    """Train what is not there, `jobs` at a time."""
+    threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
+    with ThreadPoolExecutor(jobs) as pool:
         try:
             for finished in [pool.submit(train, one, threads) for one in runs]:
                 finished.result()
         except BaseException:  # Ctrl-C among them: what has not begun shall not begin
             pool.shutdown(cancel_futures=True)
             raise
-
-    result = evaluate.run(scoring)
-    for name, scores in result["scores"].items():
-        warn_of_memorisation(name, scores["memorisation"])
-    summary = summarise(result["scores"], runs)
-    records = {one.method: read_json(one.folder / RUN_RECORD) for one in reversed(runs)}
-    count = len(config.train_seeds or [0])
-    between = f"between {count} trainings of each" if count > 1 else "between pictures, of one training of each"
-    text = table(summary, records)
-    write_atomic(output_dir / "table.md", f"{text}\n\nMean ± half of the 95 % interval, {between}.\n")
-    print(text)
-    page, _ = gallery.run(
-        GalleryConfig(
-            **shared,
-            adapters=[f"{one.name}={one.folder}" for one in runs if one.seed == runs[0].seed],
-            prompts=result["prompts"],
-            seeds=result["seeds"],
-            instance_images=instance_folder(config.instance_images, trained),
-            scores=str(scores_file),
-            output=str(output_dir / "gallery.html"),
-        )
-    )
-    return page
 
 
 def check_flags(run: Run) -> None:
