@@ -29,8 +29,8 @@ from trainer.methods import UNET_TARGETS
 import nora
 from benchmarks.sdxl_shape import ASSETS, BASE_HELP, base_folder
 from inference.base import load_pipeline
-from inference.generate import generate_images
 from inference.load import load_adapter, swap_adapter, unload_adapters
+from inference.sampling import generate_images
 from methods.components import FOLDED_WEIGHTS, INNER_WEIGHTS
 from settings.command_line import quiet_libraries
 from storage.tensors import write_safetensors

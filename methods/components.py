@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 FOLDED_WEIGHTS = "pytorch_lora_weights.safetensors"
 INNER_WEIGHTS = "nora_inner_weights.safetensors"

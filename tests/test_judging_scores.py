@@ -15,14 +15,13 @@ from judging.scores import (
     LONE_REFERENCE,
     ClipEncoder,
     ImageEncoder,
-    confidence_interval,
     diversity,
     drift,
     memorisation,
     prompt_fidelity,
-    spread,
     subject_fidelity,
 )
+from judging.statistics import confidence_interval, spread
 from storage.pictures import open_image
 
 ASSETS = Path(__file__).parent.parent / "assets"

@@ -13,10 +13,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from dreambooth.prepare import Pictures
-from inference.generate import GeneratedImage
-from judging.evaluate import CLIP, DINO, Judge, warn_of_memorisation
+from inference.sampling import GeneratedImage
 from judging.prompts import FIRST_SEED, Protocol, subject_of_prompt, with_article
+from judging.scorer import Scorer
+from judging.tables import warn_of_memorisation
 from methods.components import BEST, BEST_SCORES
+from settings.columns import CLIP, DINO
 from settings.watching import EvaluationOptions
 from storage.files import replacing_folder, write_atomic
 from storage.pictures import open_image
@@ -52,7 +54,7 @@ class RunJudge:
         if accelerator.is_main_process:
             instances = [open_image(one.example.read(), one.example.name) for one in pictures.instance]
             # On the CPU: a few small pictures now and then are not worth the training's memory.
-            self.judge = Judge(options.clip or CLIP, options.dino or DINO, instances, torch.device("cpu"))
+            self.scorer = Scorer(options.clip or CLIP, options.dino or DINO, instances, torch.device("cpu"))
 
     def due(self, step: int) -> bool:
         every = self.options.eval_steps
@@ -66,7 +68,7 @@ class RunJudge:
         Args:
             save_adapter: writes the adapter's files into a folder.
         """
-        scores = self.judge.judge(drawn)
+        scores = self.scorer.score(drawn)
         copied = scores["memorisation"]
         found = {name: scores[name].mean for name in ("dino", "clip_i", "clip_t")}
         found |= {"val_loss": val_loss, "nearest_training_image": copied.nearest}

@@ -20,7 +20,8 @@ from dreambooth.data import Concept
 from dreambooth.prepare import Pictures, read_class_pictures
 from dreambooth.prior import class_image_name, missing_seeds
 from inference.base import default_dtype, load_pipeline
-from inference.generate import GeneratedImage, generate_images, image_names
+from inference.manifest import image_names
+from inference.sampling import GeneratedImage, generate_images
 from settings.base import BaseOptions
 from settings.pictures import PriorOptions
 from storage.files import write_atomic
