@@ -100,6 +100,7 @@ class Method:
         no_text_encoders: why it doesn't train them; None: it does.
         not_decayed: parts of the names of parameters that weight decay would pull away from the base.
         start: how it starts at the base.
+        vectors: it trains vectors too, which some optimizers don't take.
     """
 
     name: str
@@ -116,6 +117,7 @@ class Method:
     limits: tuple[str, ...] = ()
     no_text_encoders: str | None = None
     not_decayed: tuple[str, ...] = ()
+    vectors: bool = False
 
     def option(self, name: str) -> Option | None:
         return next((option for option in self.options if option.name == name), None)

@@ -121,6 +121,7 @@ _METHODS = (
         limits=("its LoRA file, with magnitudes, is read by diffusers for the UNet",),
         no_text_encoders="makes a file that diffusers reads without the text encoders' magnitudes",
         not_decayed=("lora_magnitude_vector",),
+        vectors=True,
     ),
     Method(
         "rslora",
@@ -178,6 +179,7 @@ _METHODS = (
         rates="1e-3 to 1e-2",
         limits=("its rank is large, and a LoRA file of that rank is larger than a dense one would be",),
         not_decayed=("vera_lambda_d",),
+        vectors=True,
     ),
     Method(
         "adalora",
@@ -305,6 +307,7 @@ _METHODS = (
         fixed={"init_weights": True},
         adapter="methods.adapter:FourierFt",
         low_rank=False,
+        vectors=True,
         rates="1e-2 to 1e-1",
         limits=(DENSE,),
     ),

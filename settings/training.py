@@ -184,7 +184,7 @@ def _data(config: TrainConfig) -> Iterator[str]:
         named = " and ".join(f"--{name}" for name in given) or "no pictures"
         yield f"{named}: name exactly one of " + ", ".join(f"--{name}" for name in sources)
     if data.concepts_list is None and data.instance_prompt is None:
-        yield '--instance_prompt is missing: say what the pictures show, such as "a photo of [V] cat"'
+        yield '--instance_prompt is empty: say what the pictures show, such as "a photo of [V] cat"'
     if data.concepts_list is not None:
         theirs = {
             "instance_prompt": data.instance_prompt,

@@ -73,14 +73,17 @@ def parse_optimizer_args(arguments: Sequence[str] | None) -> dict[str, Any]:
     return parsed
 
 
-def check_optimizer(options: OptimizerOptions) -> Iterator[str]:
+def check_optimizer(options: OptimizerOptions, vectors: bool = False) -> Iterator[str]:
     """Refuse what can't be built or makes no step, before anything is loaded; yields what has no effect with it.
+
+    Args:
+        vectors: they are trained beside matrices.
 
     Raises:
         ValueError: for a class, or arguments of it, that are not there, contradict each other or don't work.
     """
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
-    shapes = (2, 2), (2,)  # some methods train vectors
+    shapes = [(2, 2), (2,)] if vectors else [(2, 2)]
     parameters = [nn.Parameter(torch.ones(shape, device=device)) for shape in shapes]
     optimizer = build_optimizer(options, [{"params": parameters, "weight_decay": options.adam_weight_decay}])
     for parameter in parameters:

@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from dreambooth.prepare import Pictures, check_folders, read_pictures
 from inference.base import base_geometry, check_base, check_xformers
 from methods.components import BEST, RUN_RECORD
+from methods.registry import METHODS
 from runs.checkpoints import check_earlier_run, find_checkpoint, identity, read_step
 from runs.exports import RESULTS
 from runs.record import METRICS, SAMPLES
@@ -31,7 +32,7 @@ def preflight(config: TrainConfig) -> tuple[TrainConfig, Pictures]:
     """
     if config.hardware.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("--mixed_precision fp16 needs a GPU, and this machine shows none: use bf16 or no")
-    for warning in check_optimizer(config.optimizer):
+    for warning in check_optimizer(config.optimizer, METHODS[config.method.name].vectors):
         if is_first_process():
             print(f"warning: {warning}", file=sys.stderr)
     check_hub(config.output)
