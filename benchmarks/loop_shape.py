@@ -25,14 +25,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
 
 from benchmarks.sdxl_shape import ASSETS, BASE_HELP, base_folder
 from dreambooth.data import folder_examples
 from dreambooth.encode import CropSettings, cut_picture, encode_prompts, inspect_picture, scale_latents, tokenize
 from dreambooth.loss import Objective
 from inference.base import load_pipeline
-from methods.components import TARGETS
+from methods.components import FOLDED_WEIGHTS, TARGETS
 from methods.files import write_diffusers_file
 from settings.command_line import quiet_libraries
 from settings.training import TrainConfig
@@ -88,7 +88,8 @@ def encode_every_step(base: str, steps: int, batch: int, folder: str) -> None:
         (prediction - noise).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    write_diffusers_file(folded_lora({"unet": unet}), Path(folder) / "pytorch_lora_weights.safetensors")
+    lora = {f"unet.{key}": weight for key, weight in get_peft_model_state_dict(unet).items()}
+    write_diffusers_file(lora, Path(folder) / FOLDED_WEIGHTS)
 
 
 SHAPES = {"once": encode_once, "every_step": encode_every_step}

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from settings.training import TrainConfig
-
-Idle = Sequence[tuple[Sequence[str], "Callable[[TrainConfig], object]", str]]
+Config = Any  # a `TrainConfig`, whose module imports this one
+Idle = Sequence[tuple[Sequence[str], Callable[[Config], object], str]]
 # Flags, when they do something, and where they don't. Given there, these are refused:
 IDLE: Idle = (
     (("dataset_config_name",), lambda config: config.data.dataset_name, "without --dataset_name"),
@@ -85,7 +83,7 @@ IDLE_AS_IN_DIFFUSERS: Idle = (
 )
 
 
-def check_idle(config: TrainConfig, defaults: Mapping[str, Any]) -> Iterator[str]:
+def check_idle(config: Config, defaults: Mapping[str, Any]) -> Iterator[str]:
     """Warnings of flags that were given and do nothing, where diffusers' script takes them too.
 
     Args:
@@ -100,7 +98,7 @@ def check_idle(config: TrainConfig, defaults: Mapping[str, Any]) -> Iterator[str
         yield f"--{name} has no effect {where}"
 
 
-def _idle(config: TrainConfig, table: Idle, defaults: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _idle(config: Config, table: Idle, defaults: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, where) of a table's flags that were given and do nothing."""
     values = config.flags()
     idle = [(name, where) for names, works, where in table if not works(config) for name in names]

@@ -159,7 +159,7 @@ def test_dry_run_report(tmp_path):
     save_pictures(tmp_path / "cat", "a.png", "b.png", size=(20, 16))
     options = {"class_data_dir": str(tmp_path / "class"), "class_prompt": "a cat", "num_class_images": 7}
     one = config(instance_data_dir=str(tmp_path / "cat"), with_prior_preservation=True, repeats=5, **options)
-    report = read_pictures(one, 8).report(one)
+    report = _pictures(one).report(one.loop, one.prior, one.text.token_abstraction)
     for words in (
         "2 instance pictures",
         "2 x a photo of [V] cat",

@@ -233,7 +233,7 @@ def test_a_small_alpha_in_half_precision_keeps_its_digits(tmp_path):
     assert (found - expected).norm() < 1e-3 * expected.norm()
 
 
-# --- A2 and A10: DoRA, LoHa, LoKr, Tucker, full differences, by computations of their own -------------------------------
+# --- A2 and A10: DoRA, LoHa, LoKr, Tucker, full differences, by computations of their own ----------------------------
 
 
 def lycoris(kind: str, weight: torch.Tensor, seed: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -391,8 +391,10 @@ OPTIONS = {
     "VBLORA": {"vector_length": 16, "num_vectors": 32},
 }
 READ = set(
-    "LORA ADALORA BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LOHA LOKR MISS NORA OFT OSF PEANUT "
-    "PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA UNILORA VBLORA VERA WAVEFT".split()
+    """
+    LORA ADALORA BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LOHA LOKR MISS NORA OFT OSF PEANUT
+    PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA UNILORA VBLORA VERA WAVEFT
+    """.split()
 )
 
 
@@ -403,7 +405,7 @@ def train(model: nn.Module, config: peft.PeftConfig, folder: Path) -> dict[str, 
         if name in fields and config.peft_type.value not in ("TINYLORA", "FOURIERFT"):
             setattr(config, name, False)
     torch.manual_seed(1)
-    before = {path: layer for path, layer in base_layers(fresh_part(model)).items()}
+    before = dict(base_layers(fresh_part(model)))
     wrapped = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
