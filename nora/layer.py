@@ -13,7 +13,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.nn import functional as F
 
-from .basis import Basis, base_weight, check_base, fingerprints_agree, is_transposed, oriented_weight, rebuild_basis
+from .basis import (
+    Basis,
+    base_weight,
+    check_base,
+    fingerprints_agree,
+    is_plain,
+    is_transposed,
+    oriented_weight,
+    rebuild_basis,
+)
 from .config import LayerRanks, NoraConfig
 from .functional import FINGERPRINT_SHAPE, OuterFactors, fold, matched_std
 
@@ -89,6 +98,7 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         self.nora_fingerprint = ExactBuffers(self._record_set)
         self._origins: dict[str, Origin] = {}
         self._made_from: dict[str, tuple[torch.Tensor | None, torch.Tensor | None]] = {}  # of the pair in use
+        self._seen: dict[str, torch.Tensor | None] = {}  # the fingerprint's buffer when it was last compared with that
         self.r: dict[str, int] = {}
         self.nora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
@@ -128,6 +138,7 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         if basis.statistic is not None:
             self.nora_stats[adapter_name] = basis.statistic.to(weight.device, copy=True)
         self._made_from[adapter_name] = (_copied(basis.fingerprint), _copied(basis.statistic))
+        self._seen[adapter_name] = self.nora_fingerprint.get(adapter_name)
 
     def await_basis(self, adapter_name: str) -> None:
         """Make room for a saved adapter: its fingerprint and statistic come with its weights, and then its basis."""
@@ -158,7 +169,7 @@ class NoraLinear(nn.Module, BaseTunerLayer):
             ValueError: if the base weight is another one.
         """
         config, full_name = self._origins[adapter_name]
-        self.check_base_is_here()
+        self.check_base_is_plain()
         names = tuple(dict.fromkeys((self.name, full_name)))
         outer_r = self.outer_rank(adapter_name)
         return rebuild_basis(self.name, names, self.get_base_layer(), config, outer_r, statistic, fingerprint)
@@ -172,7 +183,7 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         fingerprint, statistic = self.nora_fingerprint[adapter_name], self.nora_stats.get(adapter_name)
         try:
             if base_loaded:
-                self.check_base_is_here()
+                self.check_base_is_plain()
                 check_base(self.name, self.get_base_layer(), fingerprint)
             if not self.pair_fits(adapter_name, fingerprint, statistic):
                 self.set_basis(adapter_name, self.rebuilt_basis(adapter_name, fingerprint, statistic))
@@ -199,6 +210,15 @@ class NoraLinear(nn.Module, BaseTunerLayer):
     def check_unmerged(self, before: str) -> None:
         """Raise ValueError if adapters are merged into the base weight, here or in a layer around the same base."""
         check_unmerged(self, self.name, before)
+
+    def check_base_is_plain(self) -> None:
+        """Raise ValueError if the base weight can't be decomposed or merged into as it is now."""
+        self.check_base_is_here()
+        if not is_plain(self.base_weight):
+            raise ValueError(
+                f"{self.name} has a weight that is no plain matrix ({type(self.base_weight).__name__}, dtype "
+                f"{self.base_weight.dtype}), as in a quantised or sharded base: load the base without that first"
+            )
 
     def check_base_is_here(self) -> None:
         """Raise ValueError if the base weight is not in memory, as accelerate's offloading leaves it."""
@@ -228,7 +248,7 @@ class NoraLinear(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         # not in other_param_names, because PEFT casts the buffers named there to the base's dtype
-        for held in (self.nora_stats, self.nora_fingerprint, self._origins, self._made_from):
+        for held in (self.nora_stats, self.nora_fingerprint, self._origins, self._made_from, self._seen):
             if adapter_name in held:
                 del held[adapter_name]
         super().delete_adapter(adapter_name)
@@ -271,7 +291,21 @@ class NoraLinear(nn.Module, BaseTunerLayer):
                 "config was saved and they come with its saved weights: load those with load_adapter or "
                 "set_peft_model_state_dict, or inject with config.saved=False to start a new adapter"
             )
+        held = self.nora_fingerprint.get(adapter_name)
+        if held is not self._seen.get(adapter_name) and not torch.compiler.is_compiling():
+            self._check_replaced(adapter_name, held)
         return OuterFactors(self.nora_outer_A[adapter_name], self.nora_outer_B[adapter_name])
+
+    def _check_replaced(self, adapter_name: str, held: torch.Tensor | None) -> None:
+        """The model has moved, or a loader wrote past every hook, as accelerate's does with a device map."""
+        if held is not None and not held.is_meta:
+            if not self.pair_fits(adapter_name, held, self.nora_stats.get(adapter_name)):
+                raise ValueError(
+                    f"{self.name}: a loader put another fingerprint or statistic into the live adapter "
+                    f"{adapter_name!r} and left its outer factors: load with load_state_dict or "
+                    "set_peft_model_state_dict"
+                )
+            self._seen[adapter_name] = held
 
     # ------------------------------------------------------------------ scale, as diffusers sets it
 
@@ -340,12 +374,14 @@ class NoraLinear(nn.Module, BaseTunerLayer):
             adapter_names: which; None means the active ones.
 
         Raises:
-            ValueError: with ``safe_merge``, if the merged weight would not be finite.
+            ValueError: if the base weight is offloaded or quantised, or with ``safe_merge`` if the merged weight would
+                not be finite.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.nora_inner_A:
                 continue
             weight = self.base_weight
+            self.check_base_is_plain()
             delta = self._delta_weight(name)
             merged = (weight.data.to(delta) + delta).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
