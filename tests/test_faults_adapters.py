@@ -233,7 +233,7 @@ def test_a_small_alpha_in_half_precision_keeps_its_digits(tmp_path):
     assert (found - expected).norm() < 1e-3 * expected.norm()
 
 
-# --- A2 and A10: DoRA, LoHa, LoKr, Tucker, full differences, computed in another way ------------------------------------
+# --- A2, A10: DoRA, LoHa, LoKr, Tucker, full differences, computed in another way --------------------------------------
 
 
 def lycoris(kind: str, weight: torch.Tensor, seed: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -785,8 +785,9 @@ def test_the_right_base_is_not_called_another_one(pipeline, tmp_path, spell):
 def test_weights_of_a_peft_folder_alone_say_what_they_lack(pipeline, tmp_path):
     with pytest.raises(ValueError, match="PEFT folder without the adapter_config.json"):
         load_adapter(pipeline, INPUTS / "adapter_model.safetensors")
+    targets = ["attn1.to_q", "attn1.to_k", "attn2.to_v", "attn2.to_out.0"]
     shutil.copy(INPUTS / "adapter_model.safetensors", tmp_path)
-    peft.LoraConfig(r=4, lora_alpha=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]).save_pretrained(tmp_path)
+    peft.LoraConfig(r=4, lora_alpha=2, target_modules=targets).save_pretrained(tmp_path)
     load_adapter(pipeline, tmp_path / "adapter_model.safetensors")
     assert len(loaded(pipeline)) == 44
 
