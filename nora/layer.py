@@ -98,7 +98,6 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         self.nora_fingerprint = ExactBuffers(self._record_set)
         self._origins: dict[str, Origin] = {}
         self._made_from: dict[str, tuple[torch.Tensor | None, torch.Tensor | None]] = {}  # of the pair in use
-        self._seen: dict[str, torch.Tensor | None] = {}  # the fingerprint's buffer when it was last compared with that
         self.r: dict[str, int] = {}
         self.nora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
@@ -138,7 +137,6 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         if basis.statistic is not None:
             self.nora_stats[adapter_name] = basis.statistic.to(weight.device, copy=True)
         self._made_from[adapter_name] = (_copied(basis.fingerprint), _copied(basis.statistic))
-        self._seen[adapter_name] = self.nora_fingerprint.get(adapter_name)
 
     def await_basis(self, adapter_name: str) -> None:
         """Make room for a saved adapter: its fingerprint and statistic come with its weights, and then its basis."""
@@ -248,7 +246,7 @@ class NoraLinear(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         # not in other_param_names, because PEFT casts the buffers named there to the base's dtype
-        for held in (self.nora_stats, self.nora_fingerprint, self._origins, self._made_from, self._seen):
+        for held in (self.nora_stats, self.nora_fingerprint, self._origins, self._made_from):
             if adapter_name in held:
                 del held[adapter_name]
         super().delete_adapter(adapter_name)
@@ -291,21 +289,7 @@ class NoraLinear(nn.Module, BaseTunerLayer):
                 "config was saved and they come with its saved weights: load those with load_adapter or "
                 "set_peft_model_state_dict, or inject with config.saved=False to start a new adapter"
             )
-        held = self.nora_fingerprint.get(adapter_name)
-        if held is not self._seen.get(adapter_name) and not torch.compiler.is_compiling():
-            self._check_replaced(adapter_name, held)
         return OuterFactors(self.nora_outer_A[adapter_name], self.nora_outer_B[adapter_name])
-
-    def _check_replaced(self, adapter_name: str, held: torch.Tensor | None) -> None:
-        """The model has moved, or a loader wrote past every hook, as accelerate's does with a device map."""
-        if held is not None and not held.is_meta:
-            if not self.pair_fits(adapter_name, held, self.nora_stats.get(adapter_name)):
-                raise ValueError(
-                    f"{self.name}: a loader put another fingerprint or statistic into the live adapter "
-                    f"{adapter_name!r} and left its outer factors: load with load_state_dict or "
-                    "set_peft_model_state_dict"
-                )
-            self._seen[adapter_name] = held
 
     # ------------------------------------------------------------------ scale, as diffusers sets it
 
