@@ -633,7 +633,7 @@ BAD = {
     "rank zero": (with_flags("--rank", "0"), "--rank 0 must be at least 1"),
     "negative learning rate": (with_flags("--learning_rate", "-1e-4"), "--learning_rate -0.0001 must be above 0"),
     "infinite learning rate": (with_flags("--learning_rate", "inf"), "--learning_rate inf must be a finite number"),
-    "zero steps": (with_flags("--max_train_steps", "0"), "--max_train_steps 0 must be at least 1"),
+    "zero steps": (with_flags("--max_train_steps", "0"), "--max_train_steps 0 must be from 1 to 1000000"),
     "unknown flag": (with_flags("--ranks", "4"), "unrecognized arguments: --ranks 4"),
     "unknown method": (with_flags("--method", "dorra"), "--method dorra is not known .did you mean dora"),
     "another method's option": (with_flags("--method", "lora", "--method_args", "factor=8"), "--method lora has rank"),
