@@ -129,17 +129,17 @@ def train_config(run: Run) -> TrainConfig:
     Raises:
         ValueError: with the trainer's own sentence.
     """
-    return TrainConfig.of(**train_flags(run))
+    return TrainConfig.of(**given_flags(run))
 
 
-def train_flags(run: Run) -> dict[str, Any]:
+def given_flags(run: Run) -> dict[str, Any]:
     """The flags that a run gives the trainer, by name."""
     return parse_flags(TrainConfig, [*run.flags, "--output_dir", str(run.folder)])
 
 
 def inputs(run: Run) -> dict[str, Any]:
     """The state of the base and of the pictures where they lie on this disk."""
-    flags = train_flags(run)
+    flags = given_flags(run)
     return {name: local_state(flags.get(name)) for name in INPUTS}
 
 
@@ -193,7 +193,7 @@ def run(config: CompareConfig, train_flags: Sequence[str]) -> Path:
     runs = plan(config, train_flags)
     # What would be refused after the training is refused before it.
     scoring = scoring_flags(config, runs)
-    trained = [train_flags(one) for one in runs]
+    trained = [given_flags(one) for one in runs]
     evaluate.check(scoring, trained)
     # A mistake in one method's flags is found before another has trained for an hour.
     for one in {run.method: run for run in runs}.values():
