@@ -233,7 +233,7 @@ def test_every_image_is_loaded_and_has_an_alt_text(visit):
 def test_headers_and_bar_stay_while_scrolling(visit):
     page = visit(height=500)
     page.evaluate("scrollTo(0, document.body.scrollHeight)")
-    page.wait_for_function("scrollY > 300")
+    page.wait_for_function("() => scrollY > 300")  # a function: the page forbids to evaluate text again
     bar, head = page.locator(".top").bounding_box(), page.locator(".head").first.bounding_box()
     assert bar["y"] == 0 and bar["height"] <= head["y"] < bar["height"] + 20
 
@@ -389,7 +389,7 @@ def test_compare_moves_its_divider_by_keyboard_mouse_and_touch(visit):
     for kind, where in (("touchStart", 0.3), ("touchMove", 0.6), ("touchMove", 0.8), ("touchEnd", None)):
         points = [] if where is None else [{"x": x + where * box["width"], "y": y}]
         touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
-    page.wait_for_function("document.querySelector('.pair input').value === '80'")
+    page.wait_for_function("() => document.querySelector('.pair input').value === '80'")
     assert "20%" in clip(page, ".over")
 
 
@@ -410,6 +410,7 @@ def test_compare_takes_any_two_columns_and_zooms(visit):
     assert colours(page, "#zoom .over") == [(1, 0, 3)] and "50%" in clip(page, "#zoom .over")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Escape")
+    page.wait_for_function("() => !document.querySelector('#zoom .stage').children.length")  # closed in its own event
     assert focused(page).endswith(f"seed 7: {PROMPTS[0]}")
     assert page.locator(".row .pair input").nth(1).input_value() == "49"  # as it was left in the dialog
     page.keyboard.press("c")

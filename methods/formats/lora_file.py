@@ -71,14 +71,17 @@ def read_lora_file(
 
 def _name(keys: Mapping[str, str]) -> str:
     """The layer as the file calls it."""
-    return split_key(next(iter(keys.values())))[0]
+    key = next(iter(keys.values()))
+    parts = split_key(key)
+    return parts[0] if parts else key
 
 
 class _Scalings:
     """alpha / rank of each layer: from the tensor beside it, else from diffusers' header, else 1."""
 
     def __init__(self, path: Path, metadata: Mapping[str, str]) -> None:
-        self.path, self.header = path, {}
+        self.path = path
+        self.header: dict[str, Any] = {}
         if LORA_METADATA not in metadata:
             return
         try:

@@ -102,7 +102,7 @@ def _component(
         missed[component] = sum(_path(key, layers) is None for key in tensors if key.startswith(PEFT_PREFIX))
     fits = [component for component in missed if missed[component] == min(missed.values())]
     said = (getattr(config, "auto_mapping", None) or {}).get("base_model_class")
-    for name in (_CLASSES.get(said), folder.name):
+    for name in (_CLASSES.get(str(said)), folder.name):
         if name in fits:
             return name
     # transformers dropped `text_model` in the first text encoder alone
