@@ -233,7 +233,7 @@ def test_a_small_alpha_in_half_precision_keeps_its_digits(tmp_path):
     assert (found - expected).norm() < 1e-3 * expected.norm()
 
 
-# --- A2, A10: DoRA, LoHa, LoKr, Tucker, full differences, computed in another way --------------------------------------
+# --- A2, A10: DoRA, LoHa, LoKr, Tucker, full differences, computed in another way -------------------------------------
 
 
 def lycoris(kind: str, weight: torch.Tensor, seed: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
