@@ -1,4 +1,4 @@
-"""Teach SDXL a subject from a few pictures, with NoRA (nested low-rank adaptation, arXiv 2408.10280) or LoRA.
+"""Teach SDXL a subject from a few pictures, with NoRA (nested low-rank adaptation, arXiv 2408.10280) or another method.
 
 accelerate launch train_dreambooth_nora_sdxl.py \
     --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
@@ -7,335 +7,193 @@ accelerate launch train_dreambooth_nora_sdxl.py \
 
 from __future__ import annotations
 
+from settings.training import TrainConfig, parse_command_line
+
+# Before torch is imported, so that --help and a wrong flag are answered at once.
+COMMAND = parse_command_line() if __name__ == "__main__" else None
+
 import inference  # noqa: F401 -- before the libraries, because it quietens what they print on import
 
 # isort: split
-import json
-import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
-from diffusers.training_utils import cast_training_params, free_memory
+from diffusers.training_utils import free_memory
 from tqdm.auto import tqdm
 
-from dreambooth.draws import CLASS, INSTANCE, picture_orders, step_seed, training_batch
+from dreambooth.draws import step_seed
 from dreambooth.loss import Objective
-from dreambooth.prepare import current_prompts, embed_prompts, encode_run, with_class_prompts
-from inference.base import check_xformers
-from inference.tokens import spell_out, spellings
-from methods.components import BEST, EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS, RUN_RECORD
-from runs.checkpoints import (
-    FolderLock,
-    GracefulStop,
-    check_earlier_run,
-    clear_earlier_run,
-    find_checkpoint,
-    identity,
-    read_step,
-    save_checkpoint,
-)
-from runs.exports import KOHYA_WEIGHTS, PEFT_FOLDER, check_files, save_adapter, save_components
-from runs.record import (
-    LOSS_PLOT,
-    METRICS,
-    MODEL_CARD,
-    SAMPLES,
-    Clock,
-    MetricsLog,
-    module_fingerprint,
-    reset_peak_memory,
-    run_record,
-    samples_after,
-    write_card,
-)
-from settings.command_line import parse_config, quiet_libraries, run_command
-from settings.training import TrainConfig, is_first_process
-from storage.files import write_atomic
-from trainer.accelerator import PRECISIONS, end_training, make_accelerator, push_to_hub, start_trackers
+from dreambooth.prepare import ENCODED, check_prompt_lengths, encode_run
+from inference.tokens import spellings
+from runs.checkpoints import FolderLock, GracefulStop, read_step
+from runs.record import METRICS, Clock, MetricsLog, reset_peak_memory
+from settings.command_line import quiet_libraries, run_command
+from storage.tensors import module_fingerprint
+from trainer.accelerator import PRECISIONS, end_training, start_trackers, take_folder
 from trainer.best_adapter import RunJudge
-from trainer.diagnostics import GradientWatch, check_loss, explained
-from trainer.hooks import Observer
-from trainer.memory import memory_line, quantize_frozen
-from trainer.methods import (
-    adapter_config,
+from trainer.diagnostics import check_loss, explained
+from trainer.finish import finish
+from trainer.hooks import Checkpoints, ClearEarlier, EarlyStop, Hook, Interruption, Log, Look, Step
+from trainer.memory import settle_memory
+from trainer.models import (
     add_new_tokens,
     check_fits,
-    inject,
-    outer_ranks,
-    restore,
+    make_run_adapter,
+    make_trainable,
+    put_in,
     run_passes,
     teach_by_base,
-    trained_components,
-    trained_parameters,
+    trained_names,
 )
-from trainer.optimizer import (
-    Average,
-    build_optimizer,
-    build_schedule,
-    parameter_groups,
-    scaled_learning_rate,
-)
-from trainer.preflight import preflight
-from trainer.samples import draw_class_images, draw_samples, keep_samples, load_base
-from trainer.sharding import share_frozen
+from trainer.preflight import open_run, preflight
+from trainer.run import Run, run_identity, start_run
+from trainer.samples import Base, Sampler, draw_class_images
 
-# What a finished run leaves.
-WEIGHTS = (FOLDED_WEIGHTS, INNER_WEIGHTS, KOHYA_WEIGHTS, EMBEDDINGS, PEFT_FOLDER)
-RESULTS = (RUN_RECORD, MODEL_CARD, LOSS_PLOT, *WEIGHTS)
+
+def train_step(run: Run, step: int) -> Step:
+    """One optimiser step, counted from 0; the loss is the mean over micro-batches and processes."""
+    options, accelerator, started = run.config.loop, run.accelerator, time.perf_counter()
+    torch.manual_seed(step_seed(options.seed, step, accelerator.process_index))  # for dropout
+    run.adapter.before_step(step)
+    mean_loss = 0.0
+    for micro_step in range(options.gradient_accumulation_steps):
+        with accelerator.accumulate(*run.prepared.values()):
+            batch = run.batches(step, micro_step)  # latents (B, 4, h, w), their noise, timesteps and prompts
+            prompt_embeds, pooled = run.embedder.embed(batch, step)  # (B, tokens, d), (B, d2)
+            noisy_latents, timesteps = run.objective.model_input(batch)
+            noisy_latents, target = noisy_latents.to(run.dtype), run.objective.target(batch)
+            if run.config.prior.prior_teacher:
+                unet, encoded = run.models["unet"], run.embedder.encoded
+                target = teach_by_base(unet, encoded, batch, noisy_latents, timesteps, target)
+            conditioning = {"text_embeds": pooled, "time_ids": batch.time_ids}
+            unet = run.prepared["unet"]
+            prediction = unet(noisy_latents, timesteps, prompt_embeds, added_cond_kwargs=conditioning).sample
+            loss = run.objective.loss(prediction, batch, options.train_batch_size, target)
+            penalty = run.adapter.penalty()
+            accelerator.backward(loss if penalty is None else loss + penalty)
+            if accelerator.sync_gradients:
+                run.watch.look(accelerator, step, run.embedder, batch, options.train_batch_size)
+                accelerator.clip_grad_norm_(run.parameters, run.config.optimizer.max_grad_norm)
+                run.adapter.before_update()
+            mean_loss += accelerator.reduce(loss.detach(), "mean").item() / options.gradient_accumulation_steps
+            check_loss(mean_loss, step + 1, accelerator.mixed_precision, run.config.optimizer.learning_rate)
+            run.optimizer.step()
+            if accelerator.sync_gradients and not run.optimizer.step_was_skipped:
+                run.adapter.after_update(step + 1)
+            run.optimizer.zero_grad()
+    learning_rate = run.schedule.get_last_lr()[0]
+    run.schedule.step()
+    run.average.step()
+    return Step(step + 1, mean_loss, learning_rate, time.perf_counter() - started)
 
 
 def train(config: TrainConfig) -> Path:
     """Train one adapter and write it, its record and its samples; returns the folder.
 
     Raises:
-        ValueError: for anything wrong with the configuration, the pictures or the base; nothing is written then.
+        ValueError: for anything wrong with the pictures, the base or the machine; nothing is written then.
     """
     with FolderLock() as lock:
-        return train_alone(config, lock)
+        return train_in_folder(config, lock)
 
 
-def train_alone(config: TrainConfig, lock: FolderLock) -> Path:
+def train_in_folder(config: TrainConfig, lock: FolderLock) -> Path:
     """`train`, which lets go of the folder that is locked here."""
     clock = Clock()
     # 1. What can be refused without the base is refused before it is loaded.
     config, pictures = preflight(config)
-    output_dir = Path(config.output_dir)
-    if config.dry_run:
-        if is_first_process():
-            print(pictures.report(config))
+    output_dir = Path(config.output.output_dir)
+    if config.data.dry_run:
         return output_dir
-    checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir)
-    if config.resume_from_checkpoint and checkpoint is None:
-        print(f"{output_dir} has no checkpoint yet: starting from the beginning")
-    check_earlier_run(output_dir, [*RESULTS, SAMPLES, BEST], RUN_RECORD, METRICS, resumes=checkpoint is not None)
-    accelerator = make_accelerator(config, output_dir)
-    if config.enable_xformers_memory_efficient_attention:
-        check_xformers(accelerator.device)
-    epoch_steps = pictures.epoch_steps(config, accelerator.num_processes)
-    sampling_steps = config.sampling_steps(epoch_steps)
-    config = replace(
-        config,
-        max_train_steps=config.total_steps(epoch_steps),
-        learning_rate=scaled_learning_rate(config, accelerator.num_processes),
-        mixed_precision=accelerator.mixed_precision,
-        validation_prompt=config.validation_prompt or pictures.instance_prompts,
-    )
-    judge = RunJudge(config, accelerator, pictures)
-    text_steps = config.text_steps
-    first_step = read_step(checkpoint, identity(asdict(config)), config.max_train_steps) if checkpoint else 0
+    accelerator, config, checkpoint, samples_every = open_run(config, pictures)
+    judge = RunJudge(config.evaluation, accelerator, pictures, output_dir, config.loop.max_train_steps)
 
-    # 2. The frozen base.
+    # 2. The frozen base, and what will learn.
     dtype = PRECISIONS[accelerator.mixed_precision]
-    pipeline = load_base(config, accelerator, dtype)
-    objective = Objective(
-        pipeline.scheduler,
-        edm_style=config.do_edm_style_training,
-        snr_gamma=config.snr_gamma,
-        debiased_estimation=config.debiased_estimation,
-        huber_c=config.huber_c if config.loss_type == "huber" else None,
-    )
-    trained = {name: getattr(pipeline, name) for name in trained_components(config)}
-    check_fits(config, trained)
-    base_fingerprints = {name: module_fingerprint(model) for name, model in trained.items()}
-    new_tokens = add_new_tokens(config, pipeline) if config.train_text_encoder_ti else {}
-    configs = {name: adapter_config(config, name, new_tokens.get(name)) for name in trained}
+    base = Base(config.base, accelerator.device, dtype, config.hardware.enable_xformers_memory_efficient_attention)
+    pipeline = base.load()
+    objective = Objective.from_options(pipeline.scheduler, config.loss)
+    adapter = make_run_adapter(config)
+    models = {name: getattr(pipeline, name) for name in trained_names(config.text)}
+    check_fits(adapter, models, config.text)
+    fingerprints = {name: module_fingerprint(model) for name, model in models.items()}
+    new_tokens = add_new_tokens(pipeline, config.text, config.loop.seed)  # component -> ids
+    words = spellings(pipeline.tokenizer)  # such as "[V]" -> the new tokens
+    check_prompt_lengths(pipeline, pictures, config.validation.validation_prompt, words)
+    take_folder(lock, accelerator, output_dir)
 
     # 3. Pictures and prompts are encoded once, and what encoded them is freed unless it is trained.
-    draw_class = partial(draw_class_images, config, accelerator, pipeline)
-    spell = partial(spell_out, pipeline)
-    encoded, pictures = encode_run(config, accelerator, pipeline, pictures, draw_class, spell, lock.take)
-    tokenizers = {name: getattr(pipeline, name) for name in ("tokenizer", "tokenizer_2")}
-    pipeline = draw_class = spell = None
+    steps = config.validation.num_inference_steps
+    pictures = draw_class_images(accelerator, base, pipeline, pictures, config.prior, steps)
+    encoded = encode_run(
+        pipeline,
+        pictures,
+        accelerator,
+        cache_dir=Path(config.data.encoded_cache_dir or output_dir / ENCODED),
+        num_workers=config.data.dataloader_num_workers,
+        words=words,
+    )
+    parts = models | {name: getattr(pipeline, name) for name in ("tokenizer", "tokenizer_2")}
+    pipeline = None
     free_memory()
     clock.lap("encode_seconds")
 
-    # 4. The adapters go in, all starting at the base model; NoRA first measures what its layers see.
-    who = identity(
-        asdict(config),
-        base=base_fingerprints,
-        autoencoder_and_text_encoders=encoded.encoders,
-        pictures_and_prompts=pictures.hash(),
-        number_of_processes=accelerator.num_processes,
-    )
-    if checkpoint:
-        read_step(checkpoint, who, config.max_train_steps)
-    set_seed(config.seed)  # for the adapters' first weights, whatever was drawn before
-    if checkpoint:
-        restore(trained, configs, checkpoint)
-    for name, model in trained.items():
-        if not checkpoint:
-            inject(model, configs[name], partial(run_passes, config, accelerator, name, model, encoded, objective))
-        cast_training_params(model, dtype=torch.float32)
-        model.train()  # a text encoder's dropout is 0 in SDXL; gradient checkpointing asks for training mode
-        share_frozen(model)
-        if config.gradient_checkpointing:  # diffusers and transformers name it differently
-            (getattr(model, "enable_gradient_checkpointing", None) or model.gradient_checkpointing_enable)()
-    parameters = [parameter for _, parameter in trained_parameters(trained)]
-    if accelerator.is_main_process:
-        samples = config.train_batch_size * (2 if config.with_prior_preservation else 1)
-        largest = encoded.largest_shape, encoded.prompt_length
-        print(memory_line(trained, samples, *largest, accelerator.device, config.quantize_base))
-    if config.quantize_base == "int8":
-        for model in trained.values():
-            quantize_frozen(model)
+    # 4. The adapters go in, all starting at the base model; some methods first measure what their layers see.
+    same_run = run_identity(config, accelerator, fingerprints, encoded, pictures)
+    first_step = read_step(checkpoint, same_run, config.loop.max_train_steps) if checkpoint else 0
+    set_seed(config.loop.seed)  # for the adapters' first weights, whatever was drawn before
+    measuring = {"batch_size": config.loop.train_batch_size, "seed": config.loop.seed, "accelerator": accelerator}
+    put_in(adapter, models, new_tokens, partial(run_passes, encoded, objective, **measuring), checkpoint)
+    make_trainable(models, config.hardware.gradient_checkpointing)
+    settle_memory(models, encoded, config, accelerator)
     clock.lap("inject_seconds")
 
     # 5. The loop.
-    optimizer = build_optimizer(config, parameter_groups(config, trained))
-    lr_scheduler = build_schedule(config, optimizer)
-    average = Average(parameters, config.ema_decay)
-    models = {name: accelerator.prepare(model) for name, model in trained.items()}
-    optimizer = accelerator.prepare(optimizer)
-    accelerator.register_for_checkpointing(lr_scheduler, average, judge)
-    accelerator.register_save_state_pre_hook(partial(save_components, config, accelerator, trained, average))
-    accelerator.register_load_state_pre_hook(lambda models, _: models.clear())  # they were restored before
-    if checkpoint:
-        accelerator.load_state(str(checkpoint))
-    slots_per_step = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
-    orders = picture_orders(
-        encoded.streams, seed=config.seed, slots_per_step=slots_per_step, num_steps=config.max_train_steps
-    )
+    run = start_run(config, accelerator, adapter, models, encoded, objective, judge, dtype, checkpoint)
     metrics = MetricsLog(output_dir / METRICS, enabled=accelerator.is_main_process, after=first_step)
+    sampler = Sampler(accelerator, base, parts, steps, config.prior.sample_batch_size)
     reset_peak_memory()
-    start_trackers(accelerator, config)
-    progress = tqdm(
-        range(first_step, config.max_train_steps),
-        initial=first_step,
-        total=config.max_train_steps,
-        desc="training",
-        unit="step",
-        disable=not accelerator.is_main_process,
-    )
-    observer = Observer(
-        config, accelerator, trained, tokenizers, dtype, encoded, objective, average, judge, metrics, sampling_steps
-    )
-    watch = GradientWatch({} if checkpoint else trained, config.mixed_precision)
-    earlier = samples_after(output_dir, first_step) if checkpoint else [SAMPLES, BEST]
-    clear_earlier = partial(
-        clear_earlier_run, accelerator, output_dir, [*RESULTS, *earlier], keep_state=checkpoint is not None
-    )
-    if first_step == config.max_train_steps:
-        clear_earlier()
-    settled = None  # the prompts' embeddings, once the text encoders have learned
+    start_trackers(accelerator, config.flags())
+    total_steps, silent = config.loop.max_train_steps, not accelerator.is_main_process
+    options = {"initial": first_step, "total": total_steps, "desc": "training", "unit": "step", "disable": silent}
+    progress = tqdm(range(first_step, total_steps), **options)
     with metrics, GracefulStop() as stop:
+        checkpoints = Checkpoints(accelerator, output_dir, config.loop, same_run)
+        hooks: list[Hook] = [
+            ClearEarlier(accelerator, output_dir, first_step, total_steps, resumes=checkpoint is not None),
+            Log(accelerator, metrics, progress),
+            Look(run, clock, metrics, judge, sampler, samples_every),
+            checkpoints,
+            EarlyStop(judge),
+            Interruption(run, stop, checkpoints),
+        ]
         for step in progress:
-            step_started, step_loss = time.perf_counter(), 0.0
-            torch.manual_seed(step_seed(config.seed, step, accelerator.process_index))  # for dropout
-            if config.trains_text and settled is None and step >= text_steps:
-                settled = current_prompts(config, trained, encoded)  # the text encoders learn no more
-            for micro_step in range(config.gradient_accumulation_steps):
-                with accelerator.accumulate(*models.values()):
-                    share = micro_step * accelerator.num_processes + accelerator.process_index
-                    first = share * config.train_batch_size
-                    batch = training_batch(
-                        encoded.streams,
-                        orders,
-                        {INSTANCE: 1.0, CLASS: config.prior_loss_weight},
-                        step=step,
-                        slots=range(first, first + config.train_batch_size),
-                        seed=config.seed,
-                        num_train_timesteps=objective.num_train_timesteps,
-                        noise_offset=config.noise_offset,
-                        caption_dropout=config.caption_dropout,
-                    ).to(accelerator.device)
-                    if config.prior_teacher:
-                        batch = with_class_prompts(batch, encoded, config.prior_loss_weight)
-                    prompt_embeds, pooled = embed_prompts(config, models, encoded, batch, settled)
-                    noisy_latents, timesteps = objective.model_input(batch)
-                    noisy_latents, target = noisy_latents.to(dtype), objective.target(batch)
-                    if config.prior_teacher:
-                        unet = trained["unet"]
-                        target = teach_by_base(config, unet, encoded, batch, noisy_latents, timesteps, target)
-                    prediction = models["unet"](
-                        noisy_latents,
-                        timesteps,
-                        prompt_embeds,
-                        added_cond_kwargs={"text_embeds": pooled, "time_ids": batch.time_ids},
-                    ).sample
-                    loss = objective.loss(prediction, batch, config.train_batch_size, target)
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients:
-                        if watch.unseen:
-                            teaches_text = settled is None and encoded.teaches_text(batch, config.train_batch_size)
-                            loss_scale = accelerator.scaler.get_scale() if accelerator.scaler else 1
-                            norms = watch.norms(teaches_text).items()
-                            logged = {f"gradient_norm/{name}": norm / loss_scale for name, norm in norms}
-                            accelerator.log(logged, step=step + 1)
-                        accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-                    step_loss += accelerator.reduce(loss.detach(), "mean").item() / config.gradient_accumulation_steps
-                    check_loss(step_loss, step + 1, config.mixed_precision, config.learning_rate)
-                    optimizer.step()
-                    optimizer.zero_grad()
-            learning_rate = lr_scheduler.get_last_lr()[0]
-            lr_scheduler.step()
-            average.step()
-            done = step + 1
-            if step == first_step:  # the run works: only now may the results of an earlier one go
-                clear_earlier()
-            logged = {"loss": step_loss, "learning_rate": learning_rate}
-            metrics.write(done, **logged, seconds=round(time.perf_counter() - step_started, 5))
-            accelerator.log(logged, step=done)
-            progress.set_postfix(loss=f"{step_loss:.4f}", lr=f"{learning_rate:.1e}")
-            with clock.pause():  # looking is not training
-                observer.look(done)
-            if done % config.checkpointing_steps == 0:
-                save_checkpoint(accelerator, output_dir, done, who, config.checkpoints_total_limit)
-            if judge.due(done) and judge.gives_up():
-                config = replace(config, max_train_steps=done)
+            done = train_step(run, step)
+            ends = [hook.after_step(done) for hook in hooks]  # all of them, whatever the first says
+            if any(ends):
+                total_steps = done.number
                 break
-            if stop.asked(accelerator) and done < config.max_train_steps:
-                path = save_checkpoint(accelerator, output_dir, done, who, config.checkpoints_total_limit)
-                end_training(accelerator, models)
-                if accelerator.is_main_process:
-                    print(f"stopped; {path} is whole, go on with --resume_from_checkpoint latest", file=sys.stderr)
-                sys.exit(128 + stop.signal)
     accelerator.wait_for_everyone()
     clock.lap("train_seconds")
     clock.timings |= metrics.timings
 
     # 6. Adapter and record are saved before anything is drawn: running out of memory there must not lose the run.
-    average.copy_to_parameters()
-    if accelerator.is_main_process:
-        files = save_adapter(config, trained, output_dir)
-        check_files(config, trained, output_dir)
-        record = run_record(
-            config,
-            trained=trained,
-            base_fingerprints=base_fingerprints,
-            outer_ranks=outer_ranks(trained),
-            clock=clock,
-            folder=output_dir,
-            files=files,
-            best=judge.best,
-            new_words=spellings(tokenizers["tokenizer"]),
-            device=accelerator.device,
-            dtype=dtype,
-            num_processes=accelerator.num_processes,
-        )
-        write_atomic(output_dir / RUN_RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-        write_card(output_dir, record)
-    samples = draw_samples(config, accelerator, trained | tokenizers, dtype)
-    keep_samples(accelerator, samples, output_dir / SAMPLES, config.max_train_steps)
-    if accelerator.is_main_process:
-        write_card(output_dir, record, [(sample.prompt, f"{SAMPLES}/{sample.file}") for sample in samples])
-        if config.push_to_hub:
-            print(f"uploaded to {push_to_hub(config, output_dir)}")
-        print(f"{output_dir}: adapter and record are there")
-    end_training(accelerator, models)
+    run.average.copy_to_parameters()
+    finish(run, total_steps, sampler, fingerprints, words, clock, judge.best)
+    end_training(accelerator, run.prepared)
     return output_dir
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config = parse_config(TrainConfig, argv, description=__doc__.split("\n")[0])
+    config = COMMAND if argv is None and COMMAND is not None else parse_command_line(argv)
     quiet_libraries()
 
     def command() -> None:
-        with explained(config):
+        with explained(config.loop.train_batch_size, config.output.output_dir):
             train(config)
 
     run_command(command)

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 options = {"method": method, "seed": seed, "max_train_steps": args.steps, "num_validation_images": 0}
                 train(
-                    TrainConfig(
+                    TrainConfig.of(
                         pretrained_model_name_or_path=args.base,
                         instance_data_dir=str(SUBJECTS / args.subject),
                         instance_prompt=prompt,

@@ -25,19 +25,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
 
 from benchmarks.sdxl_shape import ASSETS, BASE_HELP, base_folder
 from dreambooth.data import folder_examples
 from dreambooth.encode import CropSettings, cut_picture, encode_prompts, inspect_picture, scale_latents, tokenize
 from dreambooth.loss import Objective
 from inference.base import load_pipeline
-from runs.exports import folded_lora, write_diffusers_file
+from methods.components import FOLDED_WEIGHTS, TARGETS
+from methods.files import write_diffusers_file
 from settings.command_line import quiet_libraries
 from settings.training import TrainConfig
 from storage.pictures import open_image
 from train_dreambooth_nora_sdxl import train
-from trainer.methods import UNET_TARGETS
 
 SUBJECT = ASSETS / "subjects" / "robot"
 PROMPT = "a photo of [V] robot"
@@ -45,7 +45,7 @@ PROMPT = "a photo of [V] robot"
 
 def encode_once(base: str, steps: int, batch: int, folder: str) -> None:
     train(
-        TrainConfig(
+        TrainConfig.of(
             pretrained_model_name_or_path=base,
             instance_data_dir=str(SUBJECT),
             instance_prompt=PROMPT,
@@ -65,7 +65,7 @@ def encode_every_step(base: str, steps: int, batch: int, folder: str) -> None:
     for model in (pipeline.vae, pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
         model.requires_grad_(False)
     objective, unet, vae = Objective(pipeline.scheduler), pipeline.unet, pipeline.vae
-    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=UNET_TARGETS))
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=list(TARGETS["unet"])))
     optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], lr=1e-4)
     resolution = unet.config.sample_size * pipeline.vae_scale_factor
     settings = CropSettings([(resolution, resolution)], variants=1)
@@ -88,7 +88,8 @@ def encode_every_step(base: str, steps: int, batch: int, folder: str) -> None:
         (prediction - noise).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    write_diffusers_file(folded_lora({"unet": unet}), Path(folder) / "pytorch_lora_weights.safetensors")
+    lora = {f"unet.{key}": weight for key, weight in get_peft_model_state_dict(unet).items()}
+    write_diffusers_file(lora, Path(folder) / FOLDED_WEIGHTS)
 
 
 SHAPES = {"once": encode_once, "every_step": encode_every_step}

@@ -24,16 +24,16 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionXLPipeline
+from trainer.methods import UNET_TARGETS
 
 import nora
 from benchmarks.sdxl_shape import ASSETS, BASE_HELP, base_folder
 from inference.base import load_pipeline
-from inference.generate import generate_images
 from inference.load import load_adapter, swap_adapter, unload_adapters
+from inference.sampling import generate_images
 from methods.components import FOLDED_WEIGHTS, INNER_WEIGHTS
 from settings.command_line import quiet_libraries
-from storage.files import write_safetensors
-from trainer.methods import UNET_TARGETS
+from storage.tensors import write_safetensors
 
 
 def write_adapter(pipeline: StableDiffusionXLPipeline, folder: Path, rank: int, outer_rank: int) -> None:

@@ -13,7 +13,8 @@ import torch
 import yaml
 from PIL import Image, ImageOps
 
-from settings.training import MOST, TrainConfig
+from settings.pictures import DataOptions, PriorOptions
+from settings.record import MOST
 from storage.files import load_yaml
 from storage.pictures import CAPTION_SUFFIXES, METADATA, find_images
 
@@ -48,25 +49,18 @@ class Example:
 # --- finding pictures -------------------------------------------------------------------------------------------------
 
 
-def read_concepts(config: TrainConfig) -> list[Concept]:
+def read_concepts(data: DataOptions, prior: PriorOptions) -> list[Concept]:
     """The subjects of a run: one from the flags, or those of ``--concepts_list``.
 
     Raises:
         ValueError: if the list can't be read, or an entry lacks something or has something unknown.
     """
-    if config.concepts_list is None:
-        return [
-            Concept(
-                config.instance_data_dir,
-                config.instance_prompt,
-                config.class_data_dir,
-                config.class_prompt,
-                config.repeats,
-            )
-        ]
-    flag = f"--concepts_list {config.concepts_list}"
+    if data.concepts_list is None:
+        subject, of_class = (data.instance_data_dir, data.instance_prompt), (prior.class_data_dir, prior.class_prompt)
+        return [Concept(*subject, *of_class, data.repeats)]
+    flag = f"--concepts_list {data.concepts_list}"
     try:
-        entries = load_yaml(Path(config.concepts_list))  # JSON is YAML too
+        entries = load_yaml(Path(data.concepts_list))  # JSON is YAML too
     except OSError as error:
         raise ValueError(f"{flag} can't be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -75,8 +69,8 @@ def read_concepts(config: TrainConfig) -> list[Concept]:
         raise ValueError(f"{flag} must be a list of subjects, each with instance_data_dir and instance_prompt")
     known = set(Concept.__dataclass_fields__)
     needed = ["instance_data_dir", "instance_prompt"]
-    if config.with_prior_preservation:
-        needed += ["class_prompt"] if config.prior_teacher else ["class_prompt", "class_data_dir"]
+    if prior.with_prior_preservation:
+        needed += ["class_prompt"] if prior.prior_teacher else ["class_prompt", "class_data_dir"]
     for number, entry in enumerate(entries, start=1):
         if unknown := sorted(map(str, set(entry) - known)):
             raise ValueError(f"{flag}: entry {number} has {unknown[0]}, which is none of {', '.join(sorted(known))}")
@@ -88,21 +82,22 @@ def read_concepts(config: TrainConfig) -> list[Concept]:
         repeats = entry.get("repeats", 1)
         if type(repeats) is not int or not 1 <= repeats <= MOST:
             raise ValueError(f"{flag}: entry {number} has repeats {repeats}: from 1 to {MOST} work")
-    return [Concept(**{"repeats": config.repeats, **entry}) for entry in entries]
+    return [Concept(**{"repeats": data.repeats, **entry}) for entry in entries]
 
 
-def find_examples(config: TrainConfig, concepts: Sequence[Concept]) -> list[Example]:
+def find_examples(data: DataOptions, cache_dir: str | None, concepts: Sequence[Concept]) -> list[Example]:
     """The instance pictures of all concepts with their captions, else the instance prompt.
+
+    Args:
+        cache_dir: where a dataset of the Hub is kept.
 
     Raises:
         ValueError: for a folder, dataset, caption or mask that is missing or can't be read.
     """
-    if config.dataset_name is not None:
-        return dataset_examples(config)
-    if config.caption_column and not any((Path(one.instance_data_dir) / METADATA).is_file() for one in concepts):
-        raise ValueError(
-            f"--caption_column {config.caption_column} needs a {METADATA} beside the pictures: leave it out"
-        )
+    if data.dataset_name is not None:
+        return dataset_examples(data, cache_dir)
+    if data.caption_column and not any((Path(one.instance_data_dir) / METADATA).is_file() for one in concepts):
+        raise ValueError(f"--caption_column {data.caption_column} needs a {METADATA} beside the pictures: leave it out")
     return [
         example
         for number, concept in enumerate(concepts)
@@ -111,18 +106,16 @@ def find_examples(config: TrainConfig, concepts: Sequence[Concept]) -> list[Exam
             concept.instance_prompt,
             concept=number,
             repeats=concept.repeats,
-            caption_column=config.caption_column,
-            mask_data_dir=config.mask_data_dir,
-            flag=source_flag(config, number, "instance_data_dir"),
+            caption_column=data.caption_column,
+            mask_data_dir=data.mask_data_dir,
+            flag=source_flag(data.concepts_list, number, "instance_data_dir"),
         )
     ]
 
 
-def source_flag(config: TrainConfig, concept: int, name: str) -> str:
+def source_flag(concepts_list: str | None, concept: int, name: str) -> str:
     """What messages call a folder of a subject: its flag, or its place in the list."""
-    return (
-        name if config.concepts_list is None else f"concepts_list {config.concepts_list}: entry {concept + 1}'s {name}"
-    )
+    return name if concepts_list is None else f"concepts_list {concepts_list}: entry {concept + 1}'s {name}"
 
 
 def folder_examples(
@@ -210,33 +203,33 @@ def masks_for(paths: Sequence[Path], folder: str | Path) -> dict[Path, Path]:
     return {path: masks[path.stem] for path in paths}
 
 
-def dataset_examples(config: TrainConfig) -> list[Example]:
+def dataset_examples(data: DataOptions, cache_dir: str | None) -> list[Example]:
     """The train split of a Hugging Face dataset, from the Hub or a folder, each picture kept as it is encoded."""
     import datasets  # slow to import, and few runs need it
 
-    where = f"--dataset_name {config.dataset_name}"
+    where = f"--dataset_name {data.dataset_name}"
     try:
-        loaded = datasets.load_dataset(config.dataset_name, config.dataset_config_name, cache_dir=config.cache_dir)
+        loaded = datasets.load_dataset(data.dataset_name, data.dataset_config_name, cache_dir=cache_dir)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"{where} can't be loaded: {str(error).strip().splitlines()[0]}") from error
     split = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
-    for flag, column in (("image_column", config.image_column), ("caption_column", config.caption_column)):
+    for flag, column in (("image_column", data.image_column), ("caption_column", data.caption_column)):
         if column is not None and column not in split.column_names:
             raise ValueError(f"--{flag} {column} is not in {where}, whose columns are {', '.join(split.column_names)}")
     try:
-        rows = list(split.cast_column(config.image_column, datasets.Image(decode=False)))
+        rows = list(split.cast_column(data.image_column, datasets.Image(decode=False)))
     except (TypeError, ValueError, NotImplementedError) as error:  # Arrow's own are of these
-        raise ValueError(f"--image_column {config.image_column} of {where} holds no pictures: name another") from error
+        raise ValueError(f"--image_column {data.image_column} of {where} holds no pictures: name another") from error
     examples = []
     for number, row in enumerate(rows):
-        image, name = row[config.image_column], f"{config.dataset_name}, row {number}"
-        prompt = config.instance_prompt if config.caption_column is None else row[config.caption_column]
+        image, name = row[data.image_column], f"{data.dataset_name}, row {number}"
+        prompt = data.instance_prompt if data.caption_column is None else row[data.caption_column]
         if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"{name} has no caption in column {config.caption_column}")
+            raise ValueError(f"{name} has no caption in column {data.caption_column}")
         if image is None:
-            raise ValueError(f"{name} has no picture in column {config.image_column}: delete the row")
-        data = image["bytes"] if image["bytes"] is not None else Path(image["path"])
-        examples.append(Example(data, name, prompt, repeats=config.repeats))
+            raise ValueError(f"{name} has no picture in column {data.image_column}: delete the row")
+        encoded = image["bytes"] if image["bytes"] is not None else Path(image["path"])
+        examples.append(Example(encoded, name, prompt, repeats=data.repeats))
     if not examples:
         raise ValueError(f"{where} is empty")
     return examples

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-if TYPE_CHECKING:
-    from dreambooth.encode import EncodedPicture
+from dreambooth.encoded import EncodedPicture
 
 # Which kind of picture a draw is for; part of its key, so that class images don't repeat the instance images' noise.
 INSTANCE, CLASS, CALIBRATION, VALIDATION, CROPS, DROPOUT = range(6)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from dreambooth.buckets import nearest_bucket
 from dreambooth.data import Crop, Example, content_hash, crops
 from dreambooth.draws import CROPS, generator_for
+from dreambooth.encoded import EncodedPicture, EncodedPrompts
 from dreambooth.encoded_cache import EncodedCache
 from storage.pictures import open_image
 
@@ -58,34 +58,6 @@ class Cut:
     def shape(self) -> tuple[int, int]:
         """Height and width of the crops, pixels."""
         return self.crops[0].height, self.crops[0].width
-
-
-@dataclass(frozen=True)
-class EncodedPicture:
-    """Scaled latents of one picture's V crops, kept as distributions: a new sample is drawn from them at every step."""
-
-    mean: torch.Tensor  # (V, 4, h, w) fp32
-    std: torch.Tensor  # (V, 4, h, w) fp32
-    time_ids: torch.Tensor  # (V, 6)
-    prompt: int  # row of the prompt in EncodedPrompts
-    repeats: int = 1
-    mask: torch.Tensor | None = None  # (V, 1, h, w), from 0 to 1: where the loss counts
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(h, w) of the latents."""
-        return tuple(self.mean.shape[-2:])
-
-
-class EncodedPrompts(NamedTuple):
-    """SDXL's text conditioning of P prompts."""
-
-    prompt_embeds: torch.Tensor  # (P, tokens, d1 + d2)
-    pooled_prompt_embeds: torch.Tensor  # (P, d2)
-
-    def rows(self, rows: torch.Tensor) -> EncodedPrompts:
-        """The given prompts, one for each sample of a batch."""
-        return EncodedPrompts(*(embeds[rows] for embeds in self))
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

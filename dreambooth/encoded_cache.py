@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from storage.files import hash_tensors, write_safetensors
+from storage.tensors import hash_tensors, write_safetensors
 
 
 class EncodedCache:

@@ -7,6 +7,7 @@ from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, 
 from diffusers.training_utils import compute_snr
 
 from dreambooth.draws import Batch
+from settings.learning import LossOptions
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -28,6 +29,16 @@ class Objective:
     Raises:
         ValueError: if the base predicts something that can't be trained here, or weights and EDM style contradict.
     """
+
+    @classmethod
+    def from_options(cls, base_scheduler: SchedulerMixin, options: LossOptions) -> Objective:
+        return cls(
+            base_scheduler,
+            edm_style=options.do_edm_style_training,
+            snr_gamma=options.snr_gamma,
+            debiased_estimation=options.debiased_estimation,
+            huber_c=options.huber_c if options.loss_type == "huber" else None,
+        )
 
     def __init__(
         self,

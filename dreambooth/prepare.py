@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionXLPipeline
-from torch import nn
 from tqdm.auto import tqdm
 
 from dreambooth.buckets import read_buckets
@@ -28,7 +27,6 @@ from dreambooth.encode import (
     check_prompts,
     cut_picture,
     encode_pictures,
-    encode_prompts,
     encode_prompts_cached,
     inspect_picture,
     tokenize,
@@ -36,10 +34,12 @@ from dreambooth.encode import (
 from dreambooth.encoded_cache import EncodedCache
 from dreambooth.passes import GENERIC_PROMPTS
 from dreambooth.prior import class_images, missing_seeds
-from runs.record import module_fingerprint
-from settings.training import TEXT_ENCODERS, TrainConfig
+from settings.learning import LoopOptions
+from settings.pictures import DataOptions, PriorOptions
 from storage.files import check_writable_target
 from storage.pictures import find_images
+from storage.tensors import module_fingerprint
+from storage.text import spell
 
 ENCODED = "encoded"  # folder of the cache inside --output_dir
 PROMPTS_AT_ONCE = 64  # a few hundred MB in SDXL's second text encoder
@@ -60,11 +60,9 @@ class Pictures:
         """Of the subjects; two concepts may share one."""
         return list(dict.fromkeys(concept.instance_prompt for concept in self.concepts))
 
-    def epoch_steps(self, config: TrainConfig, num_processes: int) -> int:
+    def epoch_steps(self, samples_per_step: int) -> int:
         """Optimiser steps in which every picture is seen once, repeats counted."""
-        samples = sum(picture.example.repeats for picture in self.instance)
-        per_step = config.train_batch_size * config.gradient_accumulation_steps * num_processes
-        return math.ceil(samples / per_step)
+        return math.ceil(sum(picture.example.repeats for picture in self.instance) / samples_per_step)
 
     def hash(self) -> str:
         """Of all pictures, masks and prompts; a resumed run must have the same."""
@@ -74,26 +72,30 @@ class Pictures:
             *((one.digest, one.mask_digest, one.example.prompt, one.example.repeats) for one in pictures),
         )
 
-    def report(self, config: TrainConfig) -> str:
-        """What would be trained on, for --dry_run."""
+    def report(self, loop: LoopOptions, prior: PriorOptions, word: str) -> str:
+        """What would be trained on, for --dry_run.
+
+        Args:
+            word: that stands for the subject, such as "[V]".
+        """
         shapes = Counter(cut_picture(picture, self.settings).shape for picture in self.instance)
         small = [one.example.name for one in self.instance if min(one.size) < min(min(s) for s in shapes)]
         captions = Counter(picture.example.prompt for picture in self.instance)
-        steps = self.epoch_steps(config, 1)
+        steps = self.epoch_steps(loop.samples_per_step(1))
         lines = [
             f"{len(self.instance)} instance pictures of {len(self.concepts)} subject(s), {len(captions)} prompt(s):",
             *(f"  {count} x {prompt}" for prompt, count in captions.most_common(10)),
             "shapes (height x width): " + ", ".join(f"{h}x{w}: {n}" for (h, w), n in sorted(shapes.items())),
             f"an epoch is {steps} steps on one process; the run is "
-            + (f"{config.max_train_steps} steps" if config.max_train_steps else f"{config.num_train_epochs} epochs"),
+            + (f"{loop.max_train_steps} steps" if loop.max_train_steps else f"{loop.num_train_epochs} epochs"),
         ]
         if small:
             lines.append(f"smaller than what is trained on, so they are enlarged: {', '.join(small)}")
-        if config.token_abstraction not in " ".join(captions):
-            lines.append(f"no prompt has {config.token_abstraction}: the subject has no word of its own")
-        if config.with_prior_preservation and not config.prior_teacher:
+        if word not in " ".join(captions):
+            lines.append(f"no prompt has {word}: the subject has no word of its own")
+        if prior.draws_class_images:
             for concept in self.concepts:
-                missing = missing_seeds(concept.class_data_dir, concept.class_prompt, config.num_class_images)
+                missing = missing_seeds(concept.class_data_dir, concept.class_prompt, prior.num_class_images)
                 lines.append(f"class images of {concept.class_prompt!r}: {len(missing)} have to be drawn")
         return "\n".join(lines)
 
@@ -144,122 +146,123 @@ class PromptTable:
         return [self.rows[picture.example.concept, picture.example.prompt] for picture in pictures]
 
 
-def read_pictures(config: TrainConfig, granularity: int) -> Pictures:
+def read_pictures(
+    data: DataOptions,
+    prior: PriorOptions,
+    granularity: int,
+    *,
+    seed: int = 0,
+    cache_dir: str | None = None,
+    held_out_dir: str | None = None,
+    new_word: str | None = None,
+) -> Pictures:
     """Find, open and check every picture that is there.
 
     Args:
-        granularity: pixels that the base needs a side to be a multiple of.
+        granularity: pixels that the base needs a side to be a multiple of; ``data.resolution`` is known.
+        seed: of the crops.
+        cache_dir: where a dataset of the Hub is kept.
+        held_out_dir: pictures for the validation loss.
+        new_word: what new tokens will stand for; a prompt must have it.
 
     Raises:
         ValueError: naming the flag, folder or file that is wrong.
     """
-    concepts = read_concepts(config)
-    check_folders(config, concepts)
-    varies = config.random_flip or not config.center_crop
+    concepts = read_concepts(data, prior)
     settings = CropSettings(
-        buckets=read_buckets(config.aspect_ratio_buckets, config.resolution, granularity),
-        center_crop=config.center_crop,
-        random_flip=config.random_flip,
-        variants=config.cache_variants or (DEFAULT_VARIANTS if varies else 1),
-        interpolation=config.image_interpolation_mode,
-        alpha_mask=config.alpha_mask,
-        seed=config.seed,
+        buckets=read_buckets(data.aspect_ratio_buckets, data.resolution, granularity),
+        center_crop=data.center_crop,
+        random_flip=data.random_flip,
+        variants=data.cache_variants or (DEFAULT_VARIANTS if data.varies else 1),
+        interpolation=data.image_interpolation_mode,
+        alpha_mask=data.alpha_mask,
+        seed=seed,
     )
     held_out = []
-    if config.validation_data_dir is not None:
-        paths = find_images(config.validation_data_dir, "validation_data_dir")
+    if held_out_dir is not None:
+        paths = find_images(held_out_dir, "validation_data_dir")
         held_out = [Example(path, str(path), concepts[0].instance_prompt) for path in paths]
-    instance = [inspect_picture(example) for example in find_examples(config, concepts)]
+    instance = [inspect_picture(example) for example in find_examples(data, cache_dir, concepts)]
     check_masks(instance, settings)
     prompts = {picture.example.prompt for picture in instance}
-    if config.train_text_encoder_ti and not any(config.token_abstraction in prompt for prompt in prompts):
+    if new_word is not None and not any(new_word in prompt for prompt in prompts):
         raise ValueError(
-            f"--token_abstraction {config.token_abstraction} is in no prompt, such as {min(prompts)!r}: its new tokens "
-            "would learn nothing; write it into --instance_prompt or the captions"
+            f"--token_abstraction {new_word} is in no prompt, such as {min(prompts)!r}: its new tokens would learn "
+            "nothing; write it into --instance_prompt or the captions"
         )
-    return Pictures(
-        concepts,
-        instance,
-        read_class_pictures(config, concepts),
-        [inspect_picture(example) for example in held_out],
-        settings,
-    )
+    classes = read_class_pictures(prior, concepts)
+    return Pictures(concepts, instance, classes, [inspect_picture(example) for example in held_out], settings)
 
 
-def check_folders(config: TrainConfig, concepts: Sequence[Concept]) -> None:
+def check_folders(output_dir: str, data: DataOptions, prior: PriorOptions) -> None:
     """Refuse folders that would be written to while they hold something else.
 
     Raises:
         ValueError: naming the two flags.
     """
-    if config.encoded_cache_dir is not None:
-        check_writable_target(config.encoded_cache_dir, "--encoded_cache_dir", folder=True)
-    taken = {Path(config.output_dir).resolve(): "output_dir"}
+    if data.encoded_cache_dir is not None:
+        check_writable_target(data.encoded_cache_dir, "--encoded_cache_dir", folder=True)
+    taken = {Path(output_dir).resolve(): "output_dir"}
+    concepts = read_concepts(data, prior)
     for name in ("instance_data_dir", "class_data_dir"):  # subjects may share a folder of either kind, not mix them
         folders = {}
         for number, concept in enumerate(concepts):
             if path := getattr(concept, name):
-                folders[Path(path).resolve()] = source_flag(config, number, name)
+                folders[Path(path).resolve()] = source_flag(data.concepts_list, number, name)
         for path in folders.keys() & taken.keys():
             raise ValueError(f"--{folders[path]} and --{taken[path]} are the same folder {path}: name another one")
         taken |= folders
 
 
-def read_class_pictures(config: TrainConfig, concepts: Sequence[Concept]) -> list[Inspected]:
+def read_class_pictures(prior: PriorOptions, concepts: Sequence[Concept]) -> list[Inspected]:
     """The class images that are there, at most as many as are wanted of each subject's class."""
-    if not config.with_prior_preservation or config.prior_teacher:
+    if not prior.draws_class_images:
         return []
     for concept in concepts:
         check_writable_target(concept.class_data_dir, "--class_data_dir", folder=True)
     return [
         inspect_picture(Example(path, str(path), concept.class_prompt, number))
         for number, concept in enumerate(concepts)
-        for path in class_images(concept.class_data_dir, concept.class_prompt)[: config.num_class_images]
+        for path in class_images(concept.class_data_dir, concept.class_prompt)[: prior.num_class_images]
     ]
 
 
-def encode_run(
-    config: TrainConfig,
-    accelerator: Accelerator,
-    pipeline: StableDiffusionXLPipeline,
-    pictures: Pictures,
-    draw_class_images: Callable[[Concept, list[int]], None],
-    spell_out: Callable[[str], str],
-    lock: Callable[[Path], None] = lambda folder: None,
-) -> tuple[Encoded, Pictures]:
-    """Encode pictures and prompts, or read what an earlier run encoded; class images are drawn first.
+def check_prompt_lengths(
+    pipeline: StableDiffusionXLPipeline, pictures: Pictures, others: Sequence[str], words: Mapping[str, str]
+) -> None:
+    """Refuse a prompt that is longer than the text encoders read.
 
     Args:
-        draw_class_images: draws a subject's class images with the given seeds into its folder.
-        spell_out: puts the tokens of a new word into a prompt.
-        lock: makes the run's folder and holds it, once nothing more is to be refused.
+        others: prompts that are drawn, not trained on.
+        words: new words -> the tokens that they stand for.
+    """
+    prompts = PromptTable(pictures.concepts, [*pictures.instance, *pictures.held_out]).texts
+    for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
+        check_prompts(tokenizer, (spell(prompt, words) for prompt in [*prompts, *others]))
 
-    Returns:
-        what was encoded, and the pictures with all class images.
 
-    Raises:
-        ValueError: for a prompt that is too long; nothing is written then.
+def encode_run(
+    pipeline: StableDiffusionXLPipeline,
+    pictures: Pictures,
+    accelerator: Accelerator,
+    *,
+    cache_dir: Path,
+    num_workers: int = 0,
+    words: Mapping[str, str] | None = None,
+) -> Encoded:
+    """Encode pictures and prompts, or read what an earlier run encoded.
+
+    Args:
+        pictures: with all class images.
+        cache_dir: where the encodings are kept.
+        words: new words -> the tokens that they stand for; only prompts with one teach the text encoders then.
     """
     tokenizers = [pipeline.tokenizer, pipeline.tokenizer_2]
-    prompts = PromptTable(pictures.concepts, [*pictures.instance, *pictures.held_out]).texts
-    for tokenizer in tokenizers:
-        check_prompts(tokenizer, map(spell_out, [*prompts, *config.validation_prompt]))
-    if accelerator.is_main_process:
-        lock(Path(config.output_dir))
-    accelerator.wait_for_everyone()
-    if config.with_prior_preservation and not config.prior_teacher:
-        for concept in pictures.concepts:
-            seeds = missing_seeds(concept.class_data_dir, concept.class_prompt, config.num_class_images)
-            accelerator.wait_for_everyone()  # all have looked before the first writes
-            draw_class_images(concept, seeds[accelerator.process_index :: accelerator.num_processes])
-            accelerator.wait_for_everyone()
-        pictures = replace(pictures, classes=read_class_pictures(config, pictures.concepts))
-    cache = EncodedCache(config.encoded_cache_dir or Path(config.output_dir) / ENCODED)
     table = PromptTable(pictures.concepts, [*pictures.instance, *pictures.classes, *pictures.held_out])
-    texts = [spell_out(text) for text in table.texts]
+    texts = [spell(text, words or {}) for text in table.texts]
     text_encoders = [pipeline.text_encoder, pipeline.text_encoder_2]
     tokens = tokenize(tokenizers, texts)
-    shared = {"cache": cache, "wait": accelerator.wait_for_everyone}
+    shared = {"cache": EncodedCache(cache_dir), "wait": accelerator.wait_for_everyone}
     fingerprint = "+".join(module_fingerprint(text_encoder) for text_encoder in text_encoders)
     prompts, unconditional = (
         encode_prompts_cached(text_encoders, fingerprint, some, is_main_process=accelerator.is_main_process, **shared)
@@ -288,7 +291,7 @@ def encode_run(
             pictures.settings,
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
-            num_workers=config.dataloader_num_workers,
+            num_workers=num_workers,
             progress=lambda total: tqdm(
                 range(total), desc="encoding", unit="picture", disable=not accelerator.is_main_process
             ),
@@ -298,7 +301,7 @@ def encode_run(
     streams = {INSTANCE: encode(cuts)}
     if class_cuts:
         streams[CLASS] = encode(class_cuts)
-    encoded = Encoded(
+    return Encoded(
         streams,
         encode(held_out_cuts) if held_out_cuts else streams[INSTANCE],
         prompts,
@@ -306,61 +309,6 @@ def encode_run(
         table.class_rows,
         tokens,
         tokenize(tokenizers, [*texts, *GENERIC_PROMPTS]),
-        torch.tensor([not config.train_text_encoder_ti or config.token_abstraction in text for text in table.texts]),
+        torch.tensor([not words or any(word in text for word in words) for text in table.texts]),
         content_hash(vae_fingerprint, fingerprint),
     )
-    return encoded, pictures
-
-
-# --- inside the loop --------------------------------------------------------------------------------------------------
-
-
-def with_class_prompts(batch: Batch, encoded: Encoded, prior_loss_weight: float) -> Batch:
-    """The batch, and the same pictures and noise once more with their class's prompt."""
-    rows = encoded.class_rows.to(batch.prompts.device)[batch.prompts]
-    again = batch._replace(
-        prompts=rows,
-        weight=torch.full_like(batch.weight, prior_loss_weight),
-        uncaptioned=torch.zeros_like(batch.uncaptioned),
-    )
-    return Batch(*(torch.cat(pair) for pair in zip(batch, again)))
-
-
-def embed_prompts(
-    config: TrainConfig,
-    models: Mapping[str, nn.Module],
-    encoded: Encoded,
-    batch: Batch,
-    settled: EncodedPrompts | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompt embeddings (B, tokens, d) and pooled ones (B, d2) of the batch's prompts.
-
-    Args:
-        settled: all prompts as text encoders make them that learned, and no longer do.
-    """
-    if config.trains_text and settled is None:
-        prompts = encode_prompts([models[name] for name in TEXT_ENCODERS], encoded.tokens, batch.prompts)
-    else:
-        prompts = (settled or encoded.prompts).rows(batch.prompts)
-    nothing = batch.uncaptioned
-    prompt_embeds, pooled = prompts
-    if nothing.any():
-        prompt_embeds = torch.where(nothing[:, None, None], encoded.unconditional.prompt_embeds, prompt_embeds)
-        pooled = torch.where(nothing[:, None], encoded.unconditional.pooled_prompt_embeds, pooled)
-    return prompt_embeds, pooled
-
-
-@torch.no_grad()
-def current_prompts(config: TrainConfig, models: Mapping[str, nn.Module], encoded: Encoded) -> EncodedPrompts:
-    """All prompts of the run as the text encoders make them now, without dropout."""
-    if not config.trains_text:
-        return encoded.prompts
-    text_encoders = [models[name] for name in TEXT_ENCODERS]
-    training = [model.training for model in text_encoders]
-    for model in text_encoders:
-        model.eval()
-    rows = torch.arange(len(encoded.prompts.prompt_embeds), device=encoded.prompts.prompt_embeds.device)
-    parts = [encode_prompts(text_encoders, encoded.tokens, some) for some in rows.split(PROMPTS_AT_ONCE)]
-    for model, was in zip(text_encoders, training):
-        model.train(was)
-    return EncodedPrompts(*map(torch.cat, zip(*parts)))

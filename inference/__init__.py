@@ -1,17 +1,22 @@
-"""Look at an adapter: load it onto SDXL, sample from it, and set several side by side.
+"""Load an adapter onto SDXL, sample from it, and show several side by side.
 
-components     which modules carry adapters, their key prefixes, and the file names of a run
 base           SDXL from a folder, a file or the Hub
 adapter_files  what kind of adapter a file or folder holds, and whether it fits a base
 load           adapters on and off a pipeline
 tokens         new words that come with an adapter
-generate       prompts × seeds -> images, one generator per image; `python -m inference.generate`
-prompts        an instance prompt's subject in words, and the protocols' prompts with it
-evaluate       scores of adapters on a subject; `python -m judging.evaluate`
-gallery        base | adapter | adapter on one page and one sheet; `python -m inference.gallery`
+sampling       prompts × seeds -> images, one generator per image
+pipelines      a pipeline as the flags of a command say
+manifest       names of pictures, the text in each PNG, the list of a folder's pictures
+columns        pictures of several models, drawn where they are missing
+figures        what an adapter cost, in words
+page, sheet    pictures side by side, as HTML and as one picture
+generate       `python -m inference.generate`: pictures into a folder
+gallery        `python -m inference.gallery`: base | adapter | adapter on one page and one sheet
 """
 
 import logging
+from importlib import import_module
+from typing import Any
 
 # Said while the libraries are imported, about what nothing here needs: transformers about image processors without
 # torchvision, xformers about a machine it has no kernels for (`check_xformers` says it to those who ask for xformers).
@@ -20,20 +25,27 @@ logging.getLogger("transformers.utils.import_utils").addFilter(
     lambda record: "requires torchvision" not in record.getMessage()
 )
 
-from inference.adapter_files import inspect_adapter  # noqa: E402
-from inference.base import load_pipeline  # noqa: E402
-from inference.load import load_adapter, set_adapter_scale, swap_adapter, unload_adapters  # noqa: E402
-from methods.components import FOLDED_WEIGHTS, INNER_WEIGHTS, RUN_RECORD, adapter_components  # noqa: E402
+# Imported when they are asked for (PEP 562): PyTorch takes seconds, and `--help` of the commands needs none of it.
+_MODULES = {
+    "FOLDED_WEIGHTS": "methods.components",
+    "INNER_WEIGHTS": "methods.components",
+    "RUN_RECORD": "methods.components",
+    "adapter_components": "methods.components",
+    "inspect_adapter": "inference.adapter_files",
+    "load_adapter": "inference.load",
+    "load_pipeline": "inference.base",
+    "set_adapter_scale": "inference.load",
+    "swap_adapter": "inference.load",
+    "unload_adapters": "inference.load",
+}
+__all__ = list(_MODULES)
 
-__all__ = [
-    "FOLDED_WEIGHTS",
-    "INNER_WEIGHTS",
-    "RUN_RECORD",
-    "adapter_components",
-    "inspect_adapter",
-    "load_adapter",
-    "load_pipeline",
-    "set_adapter_scale",
-    "swap_adapter",
-    "unload_adapters",
-]
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

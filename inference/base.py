@@ -21,7 +21,8 @@ from diffusers.utils import is_xformers_available
 from safetensors import SafetensorError
 from torch import nn
 
-from storage.files import read_json, read_safetensors_header
+from storage.files import read_json
+from storage.tensors import read_safetensors_header
 
 BASE_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

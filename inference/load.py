@@ -24,12 +24,14 @@ from torch import nn
 
 from inference.adapter_files import AdapterFile, inspect_adapter
 from inference.tokens import add_new_word, check_new_word, has_new_word, read_new_word, remove_new_words
+from methods.basis_cache import basis_cache
 from methods.components import COMPONENT_NAMES, FOLDED_WEIGHTS, INNER_WEIGHTS
 from methods.formats.layers import base_layers
 from methods.reading import Updates, read_file
 from methods.update import Update
 
 
+@basis_cache()
 def load_adapter(
     pipeline: StableDiffusionXLPipeline, path: str | Path, scale: float = 1.0, name: str | None = None
 ) -> str:

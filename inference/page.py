@@ -36,7 +36,7 @@ class PageColumn:
 
 
 @dataclass(frozen=True)
-class Shot:
+class PagePicture:
     """One picture; `scale` and `step` are the adapter's, None where there is none (the base) or it isn't known."""
 
     scale: float | None
@@ -46,36 +46,36 @@ class Shot:
 
 @dataclass(frozen=True)
 class Page:
-    """What the page shows; `shots` maps (column name, prompt, seed) to pictures and may lack some."""
+    """What the page shows; `pictures` maps (column name, prompt, seed) to pictures and may lack some."""
 
     title: str
     settings: dict[str, str]
     columns: Sequence[PageColumn]
     prompts: Sequence[str]
     seeds: Sequence[int]
-    shots: Mapping[tuple[str, str, int], Sequence[Shot]]
+    pictures: Mapping[tuple[str, str, int], Sequence[PagePicture]]
     instances: Sequence[tuple[str, Image]] = ()
 
 
 def render_page(page: Page) -> str:
     """The whole HTML file. Each picture is in it once."""
     places = {(column.name, prompt, seed) for column in page.columns for prompt in page.prompts for seed in page.seeds}
-    assert page.shots.keys() <= places, f"pictures without a place: {sorted(page.shots.keys() - places)}"
+    assert page.pictures.keys() <= places, f"pictures without a place: {sorted(page.pictures.keys() - places)}"
     rows = [
         {
             "prompt": prompt,
             "seed": seed,
-            "cells": [_cell(page.shots.get((column.name, prompt, seed), ())) for column in page.columns],
+            "cells": [_cell(page.pictures.get((column.name, prompt, seed), ())) for column in page.columns],
         }
         for prompt in page.prompts
         for seed in page.seeds
     ]
-    shots = [shot for several in page.shots.values() for shot in several]
+    pictures = [picture for several in page.pictures.values() for picture in several]
     data = {
         "names": [column.name for column in page.columns],
-        "steps": sorted({shot.step for shot in shots} - {None}),
-        "scales": sorted({shot.scale for shot in shots} - {None}),
-        "rows": [{**row, "cells": [cell["shots"] if cell else [] for cell in row["cells"]]} for row in rows],
+        "steps": sorted({picture.step for picture in pictures} - {None}),
+        "scales": sorted({picture.scale for picture in pictures} - {None}),
+        "rows": [{**row, "cells": [cell["pictures"] if cell else [] for cell in row["cells"]]} for row in rows],
     }
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -91,24 +91,22 @@ def render_page(page: Page) -> str:
         rows=rows,
         data=data,
         instances=[{"name": name, **_picture(_thumbnail(image))} for name, image in page.instances],
-        tile=min(LARGEST_TILE, max([SMALLEST_TILE, *(ENLARGED * shot.image.width for shot in shots)])),
+        tile=min(LARGEST_TILE, max([SMALLEST_TILE, *(ENLARGED * picture.image.width for picture in pictures)])),
         narrow=max(PHONE, NARROWEST_COLUMN * len(page.columns)),
     )
 
 
-def _cell(shots: Sequence[Shot]) -> dict[str, Any] | None:
-    """What a place of the grid holds: the picture that it shows at first as a URI of its own, and all its pictures."""
-    if not shots:
+def _cell(drawn: Sequence[PagePicture]) -> dict[str, Any] | None:
+    """A place of the grid: the picture that it shows at first, as a URI of its own, and all its pictures."""
+    if not drawn:
         return None
-    pictures = [{"step": shot.step, "scale": shot.scale, **_picture(shot.image)} for shot in shots]
-    first = max(
-        pictures, key=lambda shot: (shot["step"] or 0, -abs(1 - (1 if shot["scale"] is None else shot["scale"])))
-    )
+    pictures = [{"step": one.step, "scale": one.scale, **_picture(one.image)} for one in drawn]
+    first = max(pictures, key=lambda one: (one["step"] or 0, -abs(1 - (1 if one["scale"] is None else one["scale"]))))
     return {
         **first,
         "pixelated": max(first["width"], first["height"]) <= PIXELATED,
         # the first is in the file once: the script takes its URI from the cell's own image
-        "shots": [{**shot, "uri": None} if shot is first else shot for shot in pictures],
+        "pictures": [{**picture, "uri": None} if picture is first else picture for picture in pictures],
     }
 
 

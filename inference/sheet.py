@@ -32,19 +32,10 @@ def draw_sheet(
     sheet_width = margin + len(columns) * (tile[0] + gap) + gap
     line, small_line = round(size * 1.3), round(small.size * 1.3)
 
-    # training images in one row, as wide together as the sheet; in several where that is less than a quarter tile
-    aspects = sum(image.width / image.height for _, image in instances)
-    room = sheet_width - margin - gap
-    row_tile = int((room - len(instances) * gap) / aspects) if instances else 0
-    strip_tile = max(tile[1] // 4, min(tile[1] * 3 // 4, row_tile))
-    strip: list[list[Image.Image]] = []
-    for _, image in instances:
-        image = ImageOps.contain(image, (room, strip_tile), Image.Resampling.LANCZOS)
-        if not strip or sum(one.width + gap for one in strip[-1]) + image.width > room:
-            strip.append([])
-        strip[-1].append(image)
+    strip = _instance_rows([image for _, image in instances], sheet_width - margin - gap, tile[1], gap)
     headers = [(column.name, _wrap(column.subtitle, small, tile[0])) for column in columns]
     prompt_lines = {prompt: _wrap(prompt, font, sheet_width - margin - gap) for prompt in prompts}
+    strip_tile = max((image.height for several in strip for image in several), default=0)
     strip_height = small_line + len(strip) * (strip_tile + gap) + 2 * gap if strip else 0
     header_height = line + max(len(lines) for _, lines in headers) * small_line + gap
     block_heights = {
@@ -84,6 +75,22 @@ def draw_sheet(
                     sheet.paste(image, (x, y + (tile[1] - image.height) // 2))
             y += tile[1] + gap
     return sheet
+
+
+def _instance_rows(images: Sequence[Image.Image], width: int, tile_height: int, gap: int) -> list[list[Image.Image]]:
+    """Training images in one row as wide as the sheet; in several where they would be lower than a quarter tile."""
+    if not images:
+        return []
+    aspects = sum(image.width / image.height for image in images)
+    row_height = int((width - len(images) * gap) / aspects)
+    height = max(tile_height // 4, min(tile_height * 3 // 4, row_height))
+    rows: list[list[Image.Image]] = []
+    for image in images:
+        image = ImageOps.contain(image, (width, height), Image.Resampling.LANCZOS)
+        if not rows or sum(one.width + gap for one in rows[-1]) + image.width > width:
+            rows.append([])
+        rows[-1].append(image)
+    return rows
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

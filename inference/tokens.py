@@ -12,8 +12,8 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Keys of the file, as diffusers' advanced DreamBooth script writes them -> text encoder and tokenizer.
-ENCODERS = {"clip_l": ("text_encoder", "tokenizer"), "clip_g": ("text_encoder_2", "tokenizer_2")}
+from methods.components import ENCODERS
+from storage.text import spell
 
 
 def token_names(word: str, count: int) -> list[str]:
@@ -95,9 +95,7 @@ def spellings(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 def spell_out(pipeline: StableDiffusionXLPipeline, prompt: str) -> str:
     """The prompt with its new words as the tokens that they stand for."""
-    for word, tokens in spellings(pipeline.tokenizer).items():
-        prompt = prompt.replace(word, tokens)
-    return prompt
+    return spell(prompt, spellings(pipeline.tokenizer))
 
 
 def _new_words(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, NewWord]:

@@ -8,8 +8,7 @@ seed with the adapter and without.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
-from scipy import stats
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 BATCH_SIZE = 32
@@ -185,35 +183,3 @@ def thumbnails(images: Sequence[Image.Image], size: tuple[int, int], place: floa
         colours = np.asarray(small, dtype=np.float64).reshape(-1, 3)
         rows.append((colours - colours.mean(axis=0)).ravel())
     return torch.nn.functional.normalize(torch.from_numpy(np.stack(rows)), dim=-1)
-
-
-class Spread(NamedTuple):
-    """A score and how sure it is."""
-
-    mean: float
-    std: float  # between the means of the seeds; 0 for a single seed
-    low: float  # 95 % interval of the mean
-    high: float
-
-
-def spread(values: Mapping[int, Sequence[float]], resamples: int = 2000) -> Spread:
-    """Mean over pictures, its spread over seeds, and a bootstrap interval.
-
-    Args:
-        values: seed -> that seed's scores, one a prompt. Pictures are resampled, all seeds together, with a fixed seed.
-    """
-    means = [float(np.mean(scores)) for scores in values.values()]
-    everything = np.array([score for scores in values.values() for score in scores])
-    rng = np.random.default_rng(0)
-    drawn = everything[rng.integers(len(everything), size=(resamples, len(everything)))].mean(axis=1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    std = float(np.std(means, ddof=1)) if len(means) > 1 else 0.0
-    return Spread(float(everything.mean()), std, float(low), float(high))
-
-
-def confidence_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean of a few independent runs, and half of its 95 % interval by Student's t; NaN for a single run."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return mean, math.nan
-    return mean, float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))

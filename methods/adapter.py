@@ -58,6 +58,7 @@ class Adapter:
         self.method, self.args, self.seed, self.total_steps = method, dict(args), seed, total_steps
         self.models: dict[str, nn.Module] = {}  # component -> the model that the layers are in
         self.wrappers: dict[str, PeftModel] = {}  # PEFT's own view of the same models
+        self.base_names: dict[str, set[str]] = {}  # parameters and buffers of the base, before there were layers
 
     # --- in ---------------------------------------------------------------------------------------------------------
 
@@ -105,12 +106,14 @@ class Adapter:
 
     def wrap(self, component: str, model: nn.Module, config: PeftConfig) -> None:
         self.models[component] = model
+        self.base_names[component] = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
         self.wrappers[component] = get_peft_model(model, config, NAME)
         model._hf_peft_config_loaded = True  # diffusers and transformers ask for it before they touch an adapter
 
-    def restore(self, component: str, model: nn.Module, checkpoint: Path) -> None:
-        """Put the layers of a checkpoint's run into the model; their numbers follow, see `state_tensors`."""
-        self.inject(component, model, lambda passes: None)
+    def restore(self, models: Mapping[str, nn.Module], checkpoint: Path) -> None:
+        """Put the layers of a checkpoint's run into the components; their numbers follow, see `state_tensors`."""
+        for component, model in models.items():
+            self.inject(component, model, lambda passes: None)
 
     # --- training ---------------------------------------------------------------------------------------------------
 
@@ -135,8 +138,14 @@ class Adapter:
     def after_update(self, step: int) -> None:
         """After ``step`` optimiser steps, while the gradients are there."""
 
+    def state_tensors(self, component: str) -> dict[str, torch.Tensor]:
+        """Parameters and buffers that came with the layers, frozen ones too: what a checkpoint holds of them."""
+        model, base = self.models[component], self.base_names[component]
+        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        return {name: tensor for name, tensor in tensors.items() if name.replace(".base_layer.", ".") not in base}
+
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs besides the tensors of the layers."""
+        """What a checkpoint needs besides `state_tensors`."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -202,7 +211,7 @@ class FourierFt(Adapter):
             raise ValueError(f"--method_args n_frequency={count} exceeds the {size} entries of {{layer}}: lower it")
 
 
-# --- layers and tensors -----------------------------------------------------------------------------------------------
+# --- layers -----------------------------------------------------------------------------------------------
 
 
 def target_layers(component: str, model: nn.Module) -> dict[str, nn.Linear]:
@@ -221,16 +230,6 @@ def adapted_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
         if isinstance(layer, BaseTunerLayer) and not any(name.startswith(f"{outer}.") for outer in found):
             found[name] = layer
     return found
-
-
-def adapter_tensors(model: nn.Module, base: set[str]) -> dict[str, torch.Tensor]:
-    """Parameters and buffers that came with an adapter, frozen ones too.
-
-    Args:
-        base: the names of the base's own, before anything was injected.
-    """
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    return {name: tensor for name, tensor in tensors.items() if name.replace(".base_layer.", ".") not in base}
 
 
 @contextmanager

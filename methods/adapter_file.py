@@ -16,7 +16,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from methods.components import COMPONENT_NAMES, EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS
 from methods.files import KOHYA_WEIGHTS, PEFT_FOLDER
 from methods.formats.keys import refused_kind, split_key, what_it_is
-from storage.files import read_json, read_safetensors_header
+from storage.files import read_json
+from storage.tensors import read_safetensors_header
 
 PEFT_PREFIX = "base_model.model."
 _KOHYA_PREFIXES = ("lora_unet_", "lora_te1_", "lora_te2_", "lycoris_")

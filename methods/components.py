@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 FOLDED_WEIGHTS = "pytorch_lora_weights.safetensors"
 INNER_WEIGHTS = "nora_inner_weights.safetensors"
@@ -16,6 +17,8 @@ BEST_SCORES = "scores.json"  # in it: the step, and what it reached
 
 COMPONENT_NAMES = ("unet", "text_encoder", "text_encoder_2")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+# Keys of learned embeddings, as diffusers' advanced DreamBooth script writes them -> text encoder and tokenizer.
+ENCODERS = {"clip_l": ("text_encoder", "tokenizer"), "clip_g": ("text_encoder_2", "tokenizer_2")}
 # The attention layers that every method adapts, by the ends of their paths.
 TARGETS = {
     "unet": ("to_q", "to_k", "to_v", "to_out.0"),

@@ -14,7 +14,8 @@ from peft import get_peft_model_state_dict
 
 from methods.adapter import NAME, Adapter, adapted_layers
 from methods.components import COMPONENT_NAMES, FOLDED_WEIGHTS, adapter_components
-from storage.files import replacing_folder, write_atomic, write_safetensors
+from storage.files import replacing_folder, write_atomic
+from storage.tensors import write_safetensors
 
 KOHYA_WEIGHTS = "pytorch_lora_weights_kohya.safetensors"
 PEFT_FOLDER = "peft"

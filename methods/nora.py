@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -11,10 +11,12 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
 from methods.adapter import NAME, Adapter
+from methods.basis_cache import basis_cache
 from methods.components import INNER_WEIGHTS, adapter_components
 from methods.update import Update
 from nora import NoraLinear, check_targets, load_inner, preprocess_nora, save_inner
-from storage.files import write_safetensors
+from nora.model import nora_layers
+from storage.tensors import write_safetensors
 
 
 class Nora(Adapter):
@@ -30,15 +32,26 @@ class Nora(Adapter):
     def extra_fields(self) -> dict:
         return {}  # its alpha is the rank by itself
 
+    @basis_cache()
     def inject(self, component: str, model: nn.Module, measure: Callable[[int], None]) -> None:
         config = self.config(component)
         preprocess_nora(model, config, lambda: measure(self.args["calibration_passes"]))
         self.wrap(component, model, config)
 
-    def restore(self, component: str, model: nn.Module, checkpoint: Path) -> None:
+    @basis_cache()
+    def restore(self, models: Mapping[str, nn.Module], checkpoint: Path) -> None:
         """The outer factors come from the statistics in the file: nothing is measured again."""
-        load_inner(checkpoint / INNER_WEIGHTS, adapter_components({component: model}))
-        self.models[component] = model
+        load_inner(checkpoint / INNER_WEIGHTS, adapter_components(models))
+        self.models.update(models)
+
+    def state_tensors(self, component: str) -> dict[str, torch.Tensor]:
+        """The inner factors; the outer ones come with the inner-only file."""
+        return {name: p for name, p in self.models[component].named_parameters() if p.requires_grad}
+
+    def outer_ranks(self) -> list[int]:
+        """The distinct outer ranks that the layers got."""
+        layers = [layer for model in self.models.values() for layer in nora_layers(model, NAME).values()]
+        return sorted({layer.nora_inner_A[NAME].in_features for layer in layers})
 
     def rate(self, name: str) -> float:
         return (self.args["lr_ratio"] or 1.0) if "nora_inner_B" in name else 1.0

@@ -66,14 +66,23 @@ class Option:
             raise ValueError(f"{where} is not known: choose one of {', '.join(self.choices)}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{where} must be a finite number")
-        for limit, wrong, words in (
-            (self.at_least, lambda least: value < least, "at least"),
-            (self.above, lambda least: value <= least, "above"),
-            (self.at_most, lambda most: value > most, "at most"),
-            (self.below, lambda most: value >= most, "below"),
-        ):
-            if limit is not None and wrong(limit):
-                raise ValueError(f"{where} must be {words} {limit:g}")
+        least, most, above, below = self.at_least, self.at_most, self.above, self.below
+        wrong = (
+            (least is not None and value < least)
+            or (most is not None and value > most)
+            or (above is not None and value <= above)
+            or (below is not None and value >= below)
+        )
+        if wrong:
+            lower = (
+                f"above {above:g}"
+                if above is not None
+                else f"from {least:g}"
+                if most is not None
+                else f"at least {least:g}"
+            )
+            upper = f" to {most:g}" if most is not None else f" and below {below:g}" if below is not None else ""
+            raise ValueError(f"{where} must be {lower}{upper}")
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,7 @@ class Method:
         no_text_encoders: why it doesn't train them; None: it does.
         not_decayed: parts of the names of parameters that weight decay would pull away from the base.
         start: how it starts at the base.
+        vectors: it trains vectors too, which some optimizers don't take.
     """
 
     name: str
@@ -107,6 +117,7 @@ class Method:
     limits: tuple[str, ...] = ()
     no_text_encoders: str | None = None
     not_decayed: tuple[str, ...] = ()
+    vectors: bool = False
 
     def option(self, name: str) -> Option | None:
         return next((option for option in self.options if option.name == name), None)

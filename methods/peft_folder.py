@@ -10,7 +10,7 @@ from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from methods.update import Update
-from storage.files import write_safetensors
+from storage.tensors import write_safetensors
 
 
 def write_lora_folder(folder: Path, updates: Mapping[str, Update]) -> None:

@@ -121,6 +121,7 @@ _METHODS = (
         limits=("its LoRA file, with magnitudes, is read by diffusers for the UNet",),
         no_text_encoders="makes a file that diffusers reads without the text encoders' magnitudes",
         not_decayed=("lora_magnitude_vector",),
+        vectors=True,
     ),
     Method(
         "rslora",
@@ -178,6 +179,7 @@ _METHODS = (
         rates="1e-3 to 1e-2",
         limits=("its rank is large, and a LoRA file of that rank is larger than a dense one would be",),
         not_decayed=("vera_lambda_d",),
+        vectors=True,
     ),
     Method(
         "adalora",
@@ -305,6 +307,7 @@ _METHODS = (
         fixed={"init_weights": True},
         adapter="methods.adapter:FourierFt",
         low_rank=False,
+        vectors=True,
         rates="1e-2 to 1e-1",
         limits=(DENSE,),
     ),
@@ -451,7 +454,8 @@ def _nora(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
         ("calibration_passes", ("outer_init", "awsvd")),
         ("inner_std", ("inner_init", "normal")),
     ):
-        if name in given and values[needed[0]] != needed[1]:
+        said = given.get(name, method.option(name).default) != method.option(name).default
+        if said and values[needed[0]] != needed[1]:
             raise ValueError(
                 f"--{name} {given[name]} has no effect with {values[needed[0]]}: add --{needed[0]} {needed[1]} or "
                 "leave it out"

@@ -8,18 +8,22 @@ from .registration import ensure_peft_type, register
 
 ensure_peft_type()  # the config names the type when it is constructed, so the type must exist before
 
+from .cache import BasisCache, use_basis_cache  # noqa: E402
 from .calibration import calibration_mask, preprocess_nora  # noqa: E402
 from .config import NoraConfig  # noqa: E402
 from .files import inner_prefixes, load_inner, read_inner, save_inner  # noqa: E402
 from .layer import NoraLinear  # noqa: E402
 from .model import NoraModel, check_targets, fold_nora  # noqa: E402
+from .version import __version__  # noqa: E402
 
 register(NoraConfig, NoraModel)
 
 __all__ = [
+    "BasisCache",
     "NoraConfig",
     "NoraLinear",
     "NoraModel",
+    "__version__",
     "calibration_mask",
     "check_targets",
     "fold_nora",
@@ -28,4 +32,5 @@ __all__ = [
     "preprocess_nora",
     "read_inner",
     "save_inner",
+    "use_basis_cache",
 ]

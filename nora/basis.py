@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -18,13 +18,13 @@ from .functional import (
     awsvd_scale,
     canonical_statistic,
     fingerprint,
+    float64,
     outer_factors,
     random_factors,
     sketch,
     sketch_distance,
 )
 
-FOLDED_FILE = "pytorch_lora_weights.safetensors"
 _STATISTICS_ATTRIBUTE = "_nora_statistics"
 
 
@@ -41,10 +41,21 @@ def is_transposed(base_layer: nn.Module) -> bool:
     return isinstance(base_layer, Conv1D)
 
 
+def base_weight(base_layer: nn.Module) -> torch.Tensor:
+    """The frozen weight as the layer stores it."""
+    return cast(torch.Tensor, base_layer.weight)
+
+
 def oriented_weight(base_layer: nn.Module) -> torch.Tensor:
     """The frozen weight as (out, in) = (m, n), detached, whatever way the layer stores it."""
-    weight = base_layer.weight.detach()
+    weight = base_weight(base_layer).detach()
     return weight.T if is_transposed(base_layer) else weight
+
+
+def layer_shape(base_layer: nn.Module) -> tuple[int, int]:
+    """(out, in) = (m, n)."""
+    m, n = oriented_weight(base_layer).shape
+    return m, n
 
 
 def attach_statistic(base_layer: nn.Module, kind: str, statistic: torch.Tensor) -> None:
@@ -60,8 +71,9 @@ def attached_statistic(base_layer: nn.Module, kind: str) -> torch.Tensor | None:
 def build_basis(
     name: str, base_layer: nn.Module, config: NoraConfig, outer_r: int, statistic: torch.Tensor | None = None
 ) -> Basis:
-    """Outer factors of one layer (module name ``name``) as the config asks; ``statistic`` (n,) for a data-driven AwSVD.
+    """Outer factors of one layer as the config asks; ``statistic`` (n,) for a data-driven AwSVD.
 
+    ``name`` is the module's own, without what wrappers put before it: it seeds random factors.
     On the meta device (to count parameters of a model that isn't there) the pair has its shape and no content.
     """
     W = oriented_weight(base_layer)  # (m, n)
@@ -70,24 +82,57 @@ def build_basis(
         return Basis(OuterFactors(A, B), None, None)
     if config.outer_init == "random":
         seed = layer_seed(config.outer_seed, name)
-        settings = ("random", outer_r, config.sigma_side, seed)
-        outer = cached_outer_factors(W, None, settings, lambda: random_factors(W, outer_r, seed, config.sigma_side))
+        key = ("random", outer_r, config.sigma_side, seed)
+        outer = cached_outer_factors(W, None, key, lambda: random_factors(W, outer_r, seed, config.sigma_side))
         return Basis(outer, fingerprint(W, outer), None)
     scale, used = None, None
     if config.outer_init == "awsvd":
         if config.awsvd_stat == "weight":
-            statistic = W.double().abs().mean(dim=0)  # (n,)
+            statistic = float64(W).abs().mean(dim=0)  # (n,)
+        assert statistic is not None  # whoever calls has looked for it
         used = canonical_statistic(statistic).to(W.device)
         scale = awsvd_scale(used, config.awsvd_gamma)
     settings = (config.outer_init, outer_r, config.sigma_side, config.awsvd_gamma, STATISTIC_FLOOR)
     outer = cached_outer_factors(W, used, settings, lambda: outer_factors(W, outer_r, scale, config.sigma_side))
-    kept = used.cpu() if config.needs_statistics else None
+    kept = used.cpu() if used is not None and config.needs_statistics else None
     return Basis(outer, fingerprint(W, outer), kept)
 
 
 def layer_seed(outer_seed: int, name: str) -> int:
     """Seed of one layer's random factors: a function of the config's seed and the module's name."""
     return int.from_bytes(hashlib.blake2b(f"{outer_seed}:{name}".encode(), digest_size=4).digest(), "little")
+
+
+def rebuild_basis(
+    label: str,
+    names: tuple[str, ...],
+    base_layer: nn.Module,
+    config: NoraConfig,
+    outer_r: int,
+    statistic: torch.Tensor | None,
+    expected: torch.Tensor,
+) -> Basis:
+    """The basis of a saved adapter, made anew from the base weight and checked against its fingerprint (3, k).
+
+    Args:
+        label: names the layer in errors.
+        names: the module's own name, then others that may have seeded its random factors.
+
+    Raises:
+        ValueError: if the base weight or the outer pair isn't the one that the fingerprint was taken of.
+    """
+    check_base(label, base_layer, expected)
+    for name in names if config.outer_init == "random" else names[:1]:
+        basis = build_basis(name, base_layer, config, outer_r, statistic)
+        if fingerprints_agree(basis.fingerprint, expected):
+            return basis
+    check_basis(label, basis, expected)
+    return basis
+
+
+def fingerprints_agree(one: torch.Tensor | None, other: torch.Tensor) -> bool:
+    """Whether two fingerprints (3, k) are of the same base weight and pair, up to FINGERPRINT_TOLERANCE."""
+    return one is not None and all(sketch_distance(a, b) <= FINGERPRINT_TOLERANCE for a, b in zip(other, one))
 
 
 def check_base(name: str, base_layer: nn.Module, expected: torch.Tensor) -> None:
@@ -110,6 +155,7 @@ def check_basis(name: str, basis: Basis, expected: torch.Tensor) -> None:
     Raises:
         ValueError: if it isn't, naming the layer.
     """
+    assert basis.fingerprint is not None  # only a basis on the meta device has none
     for part, saved, found in zip(("base weight", "outer factor A", "outer factor B"), expected, basis.fingerprint):
         _check_sketch(name, part, saved, found)
 
@@ -120,5 +166,5 @@ def _check_sketch(name: str, part: str, expected: torch.Tensor, found: torch.Ten
         raise ValueError(
             f"{name}: the {part} differs from the one this adapter was trained with (relative distance {distance:.2g}, "
             f"limit {FINGERPRINT_TOLERANCE:g}), and inner weights mean nothing in another basis: load the base it was "
-            f"trained on, in the same dtype, or use the folded file {FOLDED_FILE}"
+            "trained on, in the same dtype, or a LoRA that fold_nora made of the adapter there"
         )

@@ -14,6 +14,7 @@ from torch import nn
 
 from .basis import attach_statistic, oriented_weight
 from .config import NoraConfig
+from .functional import where_float64_is
 from .model import check_targets, find_targets
 
 _token_mask: ContextVar[torch.Tensor | None] = ContextVar("token_mask", default=None)
@@ -68,10 +69,16 @@ def preprocess_nora(
 
     Raises:
         ValueError: if a targeted module never fires, is missing from ``stats`` or has another width there, if the ranks
-            don't fit a module, or if neither or both of ``run_model`` and ``stats`` are given.
+            don't fit a module, if neither or both of ``run_model`` and ``stats`` are given, or if the config was
+            injected before without calibration.
     """
     if isinstance(model, PeftModel):
         model = model.get_base_model()
+    if config.outer_init_was_chosen and config.outer_init == "svd":
+        raise ValueError(
+            'outer_init was None and became "svd" when this config was injected into a model that was not calibrated, '
+            "so calibrating now would do nothing: make a new config"
+        )
     config.saved = False  # whatever file the config came from, this starts afresh
     if not config.needs_statistics:
         return {}
@@ -80,9 +87,9 @@ def preprocess_nora(
         raise ValueError(f"preprocess_nora got {given} of run_model and stats: pass one of them")
     check_targets(model, config)
     targets = find_targets(model, config)
-    if stats is None:
+    if run_model is not None:
         measured = _measure(targets, model if hooked_model is None else hooked_model, config.awsvd_stat, run_model)
-    else:
+    elif stats is not None:
         measured = _checked(stats, targets)
     for name, layer in targets.items():
         attach_statistic(layer, config.awsvd_stat, measured[name])
@@ -121,7 +128,7 @@ class _ChannelSums:
         tokens = values.reshape(-1, values.shape[-1])  # (tokens, n)
         tokens = tokens.float()  # half precision would overflow in x²
         tokens = tokens.square() if self.squared else tokens.abs()
-        total, count = tokens.sum(dim=0, dtype=torch.float64), tokens.shape[0]
+        total, count = where_float64_is(tokens).sum(dim=0, dtype=torch.float64), tokens.shape[0]
         self._recent[key] = (weakref.ref(x, lambda _: self._recent.pop(key, None)), x._version, mask, total, count)
         return total, count
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
@@ -9,6 +10,8 @@ from typing import NamedTuple
 from peft.config import PeftConfig
 from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import PeftType
+
+from .registration import NAME
 
 DEFAULT_OUTER_MULTIPLE = 8
 
@@ -41,6 +44,8 @@ class NoraConfig(PeftConfig):
         target_modules: names, a regular expression, or "all-linear", as in every PEFT method. ``nn.Linear`` and
             transformers' ``Conv1D``.
         outer_init: "awsvd" (activation-aware SVD of W), "svd", or "random" (Gaussian at the SVD's Frobenius norms).
+            None: "awsvd" where `preprocess_nora` has measured the model, else "svd" with a warning; injection writes
+            here which.
         awsvd_gamma: exponent of the statistic in S: 0.5 in the paper's Eq. 3, 1.0 in the authors' code.
         awsvd_stat: what S measures per input channel: "mean_abs" or "rms" of the activations (both need
             `preprocess_nora`), or "weight", the data-free mean |W| of the channel's column.
@@ -65,9 +70,11 @@ class NoraConfig(PeftConfig):
     r: int = field(default=8, metadata={"help": "Rank of the update (the paper's r')."})
     outer_r: int | None = field(default=None, metadata={"help": "Outer rank (the paper's r); None means 8 r."})
     nora_alpha: float | None = field(default=None, metadata={"help": "s = nora_alpha / r; None means s = 1."})
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to adapt."})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
-    outer_init: str = field(default="awsvd", metadata={"help": "awsvd, svd or random."})
+    target_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to adapt."})
+    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
+    outer_init: str | None = field(
+        default=None, metadata={"help": "awsvd, svd or random; None: awsvd where the model was calibrated, else svd."}
+    )
     awsvd_gamma: float = field(default=0.5, metadata={"help": "Exponent of the statistic in S."})
     awsvd_stat: str = field(default="mean_abs", metadata={"help": "mean_abs, rms or weight."})
     sigma_side: str = field(default="B", metadata={"help": "B, A or both."})
@@ -84,9 +91,13 @@ class NoraConfig(PeftConfig):
     init_weights: bool = field(default=True, metadata={"help": "False starts at a random, non-zero update."})
     saved: bool = field(default=False, metadata={"help": "Set by saving: the basis comes with the weights."})
 
-    def __post_init__(self):
+    outer_init_was_chosen = False  # no field: outer_init was None until an injection wrote it
+
+    def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.NORA
+        self.peft_type = PeftType[NAME]
+        if self.saved and self.outer_init is None:
+            self.outer_init = "awsvd"  # saving writes it; this is what None meant to whoever left it out of a file
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
@@ -111,7 +122,7 @@ class NoraConfig(PeftConfig):
             )
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
-            if value not in allowed:
+            if value not in allowed and not (name == "outer_init" and value is None):
                 raise ValueError(f"{name}={value!r} is not known: choose one of {', '.join(allowed)}")
 
     def _check_numbers(self) -> None:
@@ -142,7 +153,7 @@ class NoraConfig(PeftConfig):
     @property
     def needs_statistics(self) -> bool:
         """Whether the outer factors depend on activations, so that `preprocess_nora` must run before injection."""
-        return self.outer_init == "awsvd" and self.awsvd_stat != "weight"
+        return self.outer_init in (None, "awsvd") and self.awsvd_stat != "weight"
 
     def layer_ranks(self, name: str, shape: tuple[int, int]) -> LayerRanks:
         """Ranks and alpha of the module ``name`` with weight shape (out, in).
@@ -150,9 +161,9 @@ class NoraConfig(PeftConfig):
         Raises:
             ValueError: if the layer can't hold them, with its name, the value, the limit and the fix.
         """
-        r = self.rank_pattern.get(get_pattern_key(self.rank_pattern, name), self.r)
-        outer_r = self.outer_rank_pattern.get(get_pattern_key(self.outer_rank_pattern, name), self.outer_r)
-        alpha = self.alpha_pattern.get(get_pattern_key(self.alpha_pattern, name), self.nora_alpha)
+        r = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name), self.r)
+        outer_r = self.outer_rank_pattern.get(get_pattern_key(list(self.outer_rank_pattern), name), self.outer_r)
+        alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), name), self.nora_alpha)
         side = min(shape)
         limit, cut = f"min(out, in)={side}", False
         if outer_r is None:
@@ -171,22 +182,24 @@ class NoraConfig(PeftConfig):
             )
         return LayerRanks(r, outer_r, r if alpha is None else alpha, cut)
 
-    def to_dict(self) -> dict:
-        """Plain values for adapter_config.json, marked as saved."""
-        return super().to_dict() | {"saved": True}
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Write adapter_config.json, in which ``saved`` is set; this object stays as it is."""
+        marked = copy.copy(self)
+        marked.saved = True
+        super(NoraConfig, marked).save_pretrained(save_directory, **kwargs)
 
 
 def plain_config(config: NoraConfig) -> dict:
-    """The config's own values, JSON-ready and in a stable order: sets as sorted lists, no paths of the machine."""
+    """The config's own values as a file holds them, in a stable order: sets as sorted lists, no paths of a machine."""
     inherited = {f.name for f in fields(PeftConfig)}
-    values = {name: value for name, value in config.to_dict().items() if name not in inherited}
+    values = {name: value for name, value in config.to_dict().items() if name not in inherited} | {"saved": True}
     return {k: sorted(v) if isinstance(v, set) else v for k, v in sorted(values.items())}
 
 
-def _is_number(value) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_rank(name: str, rank) -> None:
+def _check_rank(name: str, rank: object) -> None:
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"{name}={rank!r} must be an integer of at least 1")

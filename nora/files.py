@@ -17,20 +17,19 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from peft import PeftModel, inject_adapter_in_model
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from storage.files import write_safetensors
-
-from .basis import FOLDED_FILE, Basis, build_basis, check_base, check_basis, oriented_weight
+from .basis import Basis, check_base, oriented_weight, rebuild_basis
 from .config import NoraConfig, plain_config
 from .functional import OuterFactors, fold
-from .layer import NoraLinear
-from .model import check_layer, find_targets, nora_layers, ready_bases
+from .layer import NoraLinear, check_unmerged
+from .model import check_in_memory, check_layer, find_targets, nora_layers, own_name, ready_bases
+from .safetensors_file import write_safetensors
 
 FORMAT_VERSION = 1
 _HEADER_KEYS = ("format_version", "nora_config", "fingerprints", "awsvd_stats_aliases")
@@ -77,7 +76,7 @@ def save_inner(
         layers = nora_layers(model, adapter_name)
         if not layers:
             raise ValueError(f"component {prefix!r} has no NoRA adapter {adapter_name!r}: inject it first")
-        config = model.peft_config[adapter_name]
+        config = cast(dict, model.peft_config)[adapter_name]
         if config.modules_to_save:
             raise ValueError(
                 f"component {prefix!r} also trains modules_to_save={config.modules_to_save}, which an inner-only file "
@@ -86,10 +85,11 @@ def save_inner(
         configs[prefix] = plain_config(config)
         for name, layer in layers.items():
             key = f"{prefix}.{name}"
-            inner_A, inner_B = layer.nora_inner_A[adapter_name].weight, layer.nora_inner_B[adapter_name].weight
+            inner_A, inner_B = layer.inner(adapter_name)
             tensors[f"{key}.lora_A.weight"] = inner_A.detach().to(dtype or inner_A.dtype)
             tensors[f"{key}.lora_B.weight"] = inner_B.detach().to(dtype or inner_B.dtype)
             basis = layer.basis(adapter_name)
+            assert basis.fingerprint is not None  # only a basis on the meta device has none
             fingerprints[key] = [[float(f"{x:.6g}") for x in row] for row in basis.fingerprint.tolist()]
             if basis.statistic is None:
                 continue
@@ -114,7 +114,7 @@ def inner_prefixes(path: str | os.PathLike) -> list[str]:
         ValueError: if it isn't such a file.
     """
     with _open(path) as file:
-        return list(_configs(path, file.metadata()))
+        return list(_configs(path, file.metadata() or {}))
 
 
 def load_inner(path: str | os.PathLike, components: Mapping[str, nn.Module], adapter_name: str = "default") -> None:
@@ -141,8 +141,9 @@ def load_inner(path: str | os.PathLike, components: Mapping[str, nn.Module], ada
     bases = _checked_bases(path, inner, components)
     for prefix, model in components.items():
         with ready_bases(bases[prefix]):
-            if hasattr(model, "add_adapter"):  # so that diffusers and transformers know of the adapter
-                model.add_adapter(inner.configs[prefix], adapter_name=adapter_name)
+            add_adapter = getattr(model, "add_adapter", None)
+            if add_adapter is not None:  # so that diffusers and transformers know of the adapter
+                add_adapter(inner.configs[prefix], adapter_name=adapter_name)
             else:
                 inject_adapter_in_model(inner.configs[prefix], model, adapter_name)
         for name, layer in nora_layers(model, adapter_name).items():
@@ -195,17 +196,17 @@ def _checked_bases(
         bases[prefix] = {}
         for name, layer in layers.items():
             key, config = f"{prefix}.{name}", inner.configs[prefix]
-            outer_r = inner.inner_A[key].shape[1]
-            basis = build_basis(name, layer, config, outer_r, inner.statistics.get(key))
-            check_basis(key, basis, inner.fingerprints[key])
-            bases[prefix][name] = basis
+            names = own_name(components[prefix], name), name
+            outer_r, statistic = inner.inner_A[key].shape[1], inner.statistics.get(key)
+            bases[prefix][name] = rebuild_basis(key, names, layer, config, outer_r, statistic, inner.fingerprints[key])
     return bases
 
 
 @torch.no_grad()
 def _set_inner(layer: NoraLinear, adapter_name: str, inner: InnerFile, key: str) -> None:
-    layer.nora_inner_A[adapter_name].weight.copy_(inner.inner_A[key])
-    layer.nora_inner_B[adapter_name].weight.copy_(inner.inner_B[key])
+    inner_A, inner_B = layer.inner(adapter_name)
+    inner_A.copy_(inner.inner_A[key])
+    inner_B.copy_(inner.inner_B[key])
 
 
 def _matching_targets(path, prefix: str, model: nn.Module, inner: InnerFile) -> dict[str, nn.Module]:
@@ -226,6 +227,8 @@ def _matching_targets(path, prefix: str, model: nn.Module, inner: InnerFile) -> 
         )
     for name, layer in layers.items():
         key = f"{prefix}.{name}"
+        check_unmerged(model.get_submodule(name), key, "loading another")
+        check_in_memory(model, name, layer)
         if any(parameter.is_meta for parameter in layer.parameters()):
             raise ValueError(
                 f"{key} has no weight (meta device), and the outer factors come from it: load the base first"
@@ -243,8 +246,8 @@ def _matching_targets(path, prefix: str, model: nn.Module, inner: InnerFile) -> 
             statistic = inner.statistics.get(key)
             if statistic is None:
                 raise ValueError(
-                    f"{path} lacks the AwSVD statistic of {key}: save the adapter again, or use the folded file "
-                    f"{FOLDED_FILE}"
+                    f"{path} lacks the AwSVD statistic of {key}: save the adapter again, or load a LoRA that "
+                    "fold_nora made of it"
                 )
             if tuple(statistic.shape) != (n,):
                 raise ValueError(
@@ -271,8 +274,8 @@ def _open(path: str | os.PathLike):
         ) from error
 
 
-def _configs(path: str | os.PathLike, header: Mapping[str, str] | None) -> dict[str, NoraConfig]:
-    missing = [key for key in _HEADER_KEYS if key not in (header or {})]
+def _configs(path: str | os.PathLike, header: Mapping[str, str]) -> dict[str, NoraConfig]:
+    missing = [key for key in _HEADER_KEYS if key not in header]
     if missing:
         raise ValueError(
             f"{path} is not an inner-only NoRA file, its header lacks {', '.join(missing)}: a folded or LoRA file is "
@@ -291,10 +294,12 @@ def _configs(path: str | os.PathLike, header: Mapping[str, str] | None) -> dict[
 
 def _read(path: str | os.PathLike) -> InnerFile:
     with _open(path) as file:
-        header = file.metadata()
+        header = file.metadata() or {}
         configs = _configs(path, header)
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-    inner_A, inner_B, statistics = {}, {}, {}
+    inner_A: dict[str, torch.Tensor] = {}
+    inner_B: dict[str, torch.Tensor] = {}
+    statistics: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
         for suffix, kind in ((".lora_A.weight", inner_A), (".lora_B.weight", inner_B), (_STATS_SUFFIX, statistics)):
             if key.endswith(suffix):

@@ -23,6 +23,7 @@ SKETCH_SEED = 240810280
 SKETCH_SIZE = 4
 FINGERPRINT_SHAPE = (3, 1 + SKETCH_SIZE)  # W, A, B
 FINGERPRINT_TOLERANCE = 1e-3
+DEVICES_WITHOUT_FLOAT64 = {"mps"}
 
 
 class OuterFactors(NamedTuple):
@@ -30,6 +31,16 @@ class OuterFactors(NamedTuple):
 
     A: torch.Tensor
     B: torch.Tensor
+
+
+def where_float64_is(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or on the CPU if its device has no float64."""
+    return tensor.cpu() if tensor.device.type in DEVICES_WITHOUT_FLOAT64 else tensor
+
+
+def float64(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float64: on its own device, or on the CPU if that has none."""
+    return where_float64_is(tensor).double()
 
 
 def canonical_statistic(statistic: torch.Tensor) -> torch.Tensor:
@@ -44,7 +55,7 @@ def canonical_statistic(statistic: torch.Tensor) -> torch.Tensor:
         ValueError: if an entry is negative or not finite, or if all are zero.
     """
     canonical = statistic.dtype == torch.float16
-    statistic = statistic.detach().double()
+    statistic = float64(statistic.detach())
     if not bool(torch.isfinite(statistic).all()) or bool((statistic < 0).any()):
         bad = statistic[~torch.isfinite(statistic) | (statistic < 0)][0].item()
         raise ValueError(
@@ -67,7 +78,7 @@ def awsvd_scale(statistic: torch.Tensor, gamma: float, floor: float = STATISTIC_
     dead channels unguarded, and one zero makes S singular; here ``S = max(S, floor * mean(S))``. The unit mean keeps A
     and B at the weights' own magnitude whatever the activations' units are, which matters in half precision.
     """
-    scale = statistic.double() ** gamma
+    scale = float64(statistic) ** gamma
     scale = scale.clamp_min(floor * scale.mean())
     return scale / scale.mean()
 
@@ -111,13 +122,13 @@ def outer_factors(W: torch.Tensor, r: int, scale: torch.Tensor | None = None, si
         scale: diagonal of S (n,); None means S = I, the plain SVD.
         sigma_side: where Σ goes: "B" (the paper), "A", or "both" (√Σ on each; Table 8).
     """
-    S = torch.ones(W.shape[1], dtype=torch.float64) if scale is None else scale.double()
-    S = S.to(W.device)
-    U, sigma, Vt = truncated_svd(W.double() * S, r)
+    M = float64(W)
+    S = M.new_ones(W.shape[1]) if scale is None else float64(scale).to(M)
+    U, sigma, Vt = truncated_svd(M * S, r)
     on_B = {"B": sigma, "A": torch.ones_like(sigma), "both": sigma.sqrt()}[sigma_side]
     on_A = {"B": torch.ones_like(sigma), "A": sigma, "both": sigma.sqrt()}[sigma_side]
     A, B = fix_signs(on_A[:, None] * Vt / S, U * on_B)
-    return OuterFactors(A.float().contiguous(), B.float().contiguous())
+    return OuterFactors(A.float().contiguous().to(W.device), B.float().contiguous().to(W.device))
 
 
 def random_factors(W: torch.Tensor, r: int, seed: int, sigma_side: str = "B") -> OuterFactors:
@@ -128,8 +139,8 @@ def random_factors(W: torch.Tensor, r: int, seed: int, sigma_side: str = "B") ->
     """
     svd = outer_factors(W, r, sigma_side=sigma_side)
     draws = np.random.RandomState(seed)
-    A = torch.from_numpy(draws.standard_normal(svd.A.shape)).to(svd.A)
-    B = torch.from_numpy(draws.standard_normal(svd.B.shape)).to(svd.B)
+    A = torch.from_numpy(draws.standard_normal(svd.A.shape)).float().to(svd.A.device)
+    B = torch.from_numpy(draws.standard_normal(svd.B.shape)).float().to(svd.B.device)
     return OuterFactors(A * (svd.A.norm() / A.norm()), B * (svd.B.norm() / B.norm()))
 
 
@@ -148,18 +159,22 @@ def matched_std(
     statistic it is 1.1, 0.9, 1.1.
     """
     m, n = shape
-    d = torch.ones(n, dtype=torch.float64) if statistic is None else statistic.double()
-    d = d.to(outer.A.device)
-    norms = outer.B.double().norm().item() * (outer.A.double() * d).norm().item()
+    A, B = (float64(factor) for factor in outer)
+    d = A.new_ones(n) if statistic is None else float64(statistic).to(A)
+    norms = B.norm().item() * (A * d).norm().item()
     return math.sqrt(m) * d.norm().item() / (scaling * math.sqrt(REFERENCE_LORA_RANK * r) * norms)
 
 
 def fold(
-    inner_A: torch.Tensor, inner_B: torch.Tensor, outer: OuterFactors, scaling: float
+    inner_A: torch.Tensor,
+    inner_B: torch.Tensor,
+    outer: OuterFactors,
+    scaling: float,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The plain LoRA of rank r' with the same ΔW: ``lora_A = A' A`` (r', n), ``lora_B = s B B'`` (m, r'), float32."""
-    lora_A = inner_A.float() @ outer.A.float()
-    lora_B = scaling * (outer.B.float() @ inner_B.float())
+    """The plain LoRA of rank r' with the same ΔW: ``lora_A = A' A`` (r', n), ``lora_B = s B B'`` (m, r')."""
+    lora_A = inner_A.to(dtype) @ outer.A.to(dtype)
+    lora_B = scaling * (outer.B.to(dtype) @ inner_B.to(dtype))
     return lora_A, lora_B
 
 
@@ -171,9 +186,9 @@ def sketch(M: torch.Tensor) -> torch.Tensor:
     """
     draws = np.random.RandomState(SKETCH_SEED)
     m, n = M.shape
+    M = float64(M)
     u = torch.from_numpy(draws.standard_normal((SKETCH_SIZE, m))).to(M.device)
     v = torch.from_numpy(draws.standard_normal((SKETCH_SIZE, n))).to(M.device)
-    M = M.double()
     norm = M.norm()
     projections = ((u @ M) * v).sum(dim=1) / norm.clamp_min(torch.finfo(torch.float64).tiny)
     return torch.cat([norm[None], projections]).cpu()

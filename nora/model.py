@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
+from typing import cast
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
-from .basis import FOLDED_FILE, Basis, attached_statistic, build_basis, check_base, check_basis, oriented_weight
+from .basis import Basis, attached_statistic, base_weight, build_basis, check_base, layer_shape
 from .combine import concatenated, truncated
 from .config import DEFAULT_OUTER_MULTIPLE, NoraConfig
-from .layer import NoraLinear
+from .layer import NoraLinear, Origin, check_unmerged
 
 logger = logging.getLogger(__name__)
 
 PEFT_PREFIX = "base_model.model."
+_WRAPPING_ATTRIBUTES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # Bases that were computed (and checked) before injection, by module name: loading must not pay for them twice.
 _ready_bases: ContextVar[dict[str, Basis]] = ContextVar("ready_bases", default={})  # noqa: B039 (never mutated)
 
@@ -44,7 +49,8 @@ def find_targets(model: nn.Module, config: NoraConfig) -> dict[str, nn.Module]:
     """Base layers that the config targets in the model, by module name, in the model's order. Changes neither."""
     config = copy.copy(config)
     if config.target_modules is None:
-        NoraModel._prepare_adapter_config(NoraModel, config, BaseTuner.get_model_config(model))
+        tuner = cast(BaseTuner, NoraModel)  # it asks the class only
+        NoraModel._prepare_adapter_config(tuner, config, BaseTuner.get_model_config(model))
     _maybe_include_all_linear_layers(config, model)
     tuner_layers = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, BaseTunerLayer))
     targets = {}
@@ -62,6 +68,17 @@ def nora_layers(model: nn.Module, adapter_name: str) -> dict[str, NoraLinear]:
         for name, module in model.named_modules()
         if isinstance(module, NoraLinear) and adapter_name in module.nora_inner_A
     }
+
+
+def own_name(model: nn.Module, name: str) -> str:
+    """The module's name without what PEFT, DDP, torch.compile, FSDP and checkpointing put before it."""
+    parts = []
+    for part in name.split("."):
+        wrapped = isinstance(model, (PeftModel, BaseTuner, DataParallel, DistributedDataParallel))
+        if not wrapped and part not in _WRAPPING_ATTRIBUTES:
+            parts.append(part)
+        model = getattr(model, part)
+    return ".".join(parts)
 
 
 def fold_nora(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
@@ -90,22 +107,24 @@ def check_layer(name: str, base_layer: nn.Module, config: NoraConfig) -> None:
     """Refuse what can't hold the adapter, before anything is changed.
 
     Raises:
-        ValueError: for a layer that isn't linear, is quantised, is bypassed, or is too small for the ranks.
+        ValueError: for a layer that isn't linear, is quantised, offloaded or bypassed, or is too small for the ranks.
     """
     leave_out = "leave that module out of target_modules"
     if not isinstance(base_layer, (nn.Linear, Conv1D)):
         raise ValueError(f"{name} is a {type(base_layer).__name__}, and NoRA adapts nn.Linear and Conv1D: {leave_out}")
     if isinstance(base_layer, NonDynamicallyQuantizableLinear):
         raise ValueError(f"{name} belongs to nn.MultiheadAttention, which never calls it as a module: {leave_out}")
-    weight = base_layer.weight
-    if not weight.is_floating_point() or weight.ndim != 2:
+    weight = base_weight(base_layer)
+    foreign = type(weight).__module__.partition(".")[0] != "torch"  # torchao and bitsandbytes have their own tensors
+    if foreign or not weight.is_floating_point() or weight.ndim != 2:
+        kind = f"{type(weight).__name__}, dtype {weight.dtype}, shape {tuple(weight.shape)}"
         raise ValueError(
-            f"{name} has a weight of dtype {weight.dtype} and shape {tuple(weight.shape)}, and NoRA needs the plain "
-            f"matrix to decompose: load the base without quantisation, or {leave_out}"
+            f"{name} has a quantised weight or none of a linear layer ({kind}), and NoRA needs the plain matrix to "
+            f"decompose: load the base without quantisation, or {leave_out}"
         )
     if not weight.is_meta and not bool(weight.any()):
         raise ValueError(f"{name} has a weight of zeros, and its outer factors would be zero too: {leave_out}")
-    config.layer_ranks(name, tuple(oriented_weight(base_layer).shape))
+    config.layer_ranks(name, layer_shape(base_layer))
 
 
 def check_targets(model: nn.Module, config: NoraConfig) -> None:
@@ -118,7 +137,25 @@ def check_targets(model: nn.Module, config: NoraConfig) -> None:
     if not targets:
         raise ValueError(f"target_modules={config.target_modules!r} matches no module of {type(model).__name__}")
     for name, layer in targets.items():
+        check_in_memory(model, name, layer)
         check_layer(name, layer, config)
+
+
+def check_in_memory(model: nn.Module, name: str, base_layer: nn.Module) -> None:
+    """Refuse a layer whose weight accelerate has offloaded. A model that is on the meta device by itself passes.
+
+    Raises:
+        ValueError: naming the layer.
+    """
+    if not base_weight(base_layer).is_meta:
+        return
+    path = name.split(".")
+    around = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path))]
+    if any(hasattr(module, "_hf_hook") for module in (base_layer, *around)):
+        raise ValueError(
+            f"{name} is offloaded by accelerate, and NoRA needs its weight to decompose: load the base without "
+            "offloading, or offload it after the adapter is in place"
+        )
 
 
 class NoraModel(BaseTuner):
@@ -129,41 +166,42 @@ class NoraModel(BaseTuner):
 
     prefix = "nora_"
     tuner_layer_cls = NoraLinear
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
+    peft_config: dict[str, NoraConfig]  # type: ignore[assignment]
 
     # ------------------------------------------------------------------ injection
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        config = self.peft_config[adapter_name]
+        given = config.outer_init
         try:
+            _choose_outer_init(model, config)
             if kwargs.get("state_dict") is None:  # with one, its keys choose the modules, and each is checked in turn
-                self._check_before_injection(model, self.peft_config[adapter_name])
+                self._check_before_injection(model, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             # The name went into the model's configs, and diffusers and transformers mark the model as adapted, before
             # PEFT called us; left so, a second try with a corrected config would be refused.
+            config.outer_init = given
             self.peft_config.pop(adapter_name, None)
             if not self.peft_config and getattr(model, "_hf_peft_config_loaded", False):
-                model._hf_peft_config_loaded = False
+                model._hf_peft_config_loaded = False  # type: ignore[assignment]
             raise
 
     def _check_before_injection(self, model: nn.Module, config: NoraConfig) -> None:
         cut = []
         for name, layer in find_targets(model, config).items():
+            check_unmerged(model.get_submodule(name), name, "adding another")
+            check_in_memory(model, name, layer)
             check_layer(name, layer, config)
-            wrapper = model.get_submodule(name)
-            if isinstance(wrapper, BaseTunerLayer) and wrapper.merged:
-                raise ValueError(
-                    f"{name} has merged adapters {wrapper.merged_adapters}, so its weight is not the base's: unmerge "
-                    "them before adding another"
-                )
-            weight = layer.weight
+            weight = base_weight(layer)
             if weight.is_meta:
                 continue
             if name not in _ready_bases.get():
                 if not bool(torch.isfinite(weight).all()):
                     raise ValueError(f"{name} has NaN or infinity in its weight: load a sound base")
                 self._statistic(name, layer, config)
-            ranks = config.layer_ranks(name, tuple(oriented_weight(layer).shape))
+            ranks = config.layer_ranks(name, layer_shape(layer))
             if ranks.cut:
                 cut.append(f"{name} ({ranks.outer_r})")
         if cut:
@@ -187,7 +225,7 @@ class NoraModel(BaseTuner):
             )
         return statistic
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: NoraConfig,
         adapter_name: str,
@@ -200,17 +238,19 @@ class NoraModel(BaseTuner):
     ) -> None:
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         check_layer(current_key, base_layer, peft_config)
-        ranks = peft_config.layer_ranks(current_key, tuple(oriented_weight(base_layer).shape))
-        layer = target if isinstance(target, NoraLinear) else NoraLinear(target)
-        layer.update_layer(adapter_name, peft_config, ranks, peft_config.inference_mode)
+        ranks = peft_config.layer_ranks(current_key, layer_shape(base_layer))
+        name = own_name(self.model, current_key)
+        layer = target if isinstance(target, NoraLinear) else NoraLinear(target, name)
+        layer.update_layer(adapter_name, Origin(copy.copy(peft_config), current_key), ranks, peft_config.inference_mode)
 
         basis = _ready_bases.get().get(current_key)
-        if basis is None and peft_config.saved and not base_layer.weight.is_meta:
-            layer.await_basis(adapter_name, current_key, peft_config)
+        on_meta = base_weight(base_layer).is_meta
+        if basis is None and peft_config.saved and not on_meta:
+            layer.await_basis(adapter_name)
         else:
             if basis is None:
-                statistic = None if base_layer.weight.is_meta else self._statistic(current_key, base_layer, peft_config)
-                basis = build_basis(current_key, base_layer, peft_config, ranks.outer_r, statistic)
+                statistic = None if on_meta else self._statistic(current_key, base_layer, peft_config)
+                basis = build_basis(name, base_layer, peft_config, ranks.outer_r, statistic)
             layer.set_basis(adapter_name, basis)
             layer.reset_inner(adapter_name, peft_config, basis)
         if layer is not target:
@@ -224,7 +264,7 @@ class NoraModel(BaseTuner):
             return
         for layer in nora_layers(self.model, adapter_name).values():
             for inner in (layer.nora_inner_A[adapter_name], layer.nora_inner_B[adapter_name]):
-                if inner.weight.dtype.itemsize < 4:
+                if base_weight(inner).dtype.itemsize < 4:
                     inner.float()
 
     # ------------------------------------------------------------------ sums of adapters
@@ -270,14 +310,14 @@ class NoraModel(BaseTuner):
         if combination_type == "svd":
             rank = svd_rank or max(layers[a][name].r[a] for a in adapters for name in first)
         for name, layer in first.items():
-            outer_r = layer.nora_inner_A[adapters[0]].in_features
+            outer_r = layer.outer_rank(adapters[0])
             if rank > outer_r:
                 raise ValueError(
                     f'rank {rank} of the sum exceeds outer_r={outer_r} at {name}: use combination_type="svd" with '
                     f"svd_rank of at most {outer_r}"
                 )
 
-        widths = {name: layer.nora_inner_A[adapters[0]].in_features for name, layer in first.items()}
+        widths = {name: layer.outer_rank(adapters[0]) for name, layer in first.items()}
         self.peft_config[adapter_name] = replace(
             self.peft_config[adapters[0]],
             r=rank,
@@ -290,16 +330,13 @@ class NoraModel(BaseTuner):
         with ready_bases({name: layer.basis(adapters[0]) for name, layer in first.items()}):
             self.inject_adapter(self.model, adapter_name)
         for layer in first.values():
-            parts = [
-                (weight * layer.scaling[a], (layer.nora_inner_A[a].weight, layer.nora_inner_B[a].weight))
-                for a, weight in zip(adapters, weights)
-            ]
+            parts = [(weight * layer.scaling[a], layer.inner(a)) for a, weight in zip(adapters, weights)]
             self._set_sum(layer, adapter_name, parts, combination_type)
 
     @staticmethod
     @torch.no_grad()
     def _set_sum(layer: NoraLinear, adapter_name: str, parts: list, combination_type: str) -> None:
-        new_A, new_B = layer.nora_inner_A[adapter_name].weight, layer.nora_inner_B[adapter_name].weight
+        new_A, new_B = layer.inner(adapter_name)
         inner_A, inner_B = concatenated(parts)
         if combination_type == "svd":
             inner_A, inner_B = truncated((inner_A, inner_B), layer.outer(adapter_name), new_A.shape[0])
@@ -318,16 +355,29 @@ class NoraModel(BaseTuner):
             yield
             return
         if self.training:
-            raise ValueError("adapter_names mixes adapters in one batch for inference only: call model.eval() first")
+            raise ValueError(
+                "Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first, since mixed "
+                "batches are for inference"
+            )
+        if isinstance(adapter_names, str) or not isinstance(adapter_names, Sequence):
+            raise ValueError(f"adapter_names={adapter_names!r} must be a list with one name for each sample")
         unknown = sorted(set(adapter_names) - set(self.peft_config) - {"__base__"})
         if unknown:
-            raise ValueError(f"adapter_names has {unknown}, but the model has {sorted(self.peft_config)}")
-        hook = partial(_pass_adapter_names, adapter_names=adapter_names)
-        handles = [
-            module.register_forward_pre_hook(hook, with_kwargs=True)
-            for module in self.modules()
-            if isinstance(module, (NoraLinear, AuxiliaryTrainingWrapper))
-        ]
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}, and the model has "
+                f"{', '.join(sorted(self.peft_config))}"
+            )
+        # Beam search repeats every sample, but an encoder has run before that.
+        beams = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None) or 1
+        encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
+        before_beams = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
+        repeated = [name for name in adapter_names for _ in range(beams)]
+        handles = []
+        for module in self.modules():
+            if isinstance(module, (NoraLinear, AuxiliaryTrainingWrapper)):
+                names = list(adapter_names) if module in before_beams else repeated
+                hook = partial(_pass_adapter_names, adapter_names=names)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         try:
             yield
         finally:
@@ -348,27 +398,53 @@ class NoraModel(BaseTuner):
         loaded = {
             name: layer
             for name, layer in nora_layers(model, adapter_name).items()
-            if f"{name}.nora_inner_A.weight" in saved and not layer.get_base_layer().weight.is_meta
+            if f"{name}.nora_inner_A.weight" in saved and not layer.is_on_meta(adapter_name)
         }
         for name, layer in loaded.items():
+            layer.check_unmerged("loading")
+            layer.check_base_is_here()
             for key, needed in (("nora_fingerprint", True), ("nora_stats", config.needs_statistics)):
                 if needed and f"{name}.{key}" not in saved:
                     raise ValueError(
                         f"{name}: the weights come without {key}, and inner weights mean nothing in another basis: "
-                        f"save with PEFT's save_pretrained, or use the folded file {FOLDED_FILE}"
+                        "save with PEFT's save_pretrained, or load a LoRA that fold_nora made of the adapter"
                     )
             check_base(name, layer.get_base_layer(), saved[f"{name}.nora_fingerprint"])
         bases = {}
         for name, layer in loaded.items():
-            statistic = saved.get(f"{name}.nora_stats")
-            basis = layer.basis(adapter_name) if adapter_name in layer.nora_outer_A else None
-            if basis is None or not _same_statistic(basis.statistic, statistic):
-                outer_r = layer.nora_inner_A[adapter_name].in_features
-                basis = bases[name] = build_basis(name, layer.get_base_layer(), config, outer_r, statistic)
-            check_basis(name, basis, saved[f"{name}.nora_fingerprint"])
+            record = saved[f"{name}.nora_fingerprint"], saved.get(f"{name}.nora_stats")
+            if not layer.pair_fits(adapter_name, *record):
+                bases[name] = layer.rebuilt_basis(adapter_name, *record)
         for name, basis in bases.items():
             loaded[name].set_basis(adapter_name, basis)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _choose_outer_init(model: nn.Module, config: NoraConfig) -> None:
+    """Write into the config what ``outer_init=None`` means for this model.
+
+    Raises:
+        ValueError: if only some of the targeted modules were calibrated.
+    """
+    if config.outer_init is not None:
+        return
+    targets = find_targets(model, config)
+    silent = [name for name, layer in targets.items() if attached_statistic(layer, config.awsvd_stat) is None]
+    if config.awsvd_stat == "weight" or not silent:
+        config.outer_init = "awsvd"
+    elif len(silent) == len(targets):
+        config.outer_init = "svd"
+        warnings.warn(
+            "outer_init is None and the model was not calibrated, so the outer factors are the plain SVD of its "
+            'weights: call preprocess_nora(model, config, run_model) first for AwSVD, or set outer_init="svd"',
+            stacklevel=2,
+        )
+    else:
+        raise ValueError(
+            f"outer_init is None, and {len(silent)} of {len(targets)} targeted modules were not calibrated, the first "
+            f'{silent[0]}: call preprocess_nora(model, config, run_model) with this config, or set outer_init="svd"'
+        )
+    config.outer_init_was_chosen = True
 
 
 def _check_same_basis(one: dict[str, NoraLinear], other: dict[str, NoraLinear], name: str, other_name: str) -> None:
@@ -382,12 +458,6 @@ def _check_same_basis(one: dict[str, NoraLinear], other: dict[str, NoraLinear], 
                 f"adapters {name!r} and {other_name!r} have different outer factors at {module}, and inner weights "
                 "can't be added across bases: fold them and add LoRAs"
             )
-
-
-def _same_statistic(live: torch.Tensor | None, saved: torch.Tensor | None) -> bool:
-    if live is None or saved is None:
-        return live is saved
-    return torch.equal(live, saved.to(live))
 
 
 def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -17,11 +16,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from storage.files import read_json
 
 STATE = "training_state.json"
+LOCK = ".lock"
 # What is in it: the step, what makes the run the same (`identity`), and the digest of every other file.
 _STATE_KINDS = {"step": int, "flags": dict, "content": dict, "files": dict}
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -31,12 +32,14 @@ FREE_TO_CHANGE = {
     "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "max_train_steps", "num_train_epochs",
     "validation_prompt", "num_validation_images", "validation_epochs", "validation_steps", "num_inference_steps",
     "validation_data_dir", "validation_loss_steps", "sample_batch_size", "push_to_hub", "hub_token", "hub_model_id",
-    "output_kohya_format", "output_peft_format", "local_rank", "dry_run", "low_vram",
+    "output_kohya_format", "output_peft_format", "convert_to_lora", "local_rank", "dry_run", "low_vram",
     "prior_generation_precision",
     # compared by content instead
     "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "instance_data_dir",
     "class_data_dir", "dataset_name", "dataset_config_name", "concepts_list", "mask_data_dir",
 }  # fmt: skip
+
+NEWER = {"method_args"}  # flags that checkpoints of before lack, which said the same with others
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -132,6 +135,8 @@ def _digest(file: Path) -> str | None:
 
 
 def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows syncs files only
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -172,7 +177,7 @@ def read_step(checkpoint: Path, identity: Mapping[str, Any], max_train_steps: in
     wanted = json.loads(json.dumps(identity))  # tuples are lists there
     differences = [
         f"--{name} was {saved['flags'].get(name)} and is {wanted['flags'].get(name)}"
-        for name in sorted({*saved["flags"], *wanted["flags"]})
+        for name in sorted({*saved["flags"], *wanted["flags"]} - NEWER.difference(saved["flags"]))
         if saved["flags"].get(name) != wanted["flags"].get(name)
     ]
     differences += [
@@ -244,7 +249,7 @@ class FolderLock:
     """Holds a run's folder against a second run until the end of the ``with``; the system lets go of a killed one's."""
 
     def __enter__(self) -> FolderLock:
-        self._descriptor: int | None = None
+        self._lock: FileLock | None = None
         return self
 
     def take(self, folder: Path) -> None:
@@ -254,19 +259,21 @@ class FolderLock:
             ValueError: if another process holds it.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(folder, os.O_RDONLY)
+        lock = FileLock(folder / LOCK)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            lock.acquire(timeout=0)
+        except Timeout as error:
             raise ValueError(
                 f"--output_dir {folder} is in use by another run: wait for its end, or choose another folder"
             ) from error
-        except OSError:  # a network file system that can't lock folders
-            pass
+        except (OSError, NotImplementedError):  # a network file system that can't lock
+            return
+        self._lock = lock
 
     def __exit__(self, *error: object) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
+        if self._lock is not None:
+            self._lock.release()
+            Path(self._lock.lock_file).unlink(missing_ok=True)
 
 
 class GracefulStop:

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import re
-import resource
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 from runs.plot import loss_plot
-from settings.training import TrainConfig
-from storage.files import hash_tensors, write_atomic
+from storage.files import write_atomic
 
 RECORD_VERSION = 1
 METRICS = "metrics.jsonl"
@@ -115,11 +112,6 @@ class MetricsLog:
         return {"seconds_per_step": statistics.median(self.seconds)} if self.seconds else {}
 
 
-def module_fingerprint(module: nn.Module) -> str:
-    """SHA-256 of a module's parameters: names, dtypes, shapes and bytes. Taken before anything is injected."""
-    return hash_tensors(hashlib.sha256(), module.named_parameters())
-
-
 def reset_peak_memory() -> None:
     """Start counting anew, so that the peak is the training's; a CPU process's resident set can't be reset."""
     if torch.cuda.is_available():
@@ -130,12 +122,16 @@ def peak_memory_mb(device: torch.device) -> float:
     """Largest memory in use, MB (10⁶ bytes): the allocator's on a GPU, else the resident set of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
+    if platform.system() == "Windows":
+        return psutil.Process().memory_info().peak_wset / 1e6
+    import resource  # which Windows lacks
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if platform.system() == "Darwin" else 1024) / 1e6  # bytes there, KiB on Linux
 
 
 def run_record(
-    config: TrainConfig,
+    flags: Mapping[str, Any],
     *,
     trained: Mapping[str, nn.Module],
     base_fingerprints: Mapping[str, str],
@@ -143,6 +139,7 @@ def run_record(
     clock: Clock,
     folder: Path,
     files: Sequence[str],
+    approximation_error: float | None,
     best: Mapping[str, Any] | None,
     new_words: Mapping[str, str],
     device: torch.device,
@@ -152,19 +149,21 @@ def run_record(
     """run.json: what is needed to understand, compare and repeat the run.
 
     Args:
+        flags: all of them, by name, as they were in force.
         trained, base_fingerprints: by component (unet, text_encoder, text_encoder_2).
         new_words: what a prompt must hold for the words that the text encoders were taught, such as "[V]".
         best: step and scores of the adapter in best/, where the run was scored.
         outer_ranks: the distinct outer ranks that the layers got; empty for other methods than NoRA.
+        approximation_error: of the nearest LoRA, where one was written.
     """
     parameters = {
         name: sum(p.numel() for p in model.parameters() if p.requires_grad) for name, model in trained.items()
     }
     return {
         "record_version": RECORD_VERSION,
-        "method": config.method,
-        "config": {name: value for name, value in asdict(config).items() if name != "hub_token"},
-        "seed": config.seed,
+        "method": flags["method"],
+        "config": {name: value for name, value in flags.items() if name != "hub_token"},
+        "seed": flags["seed"],
         "base_fingerprints": dict(base_fingerprints),
         "trainable_parameters": sum(parameters.values()),
         "trainable_parameters_by_component": parameters,
@@ -173,6 +172,7 @@ def run_record(
         | {"total_seconds": round(clock.total, 4)},
         "peak_memory_mb": round(peak_memory_mb(device), 1),
         "files": {name: (folder / name).stat().st_size for name in files},
+        **({"approximation_error": round(approximation_error, 4)} if approximation_error is not None else {}),
         "best": best,
         "new_words": dict(new_words),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",

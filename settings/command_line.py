@@ -1,67 +1,189 @@
-"""What the commands share: a typed config as the command line, and errors as one sentence."""
+"""What the commands share: records as the command line, and errors as one sentence. Imports no torch."""
 
 from __future__ import annotations
 
 import argparse
 import re
 import sys
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import fields
+import types
+import typing
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
-import diffusers
-import torch
-import transformers
 import yaml
-from transformers import HfArgumentParser
 
+from settings.record import Record
 from storage.files import load_yaml
 
 Config = TypeVar("Config")
 USER_ERROR = 2  # the exit status of argparse for a wrong command line, used for every mistake of the user
+TRUE, FALSE = ("true", "yes", "1", "t", "y"), ("false", "no", "0", "f", "n")
 
 
-class _Parser(HfArgumentParser):
+class Flag(NamedTuple):
+    """One flag: what a record's field or a dataclass's says of it."""
+
+    name: str
+    annotation: Any
+    default: Any  # MISSING: required
+    help: str
+    aliases: tuple[str, ...] = ()
+    extends: bool = False  # a list that grows where the flag is given again
+
+    @property
+    def type(self) -> Any:
+        """Of a value, or of each where there are several."""
+        return _plain(_arguments(self.annotation)[0]) if self.is_list else self.annotation
+
+    @property
+    def is_list(self) -> bool:
+        return typing.get_origin(self.annotation) is list
+
+
+def _plain(annotation: Any) -> Any:
+    """The type without limits and without None."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _plain(_arguments(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return _plain(next(one for one in _arguments(annotation) if one is not types.NoneType))
+    return annotation
+
+
+def _arguments(annotation: Any) -> tuple[Any, ...]:
+    return typing.get_args(annotation)
+
+
+def record_flags(record: type[Record]) -> Iterator[Flag]:
+    """A record's flags, in its order."""
+    for name, field in record.model_fields.items():
+        default = MISSING if field.is_required() else field.default
+        yield Flag(name, _plain(field.annotation), default, field.description or "")
+
+
+def dataclass_flags(config_class: type[Any]) -> Iterator[Flag]:
+    """A dataclass's flags; metadata holds help, aliases and ``action: extend``."""
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    for field in fields(config_class):
+        meta = field.metadata
+        extends = meta.get("action") == "extend"
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        yield Flag(
+            field.name,
+            _plain(hints[field.name]),
+            default,
+            meta.get("help", ""),
+            tuple(meta.get("aliases", ())),
+            extends,
+        )
+
+
+def flag_groups(config_class: type[Any]) -> dict[str, list[Flag]]:
+    """Title -> flags: a group a record where a configuration is made of these, else one."""
+    hints = typing.get_type_hints(config_class)
+    if all(isinstance(hint, type) and issubclass(hint, Record) for hint in hints.values()):
+        return {(hint.__doc__ or "").strip().split("\n")[0]: list(record_flags(hint)) for hint in hints.values()}
+    return {"options": list(dataclass_flags(config_class))}
+
+
+class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line instead of argparse's usage block of twenty flags."""
         print(f"error: {message} (see --help)", file=sys.stderr)
         sys.exit(USER_ERROR)
 
 
-def parse_config(config_class: type[Config], argv: Sequence[str] | None = None, **parser_options) -> Config:
-    """Build `config_class` from the command line; unknown or malformed flags exit with status 2.
+class _Help(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=110)
+
+    def _format_usage(self, usage, actions, groups, prefix):
+        return f"usage: {self._prog} --flag value …   (or --config run.yaml, with the same names)\n\n"
+
+
+def _boolean(text: str) -> bool:
+    known = {**dict.fromkeys(TRUE, True), **dict.fromkeys(FALSE, False)}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} must be true or false")
+    return known[text.lower()]
+
+
+def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
+    """The flag in both spellings, with underscores and with dashes; argparse shows the first."""
+    names = [f"--{flag.name}", *flag.aliases]
+    names += [name for spelled in list(names) if (name := "--" + spelled[2:].replace("_", "-")) not in names]
+    required = flag.default is MISSING
+    shown = "" if flag.default in (None, MISSING, False) or "Default" in flag.help else f" Default: {flag.default}."
+    options: dict[str, Any] = {
+        "dest": flag.name,
+        "help": (flag.help + shown).replace("%", "%%"),
+        "default": argparse.SUPPRESS,
+    }
+    if flag.type is bool:
+        group.add_argument(*names, type=_boolean, nargs="?", const=True, metavar="BOOL", **options)
+        if flag.default is True:
+            negative = [f"--no_{flag.name}", f"--no-{flag.name.replace('_', '-')}"]
+            group.add_argument(*negative, action="store_false", **options | {"help": argparse.SUPPRESS})
+        return
+    if typing.get_origin(flag.type) is Literal:
+        choices = _arguments(flag.type)
+        options |= {"choices": choices, "type": type(choices[0]), "metavar": "{" + ",".join(map(str, choices)) + "}"}
+    else:
+        options |= {"type": flag.type, "metavar": {int: "N", float: "X"}.get(flag.type, "TEXT")}
+    if flag.is_list:
+        options |= {"nargs": "+", "action": "extend" if flag.extends else "store"}
+    group.add_argument(*names, required=required, **options)
+
+
+def parse_flags(config_class: type[Any], argv: Sequence[str] | None = None, **parser_options: Any) -> dict[str, Any]:
+    """The flags that a command line and its ``--config`` give, by name; unknown or malformed ones exit with status 2.
 
     ``--config run.yaml`` holds flags by name; what the command line says wins over it. Abbreviated flags are refused,
     because a flag added later would change what an old command means.
     """
-    parser = _Parser(config_class, allow_abbrev=False, **parser_options)
+    parser = _Parser(allow_abbrev=False, formatter_class=_Help, **parser_options)
+    groups = flag_groups(config_class)
+    for title, flags in groups.items():
+        group = parser.add_argument_group(title)
+        for flag in flags:
+            _add(group, flag)
     parser.add_argument("--config", metavar="YAML", help="File of flags, by name; the command line wins over it.")
     argv = _join_negative_numbers(sys.argv[1:] if argv is None else argv)
     file, _ = _config_option().parse_known_args(argv)
     if file.config is not None:
+        every = [flag for flags in groups.values() for flag in flags]
         try:
-            one_value = {field.name for field in fields(config_class) if "list[" not in str(field.type)}
-            argv = [*read_config_file(file.config, one_value, _given(config_class, argv)), *argv]
+            one_value = {flag.name for flag in every if not flag.is_list}
+            argv = [*read_config_file(file.config, one_value, _given(every, argv)), *argv]
         except OSError as error:
-            _exit_with(f"--config {file.config} can't be read: {error.strerror}")
+            exit_with(f"--config {file.config} can't be read: {error.strerror}")
         except ValueError as error:
-            _exit_with(str(error))
-    options = vars(parser.parse_args(argv))
-    del options["config"]
-    return config_class(**options)
+            exit_with(str(error))
+    given = vars(parser.parse_args(argv))
+    given.pop("config")
+    return given
+
+
+def parse_config(config_class: type[Config], argv: Sequence[str] | None = None, **parser_options: Any) -> Config:
+    """A dataclass, or a configuration made of records, from the command line; what is wrong exits with status 2."""
+    given = parse_flags(config_class, argv, **parser_options)
+    try:
+        return config_class.of(**given) if hasattr(config_class, "of") else config_class(**given)
+    except ValueError as error:
+        exit_with(str(error))
 
 
 def _config_option() -> argparse.ArgumentParser:
-    parser = _Parser([], add_help=False, allow_abbrev=False)
+    parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     return parser
 
 
-def _given(config_class: type[Any], argv: Sequence[str]) -> set[str]:
+def _given(flags: Sequence[Flag], argv: Sequence[str]) -> set[str]:
     """The flags that a command line gives, under all of their names."""
     words = {_flag_name(argument.partition("=")[0]) for argument in argv if argument.startswith("--")}
-    names = [{field.name, *map(_flag_name, field.metadata.get("aliases", ()))} for field in fields(config_class)]
+    names = [{flag.name, f"no_{flag.name}", *map(_flag_name, flag.aliases)} for flag in flags]
     return {name for several in names if several & words for name in several}
 
 
@@ -120,25 +242,31 @@ def run_command(command: Callable[[], None]) -> None:
         command()
     except OSError as error:
         if error.strerror and error.filename is not None:
-            _exit_with(f"{error.strerror}: {error.filename}")
-        _exit_with(str(error))
+            exit_with(f"{error.strerror}: {error.filename}")
+        exit_with(str(error))
     except ValueError as error:
-        _exit_with(str(error))
-    except torch.OutOfMemoryError as error:
-        reason = str(error).strip().split("\n")[0].removesuffix(".")
-        _exit_with(f"{reason}: lower --batch_size or the size, use --dtype fp16, or free the GPU of other programs")
+        exit_with(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        reason = str(error).strip().split("\n")[0].removesuffix(".")
+        exit_with(f"{reason}: lower --batch_size or the size, use --dtype fp16, or free the GPU of other programs")
 
 
-def _exit_with(message: str) -> NoReturn:
+def exit_with(message: str) -> NoReturn:
+    """One line on stderr, and the exit status of a user's mistake."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(USER_ERROR)
 
 
 def quiet_libraries() -> None:
     """Keep the libraries' notices and inner progress bars off the terminal; errors stay, and so do download bars."""
+    import diffusers
+    import transformers
+
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()

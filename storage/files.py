@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import yaml
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> Path:
@@ -24,16 +19,6 @@ def write_atomic(path: str | Path, data: bytes | str) -> Path:
     with replacing(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
     return Path(path)
-
-
-def write_safetensors(
-    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write tensors of any device and layout; a reader sees the old file or the new one, never half of one."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
 
 
 @contextmanager
@@ -51,7 +36,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes 0600, which a web server or a colleague can't read
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:  # a full disk, most of all
+    except OSError as error:  # a full disk, most of all
         raise OSError(f"{path} could not be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -95,30 +80,6 @@ def check_writable_target(path: str | Path, flag: str, folder: bool) -> None:
         raise ValueError(
             f"{flag} {path} can't be made, because {parent} is not writable: name another place"
         ) from error
-
-
-def read_safetensors_header(path: Path, role: str) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
-    """Metadata, and key -> shape, of a safetensors file; `role` names the file in the error."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            # not a mapping: it can't be iterated without keys()
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-            return dict(file.metadata() or {}), shapes
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{role} {path} is not a readable safetensors file: {error}") from error
-
-
-def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
-    """The bytes of a tensor of any device, layout and dtype, for a hash."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-
-
-def hash_tensors(digest: hashlib._Hash, tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Hexadecimal digest of the tensors' names, dtypes, shapes and bytes, in the order of their names."""
-    for name, tensor in sorted(tensors):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

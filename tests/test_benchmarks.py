@@ -2,10 +2,10 @@
 
 import torch
 from accelerate import init_empty_weights
+from trainer.methods import UNET_TARGETS
 
 from benchmarks.sdxl_shape import base_folder, build_sdxl_shape
 from inference.base import base_geometry, load_pipeline
-from trainer.methods import UNET_TARGETS
 
 
 def test_the_full_shape_is_sdxls():

@@ -20,9 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dreambooth.prior import class_image_name
 from methods.components import FOLDED_WEIGHTS
-from settings.training import TrainConfig
+from settings.learning import HardwareOptions
+from settings.watching import OutputOptions
 from trainer.accelerator import end_training, make_accelerator
-from trainer.methods import TRAINED_STATE
+from trainer.models import TRAINED_STATE
 from trainer.sharding import share_frozen
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "accelerate"
@@ -115,8 +116,7 @@ def test_ddp_shares_only_what_is_trained():
 def test_a_cpu_of_a_machine_with_a_gpu_trains_in_fp32(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    options = {"pretrained_model_name_or_path": "base", "instance_data_dir": "x", "instance_prompt": "y"}
-    accelerator = make_accelerator(TrainConfig(**options, report_to="none").resolved(), tmp_path)
+    accelerator = make_accelerator(HardwareOptions(), OutputOptions(output_dir=str(tmp_path), report_to="none"))
     assert accelerator.mixed_precision == "no"
 
 

@@ -20,7 +20,11 @@ from settings.training import TrainConfig
 
 def config(**options) -> TrainConfig:
     given = {"pretrained_model_name_or_path": "base", "instance_prompt": "a photo of [V] cat", "resolution": 32}
-    return TrainConfig(**(given | options)).resolved()
+    return TrainConfig.of(**(given | options))
+
+
+def _pictures(one: TrainConfig):
+    return read_pictures(one.data, one.prior, 8)
 
 
 def save_pictures(folder, *names, size=(40, 30)):
@@ -32,7 +36,7 @@ def save_pictures(folder, *names, size=(40, 30)):
 
 def examples(**options):
     one = config(**options)
-    return find_examples(one, read_concepts(one))
+    return find_examples(one.data, None, read_concepts(one.data, one.prior))
 
 
 # --- sources ----------------------------------------------------------------------------------------------------------
@@ -123,9 +127,9 @@ def test_several_concepts(tmp_path):
     ]
     (tmp_path / "list.json").write_text(json.dumps(entries))
     one = config(concepts_list=str(tmp_path / "list.json"), instance_prompt=None)
-    found = find_examples(one, read_concepts(one))
+    found = find_examples(one.data, None, read_concepts(one.data, one.prior))
     assert [(e.prompt, e.concept, e.repeats) for e in found] == [("a [V] cat", 0, 1), *[("a [W] dog", 1, 3)] * 2]
-    table = PromptTable(read_concepts(one), [inspect_picture(example) for example in found])
+    table = PromptTable(read_concepts(one.data, one.prior), [inspect_picture(example) for example in found])
     assert table.texts == ["a [V] cat", "a [W] dog", "a cat"]
     assert table.class_rows.tolist() == [2, 1, 2]  # a subject without a class keeps its own
 
@@ -155,7 +159,7 @@ def test_dry_run_report(tmp_path):
     save_pictures(tmp_path / "cat", "a.png", "b.png", size=(20, 16))
     options = {"class_data_dir": str(tmp_path / "class"), "class_prompt": "a cat", "num_class_images": 7}
     one = config(instance_data_dir=str(tmp_path / "cat"), with_prior_preservation=True, repeats=5, **options)
-    report = read_pictures(one, 8).report(one)
+    report = _pictures(one).report(one.loop, one.prior, one.text.token_abstraction)
     for words in (
         "2 instance pictures",
         "2 x a photo of [V] cat",
@@ -260,7 +264,7 @@ def test_masks_and_class_prompts_are_part_of_a_run(tmp_path):
     options = {"instance_data_dir": str(tmp_path / "cat"), "with_prior_preservation": True, "prior_teacher": True}
 
     def digest(**more):
-        return read_pictures(config(**options, **({"class_prompt": "a cat"} | more)), 8).hash()
+        return _pictures(config(**options, **({"class_prompt": "a cat"} | more))).hash()
 
     hashes = [digest(), digest(class_prompt="a dog")]
     for shade in (100, 200):
@@ -274,10 +278,10 @@ def test_a_transparent_picture_is_named(tmp_path):
     for name, alpha in (("a.png", 255), ("b.png", 0)):
         Image.new("RGBA", (40, 30), (90, 90, 90, alpha)).save(tmp_path / name)
     with pytest.raises(ValueError, match="b.png masks out all"):
-        read_pictures(config(instance_data_dir=str(tmp_path), alpha_mask=True), 8)
+        _pictures(config(instance_data_dir=str(tmp_path), alpha_mask=True))
     (tmp_path / "b.png").unlink()
     with pytest.raises(ValueError, match="--alpha_mask finds no picture"):
-        read_pictures(config(instance_data_dir=str(tmp_path), alpha_mask=True), 8)
+        _pictures(config(instance_data_dir=str(tmp_path), alpha_mask=True))
 
 
 # --- class images -----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_sdxl import build_pipeline
 
+from dreambooth.batches import PromptEmbedder
 from dreambooth.data import Example
 from dreambooth.encode import (
     CropSettings,
@@ -24,9 +25,8 @@ from dreambooth.encode import (
     tokenize,
 )
 from dreambooth.encoded_cache import EncodedCache, checksum
-from dreambooth.prepare import current_prompts
 from nora.cache import cache_key
-from runs.record import module_fingerprint
+from storage.tensors import module_fingerprint
 
 SQUARE = CropSettings([(32, 32)])
 
@@ -296,6 +296,7 @@ def test_prompts_of_now_are_read_without_dropout(pipeline, monkeypatch):
         for layer in model.modules():
             if hasattr(layer, "dropout"):
                 layer.dropout = 0.5
-    found = current_prompts(SimpleNamespace(trains_text=True), models, SimpleNamespace(prompts=expected, tokens=tokens))
+    encoded = SimpleNamespace(prompts=expected, tokens=tokens, class_rows=expected.prompt_embeds)
+    found = PromptEmbedder(encoded, list(models.values())).current()
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(found, expected))
     assert all(model.training for model in models.values())

@@ -1,13 +1,19 @@
 """Every flag of diffusers' train_dreambooth_lora_sdxl.py is a flag of ours: same name, default and meaning."""
 
 import re
-from dataclasses import fields
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from settings.command_line import parse_config, read_config_file
-from settings.training import IDLE, IDLE_AS_IN_DIFFUSERS, TrainConfig
+from settings.idle import IDLE, IDLE_AS_IN_DIFFUSERS
+from settings.learning import LR_SCHEDULES, LoopOptions
+from settings.method import TextOptions
+from settings.training import FLAGS, TrainConfig, is_first_process
+from trainer.optimizer import check_optimizer
+from trainer.preflight import check_hub
 
 ROOT = Path(__file__).parent.parent
 REQUIRED = "required"
@@ -78,10 +84,8 @@ TABLE = (ROOT / "docs" / "flags.md").read_text()
 
 @pytest.mark.parametrize("name", DIFFUSERS)
 def test_every_flag_is_there_with_its_default(name):
-    ours = {field.name: field for field in fields(TrainConfig)}
     expected = DIFFERENT.get(name, DIFFUSERS[name])
-    default = ours[name].default
-    assert (default == expected) if expected != REQUIRED else not isinstance(default, (str, int, type(None)))
+    assert FLAGS[name].is_required() if expected == REQUIRED else FLAGS[name].default == expected
     row = next(line for line in TABLE.splitlines() if line.startswith(f"| `{name}` |"))
     diffusers_default, here = [cell.strip(" `") for cell in row.split("|")[2:4]]
     assert diffusers_default == str(DIFFUSERS[name]).replace("None", "–")
@@ -90,7 +94,7 @@ def test_every_flag_is_there_with_its_default(name):
 
 def test_the_table_has_no_flag_that_is_not_there():
     listed = set(re.findall(r"^\| `(\w+)` \|", TABLE, flags=re.MULTILINE))
-    ours = {field.name for field in fields(TrainConfig)}
+    ours = set(FLAGS)
     assert set(DIFFUSERS) <= listed <= ours
     assert ours - listed == set(), "flags without a row"
 
@@ -100,9 +104,9 @@ REFUSED = {
     "prior_loss_weight": (1e39, "--prior_loss_weight 1e.39 must be from 0 to 1000"),
     "awsvd_gamma": (1e6, "--awsvd_gamma 1000000.0 must be from 0 to 4"),
     "inner_std": (0.0, "--inner_std 0.0 must be above 0"),
-    "max_train_steps": (10**11, "--max_train_steps 100000000000 must be at most 1000000"),
-    "num_train_epochs": (10**9, "must be at most"),
-    "repeats": (10**12, "must be at most"),
+    "max_train_steps": (10**11, "--max_train_steps 100000000000 must be from 1 to 1000000"),
+    "num_train_epochs": (10**9, "must be from 1 to 1000000"),
+    "repeats": (10**12, "must be from 1 to 1000000"),
     "mask_data_dir": ("", "--mask_data_dir is empty"),
     "dataset_name": (" ", "--dataset_name is empty"),
     "num_new_tokens_per_abstraction": (3, "has no effect without --train_text_encoder_ti"),
@@ -123,7 +127,7 @@ def test_values_that_can_t_be_meant_are_refused(name):
     value, words = REFUSED[name]
     given = {"pretrained_model_name_or_path": "base", "instance_data_dir": "x", "instance_prompt": "y", name: value}
     with pytest.raises(ValueError, match=words):
-        TrainConfig(**given, **BESIDE.get(name, {})).resolved().check()
+        check_hub(TrainConfig.of(**given, **BESIDE.get(name, {})).output)
 
 
 PRIOR = {"with_prior_preservation": True, "class_prompt": "c"}
@@ -163,7 +167,10 @@ WARNED_CASES = (
 
 def check(**options):
     given = {"pretrained_model_name_or_path": "base", "instance_data_dir": "x", "instance_prompt": "y"} | options
-    TrainConfig(**given).resolved().check()
+    config = TrainConfig.of(**given)
+    for warning in check_optimizer(config.optimizer):
+        if is_first_process():
+            print(f"warning: {warning}", file=sys.stderr)
 
 
 @pytest.mark.parametrize(("idle", "beside"), IDLE_CASES)
@@ -207,16 +214,21 @@ def test_only_these_flags_of_diffusers_are_refused_where_idle():
 )
 def test_text_encoders_need_a_step(options):
     with pytest.raises(ValueError, match="leave the text encoders none: raise it"):
-        assert TrainConfig(pretrained_model_name_or_path="base", **options).resolved().text_steps
+        steps = options.pop("max_train_steps", 500)
+        assert TextOptions(**options).steps(steps)
 
 
 def test_epochs_have_a_most():
-    one = TrainConfig(pretrained_model_name_or_path="base", num_train_epochs=1000)
+    one = LoopOptions(num_train_epochs=1000)
     assert one.total_steps(1000) == 10**6
     with pytest.raises(ValueError, match="--num_train_epochs 1000 of 1001 steps each are more than 1000000"):
         one.total_steps(1001)
 
 
+REQUIRED_FLAGS = (
+    *("--pretrained_model_name_or_path", "base"),
+    *("--instance_data_dir", "dog", "--instance_prompt", "a photo of [V] dog"),
+)
 COMMAND = """
     --pretrained_model_name_or_path=base --instance_data_dir=dog --pretrained_vae_model_name_or_path=vae
     --output_dir=out --mixed_precision=bf16 --instance_prompt=dog --resolution=1024 --train_batch_size=1
@@ -230,17 +242,17 @@ COMMAND = """
 def test_diffusers_own_command_is_taken(capsys):
     """The command of diffusers' README for SDXL, with flags of its later sections."""
     config = parse_config(TrainConfig, COMMAND.split())
-    config.resolved().check()
     assert capsys.readouterr().err == ""
-    assert config.optimizer == "prodigy" and config.validation_prompt == ["bucket"] and config.snr_gamma == 5.0
-    assert config.prodigy_decouple and config.train_text_encoder and config.train_batch_size == 1
+    assert config.optimizer.optimizer == "prodigy" and config.validation.validation_prompt == ["bucket"]
+    assert config.optimizer.prodigy_decouple and config.text.train_text_encoder and config.loop.train_batch_size == 1
+    assert config.loss.snr_gamma == 5.0
 
 
 @pytest.mark.parametrize(("given", "value"), [("--prodigy_decouple=False", False), ("--prodigy_decouple", True)])
 def test_false_is_false(given, value):
     """In diffusers' script the word False is true."""
-    flags = ["--pretrained_model_name_or_path", "base", given]
-    assert parse_config(TrainConfig, flags).prodigy_decouple is value
+    flags = [*REQUIRED_FLAGS, "--optimizer", "prodigy", given]
+    assert parse_config(TrainConfig, flags).optimizer.prodigy_decouple is value
 
 
 def test_config_file_holds_the_same_names_and_the_command_line_wins(tmp_path):
@@ -250,10 +262,10 @@ def test_config_file_holds_the_same_names_and_the_command_line_wins(tmp_path):
         "prodigy_decouple: false\n"
         "validation_prompt: [a cat, a -dog]\nclass_prompt:\nadam_epsilon: 1.0e-7\n"
     )
-    config = parse_config(TrainConfig, ["--config", str(path), "--rank", "9"])
-    assert (config.learning_rate, config.rank, config.random_flip, config.prodigy_decouple) == (1e-3, 9, True, False)
-    assert config.validation_prompt == ["a cat", "a -dog"] and config.class_prompt is None
-    assert config.adam_epsilon == 1e-7
+    config = parse_config(TrainConfig, [*REQUIRED_FLAGS, "--config", str(path), "--rank", "9"]).flags()
+    names = ("learning_rate", "rank", "random_flip", "prodigy_decouple", "adam_epsilon")
+    assert [config[name] for name in names] == [1e-3, 9, True, False, 1e-7]
+    assert config["validation_prompt"] == ["a cat", "a -dog"] and config["class_prompt"] is None
 
 
 @pytest.mark.parametrize(
@@ -276,3 +288,37 @@ def test_bad_config_files_are_one_sentence(tmp_path, capsys, text, words):
     assert error.startswith("error: ") and len(error.splitlines()) == 1 and words in error
     with pytest.raises(OSError, match="none.yaml"):
         read_config_file(tmp_path / "none.yaml")
+
+
+# --- at once ----------------------------------------------------------------------------------------------------------
+
+HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy")
+AT_ONCE = {
+    "help": ["--help"],
+    "methods": ["--method", "help"],
+    "options": ["--method", "lokr", "--method_args", "help"],
+    "unknown flag": [*REQUIRED_FLAGS, "--ranks", "4"],
+    "wrong value": [*REQUIRED_FLAGS, "--rank", "0"],
+    "another method's option": [*REQUIRED_FLAGS, "--method", "lora", "--method_args", "factor=8"],
+    "contradiction": [*REQUIRED_FLAGS, "--snr_gamma", "5", "--debiased_estimation"],
+}
+
+
+@pytest.mark.parametrize("case", AT_ONCE)
+def test_help_and_refusals_import_no_library(case):
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = {['train_dreambooth_nora_sdxl.py', *AT_ONCE[case]]!r}\n"
+        "try:\n    runpy.run_path('train_dreambooth_nora_sdxl.py', run_name='__main__')\n"
+        f"except SystemExit as end:\n    print('CODE', end.code, [name for name in {HEAVY!r} if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    expected = 0 if case in ("help", "methods", "options") else 2
+    assert done.stdout.splitlines()[-1] == f"CODE {expected} []", done.stdout + done.stderr
+    assert expected == 0 or done.stderr.startswith("error: ")
+
+
+def test_schedules_are_those_of_diffusers():
+    from diffusers.optimization import SchedulerType
+
+    assert {*LR_SCHEDULES, "piecewise_constant"} == {one.value for one in SchedulerType}

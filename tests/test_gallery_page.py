@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from inference.page import Page, PageColumn, Shot, render_page
+from inference.page import Page, PageColumn, PagePicture, render_page
 
 NAMES = ("stock", "plain-lora", "nested-nora")  # words that the page has no use for elsewhere
 PROMPTS = ("a cat in the Jungle", "a cat on the beach", "a dog in the jungle")
@@ -45,25 +45,27 @@ def example() -> Page:
 
     Colours are (column, row, shot's position).
     """
-    shots: dict[tuple[str, str, int], list[Shot]] = {}
+    pictures: dict[tuple[str, str, int], list[PagePicture]] = {}
     rows = [(prompt, seed) for prompt in PROMPTS for seed in SEEDS]
     for row, (prompt, seed) in enumerate(rows):
         ladder = [(scale, step) for step in STEPS for scale in SCALES]
-        shots[NAMES[0], prompt, seed] = [Shot(None, None, picture(0, row, 0))]
-        shots[NAMES[1], prompt, seed] = [Shot(*rung, picture(1, row, place)) for place, rung in enumerate(ladder)]
-        shots[NAMES[2], prompt, seed] = [Shot(1.0, 200, picture(2, row, 0))]
-    del shots[MISSING]
+        pictures[NAMES[0], prompt, seed] = [PagePicture(None, None, picture(0, row, 0))]
+        pictures[NAMES[1], prompt, seed] = [
+            PagePicture(*rung, picture(1, row, place)) for place, rung in enumerate(ladder)
+        ]
+        pictures[NAMES[2], prompt, seed] = [PagePicture(1.0, 200, picture(2, row, 0))]
+    del pictures[MISSING]
     settings = {"Base": "tiny", "Columns": ", ".join(NAMES)}
     instances = [("cat.png", Image.new("RGB", (400, 200), "red"))]
-    return Page("Side by side: " + ", ".join(NAMES), settings, columns(), PROMPTS, SEEDS, shots, instances)
+    return Page("Side by side: " + ", ".join(NAMES), settings, columns(), PROMPTS, SEEDS, pictures, instances)
 
 
 def simple(names: list[str], prompts: list[str], size: tuple[int, int] = (24, 16), **options) -> Page:
     """One seed, one picture a cell."""
     keys = [(name, prompt, 0) for name in names for prompt in prompts]
-    shots = {key: [Shot(None, None, Image.new("RGB", size, (place, 9, 9)))] for place, key in enumerate(keys)}
+    pictures = {key: [PagePicture(None, None, Image.new("RGB", size, (place, 9, 9)))] for place, key in enumerate(keys)}
     made = [PageColumn(name, "", {}, {}) for name in names]
-    return Page(options.get("title", "t"), options.get("settings", {}), made, prompts, [0], shots)
+    return Page(options.get("title", "t"), options.get("settings", {}), made, prompts, [0], pictures)
 
 
 def decode(uri: str) -> Image.Image:
@@ -81,7 +83,7 @@ def test_each_picture_is_in_the_page_once_and_nothing_is_fetched():
     page = example()
     text = render_page(page)
     found = uris(text)
-    assert len(found) == len(set(found)) == 1 + sum(len(shots) for shots in page.shots.values())
+    assert len(found) == len(set(found)) == 1 + sum(len(pictures) for pictures in page.pictures.values())
     rest = re.sub(r"base64,[\w+/=]+", "", text)
     assert not re.search(r"https?:|//[a-z]+\.|url\(|@import|<link|<iframe|<script[^>]* src|innerHTML", rest)
     assert "default-src 'none'; img-src data:" in rest  # and the browser holds the page to it
@@ -90,7 +92,7 @@ def test_each_picture_is_in_the_page_once_and_nothing_is_fetched():
 def test_pictures_are_exact_up_to_256_pixels_and_webp_above():
     for side, kind in ((256, "PNG"), (257, "WEBP")):
         drawn = Image.radial_gradient("L").resize((side, 64)).convert("RGB")
-        page = replace(simple(["x"], ["a"]), shots={("x", "a", 0): [Shot(None, None, drawn)]})
+        page = replace(simple(["x"], ["a"]), pictures={("x", "a", 0): [PagePicture(None, None, drawn)]})
         (uri,) = uris(render_page(page))
         with decode(uri) as image:
             assert (image.format, image.size) == (kind, (side, 64))
@@ -107,8 +109,8 @@ def test_instance_images_are_shrunk_and_small_ones_left():
 
 def test_a_cell_shows_the_last_step_at_the_scale_nearest_to_one():
     ladder = [(1.0, 300), (0.5, 400), (0.9, 400), (1.5, 400), (1.0, 100)]
-    shots = [Shot(scale, step, picture(9, 9, place)) for place, (scale, step) in enumerate(ladder)]
-    text = render_page(replace(simple(["x"], ["a"]), shots={("x", "a", 0): shots}))
+    pictures = [PagePicture(scale, step, picture(9, 9, place)) for place, (scale, step) in enumerate(ladder)]
+    text = render_page(replace(simple(["x"], ["a"]), pictures={("x", "a", 0): pictures}))
     assert decode(re.search(r'class="picture"><img src="([^"]+)"', text)[1]).getpixel((0, 0)) == (9, 9, 2)
 
 

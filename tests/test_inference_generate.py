@@ -20,9 +20,12 @@ from PIL import Image
 from tiny_sdxl import build_pipeline, saved_base, saved_lora, saved_refiner
 
 from inference.base import load_pipeline, make_scheduler
-from inference.generate import GenerateConfig, Refiner, encode_prompts, generate_images, image_names, main
+from inference.generate import image_names, main
 from inference.load import load_adapter, unload_adapters
+from inference.pipelines import pipeline_for, refiner_for
+from inference.sampling import Refiner, encode_prompts, generate_images
 from settings.command_line import parse_config
+from settings.sampling import GenerateConfig
 
 PROMPTS = ["[V] photo of a cat", "[V] photo of a cat in the jungle"]
 
@@ -323,9 +326,9 @@ def test_refiner_goes_on_where_the_base_stops(pipeline):
 
 def test_the_refiner_steps_as_the_base_does(monkeypatch):
     """Schedulers differ in how they scale noisy latents, which go from one to the other as they are."""
-    config = GenerateConfig(refiner=str(saved_refiner()), scheduler="ddim", device="cpu")
-    pipeline = config.load_pipeline(str(saved_base()))
-    refiner = config.load_refiner(pipeline).pipeline
+    config = GenerateConfig(refiner=str(saved_refiner()), scheduler="ddim", device="cpu", base=str(saved_base()))
+    pipeline = pipeline_for(config)
+    refiner = refiner_for(config, pipeline).pipeline
     assert type(refiner.scheduler) is type(pipeline.scheduler) is DDIMScheduler
     assert refiner.scheduler.config == pipeline.scheduler.config and refiner.scheduler is not pipeline.scheduler
 
@@ -334,7 +337,7 @@ def test_the_refiner_steps_as_the_base_does(monkeypatch):
     for cls in (type(pipeline), type(refiner)):
         monkeypatch.setattr(cls, name, lambda pipeline: fast.append(type(pipeline)))
     config = replace(config, **{name: True})
-    config.load_refiner(config.load_pipeline(str(saved_base())))
+    refiner_for(config, pipeline_for(config))
     assert fast == [type(pipeline), type(refiner)]
 
 
@@ -361,7 +364,7 @@ def test_the_base_is_the_one_that_the_run_downloaded(tmp_path, monkeypatch):
     of_run = {"pretrained_model_name_or_path": str(tmp_path / "base"), "variant": "fp16", "revision": "v1"}
     options = []
     load = load_pipeline
-    monkeypatch.setattr("inference.generate.load_pipeline", lambda *a, **k: options.append(k) or load(*a, **k))
+    monkeypatch.setattr("inference.pipelines.load_pipeline", lambda *a, **k: options.append(k) or load(*a, **k))
     command = ["--adapter", str(tmp_path / "run"), "--prompt", "a", "--num_inference_steps", "1"]
     command += ["--output", str(tmp_path / "images")]
     for cache_dir in ("downloads", "on-another-machine"):
@@ -378,14 +381,12 @@ def test_the_base_is_the_one_that_the_run_downloaded(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_command_lists_the_images_it_has(tmp_path, monkeypatch):
-    import inference.generate as module
-
     def cut_off(*arguments, **options):
         images = generate_images(*arguments, **options)
         yield next(images)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "generate_images", cut_off)
+    monkeypatch.setattr("inference.sampling.generate_images", cut_off)
     with pytest.raises(SystemExit) as stopped:
         main(
             ["--base", str(saved_base()), "--prompt", "a", "--num_images", "2", "--num_inference_steps", "1"]
@@ -504,12 +505,12 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, monkeypa
         assert sorted(tmp_path.rglob("*")) == before, case
 
 
-@pytest.mark.parametrize("place", ["load_pipeline", "encode_prompts"])
+@pytest.mark.parametrize("place", ["pipelines.load_pipeline", "sampling.encode_prompts"])
 def test_memory_that_runs_out_anywhere_is_one_sentence(tmp_path, monkeypatch, capsys, place):
     def fail(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has …")
 
-    monkeypatch.setattr(f"inference.generate.{place}", fail)
+    monkeypatch.setattr(f"inference.{place}", fail)
     with pytest.raises(SystemExit) as stopped:
         main(["--base", str(saved_base()), "--prompt", "a", "--output", str(tmp_path / "images")])
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

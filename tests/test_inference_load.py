@@ -428,7 +428,7 @@ def test_inner_and_lora_adapters_stack(pipeline):
 def test_inner_weights_of_another_base_are_refused_and_nothing_is_left(pipeline, other):
     load_adapter(pipeline, saved_lora(), name="cat", scale=0.5)
     before = outputs(pipeline)
-    with pytest.raises(ValueError, match="another base: unet|unet.*folded file"):
+    with pytest.raises(ValueError, match="another base: unet|unet.*a LoRA that fold_nora made"):
         load_adapter(pipeline, saved_nora(**other) / INNER_WEIGHTS, name="alien")
     assert loaded_adapters(pipeline) == ["cat"]
     assert max_error(outputs(pipeline), before) == 0

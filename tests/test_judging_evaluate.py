@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from tiny_sdxl import saved_base, saved_lora, saved_nora
 
-from inference.generate import SamplingConfig, write_manifest
-from judging.evaluate import Judge, main
+from inference.manifest import write_manifest
+from judging.evaluate import main
+from judging.scorer import Scorer
 from storage.pictures import open_image
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -39,7 +40,7 @@ def scores(tmp_path_factory):
 def test_the_same_command_gives_the_same_file(scores, tmp_path, capsys, monkeypatch):
     first = scores.read_bytes()
     with monkeypatch.context() as patch:  # with the pictures of the first: not even the base is loaded
-        patch.setattr(SamplingConfig, "load_pipeline", lambda *args: pytest.fail("nothing is missing"))
+        patch.setattr("inference.columns.pipeline_for", lambda *args: pytest.fail("nothing is missing"))
         main([*NORA, "--output", str(scores)])
     printed = capsys.readouterr().out
     assert scores.read_bytes() == first
@@ -78,8 +79,8 @@ def test_pictures_of_a_manifest_and_the_alarm(tmp_path, capsys):
     main([*flags, "--output", str(tmp_path / "scores.json")])
     found = json.loads((tmp_path / "scores.json").read_text())["scores"]["copies"]
     assert found["memorisation"]["nearest"] == pytest.approx(1, abs=1e-6) and found["memorisation"]["alarm"]
-    judge = Judge(*JUDGES[1::2], [open_image(path) for path in sorted(ROBOT.glob("*.png"))], "cpu")
-    own = judge.dino_instances @ judge.dino_instances.T
+    scorer = Scorer(*JUDGES[1::2], [open_image(path) for path in sorted(ROBOT.glob("*.png"))], "cpu")
+    own = scorer.dino_instances @ scorer.dino_instances.T
     assert found["dino"]["mean"] == pytest.approx(own.mean().item(), abs=1e-6)
     printed = capsys.readouterr()
     assert "warning: copies draws its training images: 100%" in printed.err and "MEMORISED" in printed.out

@@ -1,6 +1,9 @@
-"""The one-way flow between packages (CONTRIBUTING.md), read from the imports."""
+"""The one-way flow between packages and modules (CONTRIBUTING.md), read from the imports."""
 
 import ast
+import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +47,99 @@ def test_rooms_import_only_what_lies_below(room):
     for path in files:
         if str(path.relative_to(ROOT)) not in OLD_NAMES:
             assert not imported_packages(path) & forbidden(room), path
+
+
+def modules() -> dict[str, Path]:
+    """Name -> file of every module of the rooms and of the script."""
+    files = [file for room in ROOMS for file in (ROOT / room).rglob("*.py")]
+    files += [ROOT / f"{room}.py" for room in ROOMS if (ROOT / f"{room}.py").is_file()]
+    names = (".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files)
+    return {name.removesuffix(".__init__"): file for name, file in zip(names, files)}
+
+
+def imported_modules(name: str, known: dict[str, Path]) -> set[str]:
+    """The modules that one imports, at its top, inside a function or for type checkers alone."""
+    found = set()
+    for node in ast.walk(ast.parse(known[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level:
+                package = name if known[name].name == "__init__.py" else name.rpartition(".")[0]
+                module = importlib.util.resolve_name("." * node.level + module, package)
+            for alias in node.names:  # a module of the package, or a name in it
+                found.add(spelled if (spelled := f"{module}.{alias.name}") in known else module)
+    return (found & known.keys()) - {name}
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Sets of nodes that all reach each other: strongly connected components of two and more."""
+    reached = {node: set(direct) for node, direct in graph.items()}
+    for middle in graph:  # Warshall's closure
+        for node in graph:
+            if middle in reached[node]:
+                reached[node] |= reached[middle]
+    found = {frozenset(other for other in reached[node] if node in reached[other]) for node in graph}
+    return [set(one) for one in found if one]
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    known = modules()
+    assert "inference.base" in known and "nora" in known and "train_dreambooth_nora_sdxl" in known
+    assert circles({name: imported_modules(name, known) for name in known}) == []
+
+
+def test_circles_are_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [{"b", "c"}]
+
+
+COMMANDS = ("inference.generate", "inference.gallery", "judging.evaluate", "inference.evaluate", "trainer.compare")
+
+
+@pytest.mark.xfail(strict=False, reason="settings.command_line, settings.training and storage.files import torch")
+@pytest.mark.parametrize("flags", [["--help"], ["--no_such_flag"], ["--num_inference_steps", "0"]], ids=" ".join)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_and_refusals_of_flags_import_no_torch(command, flags):
+    if "--num_inference_steps" in flags:
+        flags = [
+            *flags,
+            *{"inference.generate": ["--prompt", "a"]}.get(command, ["--adapters", "a=b", "--prompts", "a"]),
+        ]
+        flags = flags[:2] if command == "trainer.compare" else flags
+    heavy = ("torch", "diffusers", "transformers", "peft")
+    code = f"""
+import runpy, sys
+sys.argv = ["x", *{flags!r}]
+try:
+    runpy.run_module({command!r}, run_name="__main__")
+except SystemExit as stopped:
+    print("status", stopped.code)
+print("heavy", [name for name in {heavy} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    status = 0 if flags == ["--help"] else 2
+    assert done.stdout.endswith(f"status {status}\nheavy []\n"), done.stdout[-300:] + done.stderr
+
+
+def test_the_package_imports_no_torch_and_still_quietens_the_libraries():
+    code = """
+import logging, sys
+import inference
+assert "torch" not in sys.modules and len(logging.getLogger("transformers.utils.import_utils").filters) == 1
+from inference import load_adapter, load_pipeline
+import inference.base, inference.load
+assert load_adapter is inference.load.load_adapter and load_pipeline is inference.base.load_pipeline
+assert set(inference.__all__) <= set(dir(inference))
+for name in inference.__all__:
+    getattr(inference, name)
+from inference.generate import generate_images
+import inference.sampling
+assert generate_images is inference.sampling.generate_images
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_pickles_and_no_heavy_weights():

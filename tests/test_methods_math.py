@@ -271,7 +271,7 @@ REFUSED = {
     "half a number": ("lora", ["rank=4.5"], {}, "rank=4.5 must be a whole number"),
     "not finite": ("lora", ["alpha=nan"], {}, "alpha=nan must be a finite number"),
     "too small": ("vera", ["rank=0"], {}, "rank=0 must be at least 1"),
-    "too large": ("lora", ["dropout=1"], {}, "dropout=1 must be below 1"),
+    "too large": ("lora", ["dropout=1"], {}, "dropout=1 must be at least 0 and below 1"),
     "no choice": ("nora", ["outer_init=qr"], {}, "outer_init=qr is not known: choose one of awsvd, svd, random"),
     "no boolean": ("lokr", ["decompose_both=maybe"], {}, "decompose_both=maybe must be true or false"),
     "twice": ("lora", ["rank=4"], {"rank": 8}, "rank is given twice, as 8 too"),

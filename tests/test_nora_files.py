@@ -2,7 +2,10 @@
 
 import copy
 import json
+import math
 import os
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +16,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from nora import NoraConfig, NoraLinear, inner_prefixes, load_inner, preprocess_nora, save_inner
-from nora.cache import SMALLEST_SIDE, cached_outer_factors, evict
+from methods.basis_cache import basis_cache, configured_cache
+from nora import (
+    BasisCache,
+    NoraConfig,
+    NoraLinear,
+    inner_prefixes,
+    load_inner,
+    preprocess_nora,
+    save_inner,
+    use_basis_cache,
+)
+from nora.cache import SMALLEST_SIDE, cached_outer_factors
 from nora.functional import outer_factors
 
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -235,7 +248,7 @@ def test_another_base_is_refused_with_the_layers_name(path, trained, change):
     layer = next(m for n, m in components["text_encoder.text_model"].named_modules() if n.endswith(name))
     with torch.no_grad():
         change(layer.weight)
-    message = rf"text_encoder.text_model\..*{name}: the base weight differs.*another basis.*pytorch_lora_weights"
+    message = rf"text_encoder.text_model\..*{name}: the base weight differs.*another basis.*a LoRA that fold_nora made"
     assert_refused(path, components, message)
 
 
@@ -353,8 +366,7 @@ def test_saving_refusals(path, plain):
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("NORA_CACHE_DIR", str(tmp_path / "cache"))
+def folder(tmp_path):
     return tmp_path / "cache"
 
 
@@ -367,7 +379,7 @@ def never():
     raise AssertionError("the cache should have answered")
 
 
-def test_cache_answers_for_the_same_content_only(cache):
+def test_cache_answers_for_the_same_content_only(folder):
     W = large_base()[0].weight.detach()
     calls = []
 
@@ -376,75 +388,108 @@ def test_cache_answers_for_the_same_content_only(cache):
         return outer_factors(W, 8)
 
     settings = ("svd", 8, "B")
-    first = cached_outer_factors(W, None, settings, compute)
-    again = cached_outer_factors(W.clone(), None, settings, never)
-    assert torch.equal(first.A, again.A) and torch.equal(first.B, again.B)
-    nudged = W.clone()
-    nudged[0, 0] += 1e-6
-    for other in [(nudged, None, settings), (W, torch.ones(W.shape[1]).half(), settings), (W, None, ("svd", 9, "B"))]:
-        cached_outer_factors(*other, compute)
+    with use_basis_cache(BasisCache(folder)):
+        first = cached_outer_factors(W, None, settings, compute)
+        again = cached_outer_factors(W.clone(), None, settings, never)
+        assert torch.equal(first.A, again.A) and torch.equal(first.B, again.B)
+        nudged = W.clone()
+        nudged[0, 0] += 1e-6
+        statistic = torch.ones(W.shape[1]).half()
+        for other in [(nudged, None, settings), (W, statistic, settings), (W, None, ("svd", 9, "B"))]:
+            cached_outer_factors(*other, compute)
     assert len(calls) == 4
-    assert all(name.endswith(".safetensors") for name in os.listdir(cache))
+    assert all(name.endswith(".safetensors") for name in os.listdir(folder))
 
 
-def test_small_layers_and_an_empty_setting_skip_the_cache(cache, monkeypatch):
-    W = torch.randn(SMALLEST_SIDE - 1, SMALLEST_SIDE)
+def test_without_a_cache_and_for_small_layers_nothing_is_written(folder, monkeypatch):
+    monkeypatch.setenv("NORA_CACHE_DIR", str(folder))  # the library asks no environment
+    W, small = large_base()[0].weight.detach(), torch.randn(SMALLEST_SIDE - 1, SMALLEST_SIDE)
+    with use_basis_cache(BasisCache(folder)):
+        cached_outer_factors(small, None, (), lambda: outer_factors(small, 4))
+        with use_basis_cache(None):
+            cached_outer_factors(W, None, (), lambda: outer_factors(W, 4))
     cached_outer_factors(W, None, (), lambda: outer_factors(W, 4))
-    monkeypatch.setenv("NORA_CACHE_DIR", "")
+    assert not folder.exists()
+
+
+def test_broken_and_unwritable_caches_only_cost_time(folder, tmp_path):
     W = large_base()[0].weight.detach()
-    cached_outer_factors(W, None, (), lambda: outer_factors(W, 4))
-    assert not cache.exists()
-
-
-def test_broken_and_unwritable_caches_only_cost_time(cache, monkeypatch, tmp_path):
-    W = large_base()[0].weight.detach()
-    cached_outer_factors(W, None, (), lambda: outer_factors(W, 4))
-    entry = next(cache.iterdir())
-    entry.write_bytes(b"junk")
-    found = cached_outer_factors(W, None, (), lambda: outer_factors(W, 4))
-    assert torch.equal(found.A, cached_outer_factors(W, None, (), never).A)
+    with use_basis_cache(BasisCache(folder)):
+        cached_outer_factors(W, None, (), lambda: outer_factors(W, 4))
+        entry = next(folder.iterdir())
+        entry.write_bytes(b"junk")
+        found = cached_outer_factors(W, None, (), lambda: outer_factors(W, 4))
+        assert torch.equal(found.A, cached_outer_factors(W, None, (), never).A)
     (tmp_path / "occupied").write_text("a file where the folder should be")
-    monkeypatch.setenv("NORA_CACHE_DIR", str(tmp_path / "occupied"))
-    cached_outer_factors(W, None, (), lambda: outer_factors(W, 4))
+    with use_basis_cache(BasisCache(tmp_path / "occupied")):
+        cached_outer_factors(W, None, (), lambda: outer_factors(W, 4))
 
 
-def test_the_least_recently_used_entries_go(cache, monkeypatch):
+def test_the_least_recently_used_entries_go(folder):
     """Every subject has a statistic of its own, and so entries of its own."""
     W = large_base()[0].weight.detach()
 
-    def use(number):
-        before = set(os.listdir(cache)) if cache.exists() else set()
-        cached_outer_factors(W, None, (number,), lambda: outer_factors(W, 4))
-        return set(os.listdir(cache)) - before
+    def use(number, limit=math.inf):
+        before = set(os.listdir(folder)) if folder.exists() else set()
+        with use_basis_cache(BasisCache(folder, limit)):
+            cached_outer_factors(W, None, (number,), lambda: outer_factors(W, 4))
+        return set(os.listdir(folder)) - before
 
     (first,), (second,), (third,) = map(use, range(3))
-    size = (cache / first).stat().st_size
+    size = (folder / first).stat().st_size
     for age, name in enumerate((third, second, first)):
-        os.utime(cache / name, (1e9 - age, 1e9 - age))
-    (cache / "mine.safetensors").write_bytes(bytes(9 * size))
+        os.utime(folder / name, (1e9 - age, 1e9 - age))
+    (folder / "mine.safetensors").write_bytes(bytes(9 * size))
     assert use(0) == set()  # read, so the second is now the least recently used
-    monkeypatch.setenv("NORA_CACHE_GB", str(3 * size / 1e9))
-    (fourth,) = use(3)
-    assert set(os.listdir(cache)) == {first, third, fourth, "mine.safetensors"}
-    monkeypatch.setenv("NORA_CACHE_GB", "0")  # no limit
-    (fifth,) = use(4)
-    assert set(os.listdir(cache)) == {first, third, fourth, fifth, "mine.safetensors"}
+    (fourth,) = use(3, limit=3 * size)
+    assert set(os.listdir(folder)) == {first, third, fourth, "mine.safetensors"}
 
 
-def test_the_cache_is_evicted_beside_others(cache, monkeypatch):
-    cache.mkdir()
-    (cache / "outer-1.safetensors").symlink_to("gone")  # as one that goes between listing and looking
-    evict(cache, 0)
-    for wrong in ("lots", "-1", "nan"):
-        monkeypatch.setenv("NORA_CACHE_GB", wrong)
-        with pytest.raises(ValueError, match=f"NORA_CACHE_GB={wrong} must be a number of gigabytes"):
-            cached_outer_factors(large_base()[0].weight.detach(), None, (), never)
+def test_the_cache_is_evicted_beside_others(folder):
+    folder.mkdir()
+    (folder / "outer-1.safetensors").symlink_to("gone")  # as one that goes between listing and looking
+    BasisCache(folder, 0).evict()
 
 
-def test_injection_uses_the_cache(cache, monkeypatch):
+def test_injection_uses_the_cache(folder, monkeypatch):
     config = NoraConfig(r=2, outer_r=8, outer_init="svd", target_modules=["0"])
-    first = get_peft_model(large_base(), config).base_model.model[0].outer("default")
-    assert len(os.listdir(cache)) == 1
-    monkeypatch.setattr("nora.basis.outer_factors", never)
-    again = get_peft_model(large_base(), config).base_model.model[0].outer("default")
+    with use_basis_cache(BasisCache(folder)):
+        first = get_peft_model(large_base(), config).base_model.model[0].outer("default")
+        assert len(os.listdir(folder)) == 1
+        monkeypatch.setattr("nora.basis.outer_factors", never)
+        again = get_peft_model(large_base(), config).base_model.model[0].outer("default")
     assert torch.equal(first.A, again.A)
+
+
+# ---------------------------------------------------------------------- where the suite keeps it
+
+
+def test_the_suite_keeps_its_cache_where_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.delenv("NORA_CACHE_DIR")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    assert configured_cache() == BasisCache(tmp_path / ".cache" / "nora", 8e9)
+    monkeypatch.setenv("NORA_CACHE_DIR", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("NORA_CACHE_GB", "0.5")
+    assert configured_cache() == BasisCache(tmp_path / "elsewhere", 5e8)
+    monkeypatch.setenv("NORA_CACHE_GB", "0")
+    assert configured_cache().limit_bytes == math.inf
+    monkeypatch.setenv("NORA_CACHE_DIR", "")
+    assert configured_cache() is None
+
+
+def test_the_suite_fills_its_cache(tmp_path, monkeypatch):
+    config = NoraConfig(r=2, outer_r=8, outer_init="svd", target_modules=["0"])
+    inject = basis_cache()(get_peft_model)  # as its loaders are decorated: the environment is read at every call
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        monkeypatch.setenv("NORA_CACHE_DIR", str(folder))
+        inject(large_base(), config)
+        assert len(os.listdir(folder)) == 1
+    get_peft_model(large_base(), replace(config, outer_r=4))
+    assert len(os.listdir(folder)) == 1
+
+
+@pytest.mark.parametrize("wrong", ["lots", "-1", "nan"])
+def test_a_limit_that_says_no_size_is_refused(wrong, monkeypatch):
+    monkeypatch.setenv("NORA_CACHE_GB", wrong)
+    with pytest.raises(ValueError, match=f"NORA_CACHE_GB={wrong} must be a number of gigabytes"):
+        configured_cache()

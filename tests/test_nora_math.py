@@ -9,8 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from nora import NoraConfig, preprocess_nora
+from nora.basis import build_basis, rebuild_basis
 from nora.combine import concatenated, truncated
 from nora.functional import (
     awsvd_scale,
@@ -363,7 +366,106 @@ def test_sums_of_inner_factors():
     full = (outer.B @ core @ outer.A).double().numpy()
     U, sigma, Vt = np.linalg.svd(full)
     best = (U[:, :2] * sigma[:2]) @ Vt[:2]
-    np.testing.assert_allclose((outer.B @ cut_B @ cut_A @ outer.A).numpy(), best, atol=1e-4 * sigma[0])
+    np.testing.assert_allclose(
+        (outer.B.double() @ cut_B @ cut_A @ outer.A.double()).numpy(), best, atol=1e-4 * sigma[0]
+    )
+
+
+# ---------------------------------------------------------------------- a device without float64
+
+
+class MpsTensor(torch.Tensor):
+    """A tensor of the device "mps", computed on the CPU: float64 is a TypeError there, and so is mixing devices."""
+
+    __module__ = "torch"  # torchao's tensors, which are refused, have another
+
+    @staticmethod
+    def __new__(cls, held):
+        if held.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+        size, strides = held.size(), held.stride()
+        return torch.Tensor._make_wrapper_subclass(cls, size, strides=strides, dtype=held.dtype, device="mps")
+
+    def __init__(self, held):
+        self.held = held
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.ndim]
+        moves = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        if not moves and not all(isinstance(x, cls) for x in tensors):
+            raise TypeError(f"{func} mixes devices")
+        device = kwargs.pop("device", None) or args[0].device
+        args, kwargs = tree_map(lambda x: x.held if isinstance(x, cls) else x, (args, kwargs))
+        result = func(*args, **kwargs)
+        if torch.device(device).type != "mps":
+            return result
+        return tree_map(lambda x: cls(x) if isinstance(x, torch.Tensor) else x, result)
+
+
+class Mps(TorchFunctionMode):
+    """Inside, ``tensor.to("mps")`` works, without a machine that has it."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.to:
+            tensor, *rest = args
+            target = rest[0] if rest else kwargs.get("device")
+            if isinstance(target, torch.Tensor):
+                rest, target = [target.dtype], target.device
+            elif isinstance(target, (str, torch.device)):
+                rest = [dtype for dtype in rest[1:] if isinstance(dtype, torch.dtype)]
+                kwargs.pop("device", None)
+            else:
+                target = tensor.device
+            target = torch.device(target)
+            tensor = func(tensor, *rest, **kwargs) if rest or kwargs else tensor
+            if target.type == "mps":
+                return tensor if isinstance(tensor, MpsTensor) else MpsTensor(tensor)
+            return tensor.cpu()
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("statistic", [None, torch.arange(1.0, 25)], ids=["svd", "awsvd"])
+@pytest.mark.parametrize("side", SIDES)
+def test_a_device_without_float64_gets_the_same_factors(statistic, side):
+    W = torch.tensor(weight(40, 24)).float()
+    scale = None if statistic is None else awsvd_scale(canonical_statistic(statistic), 0.5)
+    expected = outer_factors(W, 6, scale, side), random_factors(W, 6, 3, side)
+    inner = torch.randn(2, 6), torch.randn(6, 2)
+    with Mps():
+        there = W.to("mps")
+        with pytest.raises(TypeError, match="float64"):
+            there.double()
+        used = None if statistic is None else canonical_statistic(statistic.to("mps"))
+        scale = None if used is None else awsvd_scale(used, 0.5)
+        found = outer_factors(there, 6, scale, side), random_factors(there, 6, 3, side)
+        for one, other in zip(expected, found):
+            assert other.A.device.type == other.B.device.type == "mps"
+            assert torch.equal(other.A.cpu(), one.A) and torch.equal(other.B.cpu(), one.B)
+        assert torch.equal(fingerprint(there, found[0]), fingerprint(W, expected[0]))
+        std = matched_std((40, 24), 2, 1.0, found[0], used)
+        core = truncated(tuple(factor.to("mps") for factor in inner), found[0], 2)
+    plain = None if statistic is None else canonical_statistic(statistic)
+    assert std == matched_std((40, 24), 2, 1.0, expected[0], plain)
+    for one, other in zip(core, truncated(inner, expected[0], 2)):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"awsvd_stat": "rms"}, {"awsvd_stat": "weight"}, {"outer_init": "random"}])
+def test_a_layer_on_a_device_without_float64_is_calibrated_and_decomposed(kwargs):
+    x, W, bases = torch.randn(5, 24), torch.tensor(weight(40, 24)).float(), {}
+    config = NoraConfig(r=2, target_modules=["0"], **({"outer_init": "awsvd"} | kwargs))
+    for device in ("cpu", "mps"):
+        with Mps():
+            model = nn.Sequential(nn.Linear(24, 40, bias=False))
+            model[0].weight = nn.Parameter(W.to(device), requires_grad=False)
+            statistic = preprocess_nora(model, config, lambda: model(x.to(device))).get("0")  # noqa: B023
+            bases[device] = build_basis("0", model[0], config, 6, statistic)
+            rebuild_basis("0", ("0",), model[0], config, 6, bases[device].statistic, bases["cpu"].fingerprint)
+    for one, other in zip(bases["cpu"].outer, bases["mps"].outer):
+        assert other.device.type == "mps" and torch.equal(other.cpu(), one)
 
 
 # ---------------------------------------------------------------------- parameter counts, nothing allocated

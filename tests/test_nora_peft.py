@@ -9,6 +9,20 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from nora_models import (
+    MLP,
+    adapt,
+    assert_close,
+    build_clip_text,
+    build_clip_vision,
+    build_gpt2,
+    build_llama,
+    build_mlp,
+    build_unet,
+    config_for,
+    seeded,
+    tokens,
+)
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.peft_types import PeftType
 from safetensors.torch import load_file, save_file
@@ -16,90 +30,7 @@ from torch import nn
 
 from nora import NoraConfig, NoraLinear, calibration_mask, check_targets, fold_nora, preprocess_nora
 
-INNER = {"inner_init": "normal", "inner_std": 0.3}  # an update that is there before any training
-
-
-class MLP(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.lin0 = nn.Linear(16, 32)
-        self.lin1 = nn.Linear(32, 24)
-        self.head = nn.Linear(24, 3)
-
-    def forward(self, x):
-        return self.head(self.lin1(self.lin0(x).relu()).relu())
-
-
-def build_mlp():
-    return MLP(), ["lin0", "lin1"], lambda model: model(seeded(5, 16))
-
-
-def build_unet():
-    from diffusers import UNet2DConditionModel
-
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        norm_num_groups=8,
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(2, 4),
-        transformer_layers_per_block=(1, 2),
-        cross_attention_dim=24,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=64,
-    )
-
-    def run(model):
-        added = {"text_embeds": seeded(2, 16), "time_ids": seeded(2, 6)}
-        return model(seeded(2, 4, 8, 8), 7, seeded(2, 5, 24), added_cond_kwargs=added).sample
-
-    return unet, ["to_q", "to_k", "to_v", "to_out.0"], run
-
-
-def build_clip_text():
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = CLIPTextModel(CLIPTextConfig(vocab_size=99, max_position_embeddings=16, **sizes))
-    return model, ["q_proj", "k_proj", "v_proj", "out_proj"], lambda m: m(tokens()).last_hidden_state
-
-
-def build_clip_vision():
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = CLIPVisionModel(CLIPVisionConfig(image_size=8, patch_size=4, **sizes))
-    return model, ["q_proj", "k_proj", "v_proj"], lambda m: m(seeded(2, 3, 8, 8)).last_hidden_state
-
-
-def build_llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=99, num_key_value_heads=2, **sizes))
-    return model, ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"], lambda m: m(tokens()).logits
-
-
-def build_gpt2():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=99, n_positions=16, n_embd=32, n_layer=2, n_head=4))
-    return model, ["c_attn", "c_fc"], lambda m: m(tokens()).logits
-
-
 BUILDERS = [build_mlp, build_unet, build_clip_text, build_clip_vision, build_llama, build_gpt2]
-
-
-def seeded(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-def tokens():
-    return torch.randint(0, 98, (2, 7), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(params=BUILDERS, ids=lambda builder: builder.__name__.removeprefix("build_"))
@@ -107,23 +38,6 @@ def case(request):
     torch.manual_seed(0)
     model, targets, run = request.param()
     return model.eval().requires_grad_(False), targets, run
-
-
-def config_for(targets, **kwargs):
-    return NoraConfig(**({"r": 2, "target_modules": targets} | INNER | kwargs))
-
-
-def adapt(case, **kwargs):
-    """The case's model, calibrated and wrapped, with its base output."""
-    model, targets, run = case
-    before = run(model)
-    config = config_for(targets, **kwargs)
-    preprocess_nora(model, config, lambda: run(model))
-    return get_peft_model(model, config).eval(), before
-
-
-def assert_close(found, expected, atol=2e-5):
-    torch.testing.assert_close(found, expected, atol=atol, rtol=0)
 
 
 # ---------------------------------------------------------------------- the contract, on every model
@@ -196,7 +110,7 @@ def test_state_dict_round_trip_under_another_name(case):
     adapted, _ = adapt(case)
     state = get_peft_model_state_dict(adapted)
     other = PeftModel(base, config_for(targets, saved=True), adapter_name="other").eval()
-    with pytest.raises(ValueError, match="no outer factors yet"):
+    with pytest.raises(ValueError, match="no outer factors at .*load_adapter"):
         run(other)
     result = set_peft_model_state_dict(other, state, adapter_name="other")
     assert not result.unexpected_keys
@@ -278,7 +192,7 @@ def test_mixed_batch(two_adapters):
     with pytest.raises(ValueError, match="nobody"):
         model(x, adapter_names=["nobody"] * 5)
     model.train()
-    with pytest.raises(ValueError, match="inference only"):
+    with pytest.raises(ValueError, match="training mode. Call model.eval"):
         model(x, adapter_names=names)
 
 
@@ -423,8 +337,9 @@ def test_transformers_save_and_load(tmp_path):
 
     other = type(model).from_pretrained(tmp_path / "base").eval()
     other.model.layers[0].self_attn.k_proj.weight.data.neg_()
-    other.load_adapter(str(tmp_path / "adapter"))
     with pytest.raises(ValueError, match="layers.0.self_attn.k_proj: the base weight differs"):
+        other.load_adapter(str(tmp_path / "adapter"))
+    with pytest.raises(ValueError, match="no outer factors at"):
         run(other)
 
 
@@ -473,14 +388,49 @@ def test_registration_is_a_real_member_and_idempotent():
     nora.register(NoraConfig, nora.NoraModel)
 
 
-def test_registration_names_a_clash():
-    import nora
+def import_nora_after(preparation):
+    """Import nora in a process of its own whose PEFT has been changed by the preparation; returns what it prints."""
+    script = preparation + "\nimport nora\nprint(type(nora.NoraConfig(target_modules=['x'])).__name__)"
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
 
-    class NoraModel:
-        prefix = "nora_"
 
-    with pytest.raises(ImportError, match="already has a method NORA"):
-        nora.register(NoraConfig, NoraModel)
+def test_a_peft_with_a_nora_of_its_own_is_named():
+    """As it would be if PEFT added the member to its enum and registered a tuner for it."""
+    process = import_nora_after("""
+import importlib.util, pathlib, types, peft
+from dataclasses import dataclass
+from peft.utils.peft_types import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+spec = importlib.util.find_spec("nora")
+alone = types.ModuleType("registration")  # the enum member, without importing the package
+exec(pathlib.Path(spec.submodule_search_locations[0], "registration.py").read_text(), alone.__dict__)
+alone.ensure_peft_type()
+class NoraModel(peft.tuners.lora.LoraModel): pass
+NoraModel.__module__ = "peft.tuners.nora.model"
+PEFT_TYPE_TO_TUNER_MAPPING[PeftType.NORA] = NoraModel
+""")
+    assert process.returncode == 1
+    message = "has a method NORA of its own (peft.tuners.nora.model.NoraModel), and neither it nor this package reads"
+    assert message in process.stderr.strip().splitlines()[-1]
+    assert process.stderr.strip().splitlines()[-1].startswith("ImportError: peft ")
+
+
+def test_a_use_nora_field_of_lora_is_no_clash(tmp_path):
+    """As in the proposal for PEFT: normalised LoRA as a switch of LoraConfig."""
+    process = import_nora_after("""
+import peft
+from dataclasses import dataclass, field
+@dataclass
+class LoraConfig(peft.LoraConfig):
+    use_nora: bool = field(default=False)
+peft.LoraConfig = peft.tuners.lora.LoraConfig = LoraConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils.peft_types import PeftType
+PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = LoraConfig
+assert LoraConfig(use_nora=True).use_nora
+""")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() == "NoraConfig"
 
 
 def test_import_alone_registers(tmp_path):
@@ -495,11 +445,13 @@ def test_import_alone_registers(tmp_path):
 
 
 def test_config_round_trip(tmp_path):
-    config = config_for(["a", "b"], outer_r=8, rank_pattern={"a": 1}, nora_alpha=2.0, layers_to_transform=[1])
+    config = config_for(
+        ["a", "b"], outer_init="svd", outer_r=8, rank_pattern={"a": 1}, nora_alpha=2.0, layers_to_transform=[1]
+    )
     config.save_pretrained(tmp_path)
     loaded = PeftConfig.from_pretrained(tmp_path)
     for name, value in config.to_dict().items():
-        if name not in ("inference_mode",):
+        if name not in ("inference_mode", "saved"):
             assert getattr(loaded, name) == value, name
     assert copy.deepcopy(config) == config
     assert loaded.saved and not config.saved
@@ -744,7 +696,7 @@ def saved(tmp_path):
 def test_from_pretrained_refuses_another_base(saved):
     base, path = saved
     base.lin1.weight.data = base.lin1.weight.data.flip(0)
-    with pytest.raises(ValueError, match="lin1: the base weight differs.*another basis.*pytorch_lora_weights"):
+    with pytest.raises(ValueError, match="lin1: the base weight differs.*another basis.*a LoRA that fold_nora made"):
         PeftModel.from_pretrained(base, path)
 
 

@@ -20,7 +20,7 @@ SUBJECTS = ("cat", "dog", "teapot", "backpack", "rc_car", "red_cartoon")
 
 def config(folder, **options) -> TrainConfig:
     quick = {"pretrained_model_name_or_path": str(BASE), "report_to": "none", "num_validation_images": 0}
-    return TrainConfig(output_dir=str(folder), **(quick | options))
+    return TrainConfig.of(output_dir=str(folder), **(quick | options))
 
 
 def test_loss_on_held_out_pictures_falls(tmp_path):

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from test_trainer import QUICK, losses, run
 from tiny_sdxl import saved_base
 
-import train_dreambooth_nora_sdxl as trainer
 from methods.components import FOLDED_WEIGHTS, INNER_WEIGHTS
 from runs.checkpoints import (
     STATE,
@@ -28,6 +27,7 @@ from runs.checkpoints import (
     read_step,
     save_checkpoint,
 )
+from trainer import hooks
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = {
@@ -260,15 +260,15 @@ def test_more_steps_than_before(copy):
 
 def test_limit_keeps_the_newest_and_deletes_only_after_writing(tmp_path, monkeypatch):
     counts = []
-    save = trainer.save_checkpoint
+    save = hooks.save_checkpoint
 
-    def look(accelerator, folder, *rest):
+    def look(accelerator, folder, **rest):
         before = {step for step, _ in checkpoints(folder)}
-        path = save(accelerator, folder, *rest)
+        path = save(accelerator, folder, **rest)
         counts.append((before, {step for step, _ in checkpoints(folder)}))
         return path
 
-    monkeypatch.setattr(trainer, "save_checkpoint", look)
+    monkeypatch.setattr(hooks, "save_checkpoint", look)
     folder = run(tmp_path, max_train_steps=6, checkpointing_steps=2, checkpoints_total_limit=2)
     assert counts == [(set(), {2}), ({2}, {2, 4}), ({2, 4}, {4, 6})]
     assert json.loads((folder / "checkpoint-6" / "training_state.json").read_text())["step"] == 6

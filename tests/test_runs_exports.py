@@ -12,14 +12,15 @@ from test_trainer import CAT, run
 from tiny_sdxl import live_outputs, outputs, saved_base
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-import train_dreambooth_nora_sdxl as script
 import trainer.accelerator
+import trainer.finish
+import trainer.run
 from inference.base import load_pipeline
-from inference.generate import encode_prompts
 from inference.load import load_adapter, unload_adapters
+from inference.sampling import encode_prompts
 from methods.components import EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS
-from runs.exports import KOHYA_WEIGHTS, PEFT_FOLDER, check_files
-from settings.training import TrainConfig
+from methods.files import KOHYA_WEIGHTS, PEFT_FOLDER
+from runs.exports import check_files
 
 FORMATS = {"output_kohya_format": True, "output_peft_format": True, "train_text_encoder": True}
 METHODS = {
@@ -35,16 +36,16 @@ METHODS = {
 def exported(request, tmp_path_factory):
     """A run folder, and what the live modules computed at its end."""
     folder, live = tmp_path_factory.mktemp("exported"), {}
-    save = script.save_adapter
+    save = trainer.run.save_adapter
 
-    def look(config, trained, target):
-        names = save(config, trained, target)
+    def look(adapter, models, target, **formats):
+        names = save(adapter, models, target, **formats)
         if target == folder:
-            live.update(live_outputs(trained))
+            live.update(live_outputs(models))
         return names
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "save_adapter", look)
+        patch.setattr(trainer.run, "save_adapter", look)
         run(folder, max_train_steps=3, learning_rate=5e-2, text_encoder_lr=5e-2, **(FORMATS | METHODS[request.param]))
     return request.param, folder, live
 
@@ -109,7 +110,7 @@ def test_record_lists_every_file(exported):
 def test_a_wrong_file_is_noticed(tmp_path, monkeypatch, file):
     file = file if file.endswith("safetensors") else f"{file}.safetensors"
 
-    def check_after_damage(config, trained, folder):
+    def check_after_damage(adapter, folder, files):
         from safetensors import safe_open
 
         with safe_open(folder / file, "pt") as opened:
@@ -118,9 +119,9 @@ def test_a_wrong_file_is_noticed(tmp_path, monkeypatch, file):
         key = next(key for key in sorted(weights) if key.endswith(".weight") and "stats" not in key)
         weights[key] = weights[key] + 0.1
         save_file(weights, folder / file, metadata=header)
-        return check_files(config, trained, folder)
+        return check_files(adapter, folder, files)
 
-    monkeypatch.setattr(script, "check_files", check_after_damage)
+    monkeypatch.setattr(trainer.finish, "check_files", check_after_damage)
     with pytest.raises(ValueError, match="read back differs"):
         run(tmp_path, output_kohya_format=True, output_peft_format=True)
 
@@ -228,7 +229,7 @@ def test_nothing_of_a_sub_folder_is_uploaded_unasked(tmp_path, uploaded):
     for name in wanted | at_home:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
-    trainer.accelerator.push_to_hub(TrainConfig(pretrained_model_name_or_path="base"), tmp_path)
+    trainer.accelerator.push_to_hub(tmp_path, None, None)
     assert uploaded["files"] == wanted
 
 
@@ -241,6 +242,4 @@ def test_a_hub_that_is_not_reached_is_one_sentence(tmp_path, monkeypatch, error,
 
     monkeypatch.setattr(trainer.accelerator, "create_repo", fail)
     with pytest.raises(ValueError, match=f"^--push_to_hub me/x: {words}"):
-        trainer.accelerator.push_to_hub(
-            TrainConfig(pretrained_model_name_or_path="base", hub_model_id="me/x"), tmp_path
-        )
+        trainer.accelerator.push_to_hub(tmp_path, "me/x", None)

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import weakref
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -22,12 +21,16 @@ from tiny_sdxl import build_pipeline, live_outputs, outputs, saved_base
 from transformers import CLIPTextModel
 
 import train_dreambooth_nora_sdxl as trainer
+from dreambooth import batches
 from dreambooth.prior import class_image_name
 from inference.base import load_pipeline
 from inference.load import load_adapter
 from methods.components import FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
+from methods.registry import METHODS
 from runs.checkpoints import FolderLock
-from settings.training import LR_SCHEDULES, TrainConfig
+from settings.learning import LR_SCHEDULES
+from settings.training import FLAGS, TrainConfig
+from trainer import run as run_module
 from trainer import samples
 
 ROOT = Path(__file__).parent.parent
@@ -51,9 +54,9 @@ QUICK = {
 def run(folder, **options) -> Path:
     base = {"pretrained_model_name_or_path": str(saved_base()), "output_dir": str(folder)}
     AcceleratorState._reset_state(True)
-    lora = options.get("method") == "lora" or options.get("use_dora")
-    quick = {name: value for name, value in QUICK.items() if not (lora and name == "calibration_passes")}
-    return trainer.train(TrainConfig(**(quick | base | options)))
+    nora = options.get("method", "nora") == "nora" and not options.get("use_dora")
+    quick = {name: value for name, value in QUICK.items() if nora or name != "calibration_passes"}
+    return trainer.train(TrainConfig.of(**(quick | base | options)))
 
 
 def losses(folder) -> list[float]:
@@ -78,7 +81,10 @@ def test_files_of_a_run(nora_run):
     assert record["config"]["rank"] == 4 and record["method"] == "nora"
     assert set(record["base_fingerprints"]) == {"unet", "text_encoder", "text_encoder_2"}
     assert record["peak_memory_mb"] > 10 and record["timings"]["train_seconds"] > 0
-    assert record["files"] == {name: (nora_run / name).stat().st_size for name in (FOLDED_WEIGHTS, INNER_WEIGHTS)}
+    parts = ("unet", "text_encoder", "text_encoder_2")
+    peft = [f"peft/{part}/{file}" for part in parts for file in ("adapter_config.json", "adapter_model.safetensors")]
+    files = [FOLDED_WEIGHTS, INNER_WEIGHTS, *peft]
+    assert record["files"] == {name: (nora_run / name).stat().st_size for name in files}
     images = sorted((nora_run / "samples").glob("*.png"))
     assert len(images) == 2 and Image.open(images[0]).size == (32, 32)
     card = (nora_run / "README.md").read_text()
@@ -123,14 +129,14 @@ def test_trained_parameters_are_counted(nora_run):
 
 def test_live_folded_inner_and_merged_agree(tmp_path, monkeypatch):
     live = {}
-    save = trainer.save_adapter
+    save = run_module.save_adapter
 
-    def save_and_look(config, trained, folder):
-        names = save(config, trained, folder)
-        live.update(live_outputs(trained))
+    def save_and_look(adapter, models, folder, **formats):
+        names = save(adapter, models, folder, **formats)
+        live.update(live_outputs(models))
         return names
 
-    monkeypatch.setattr(trainer, "save_adapter", save_and_look)
+    monkeypatch.setattr(run_module, "save_adapter", save_and_look)
     folder = run(tmp_path / "run", train_text_encoder=True, max_train_steps=5, learning_rate=5e-2, text_encoder_lr=5e-2)
 
     def fresh():
@@ -204,13 +210,13 @@ def test_pictures_are_encoded_in_fp32_whatever_is_trained_in(tmp_path, monkeypat
 
 def test_bf16_trains_in_fp32(tmp_path, monkeypatch):
     dtypes = set()
-    save = trainer.save_adapter
+    save = run_module.save_adapter
 
-    def look(config, trained, folder):
-        dtypes.update((p.requires_grad, p.dtype) for model in trained.values() for p in model.parameters())
-        return save(config, trained, folder)
+    def look(adapter, models, folder, **formats):
+        dtypes.update((p.requires_grad, p.dtype) for model in models.values() for p in model.parameters())
+        return save(adapter, models, folder, **formats)
 
-    monkeypatch.setattr(trainer, "save_adapter", look)
+    monkeypatch.setattr(run_module, "save_adapter", look)
     folder = run(tmp_path, mixed_precision="bf16", train_text_encoder=True, num_validation_images=1)
     assert dtypes == {(False, torch.bfloat16), (True, torch.float32)}
     assert all(0 < loss < 5 for loss in losses(folder))
@@ -402,7 +408,7 @@ def test_random_crops_are_trained_on(tmp_path):
 
 def test_what_was_frozen_is_freed(tmp_path, monkeypatch):
     seen = []
-    load = trainer.load_base
+    load = trainer.Base.load
 
     def remember(*args):
         pipeline = load(*args)
@@ -410,15 +416,15 @@ def test_what_was_frozen_is_freed(tmp_path, monkeypatch):
         return pipeline
 
     alive = []
-    inject = trainer.inject
+    put_in = trainer.put_in
 
     def look(*args):
         gc.collect()
         alive.append([ref() is not None for ref in seen])
-        inject(*args)
+        put_in(*args)
 
-    monkeypatch.setattr(trainer, "load_base", remember)
-    monkeypatch.setattr(trainer, "inject", look)
+    monkeypatch.setattr(trainer.Base, "load", remember)
+    monkeypatch.setattr(trainer, "put_in", look)
     run(tmp_path / "frozen")
     assert alive == [[False, False, False]]
 
@@ -461,7 +467,7 @@ def test_record_stands_before_the_samples(tmp_path, monkeypatch):
     def fail(*args):
         raise torch.OutOfMemoryError("no memory left for samples")
 
-    monkeypatch.setattr(trainer, "draw_samples", fail)
+    monkeypatch.setattr(samples.Sampler, "samples", fail)
     with pytest.raises(torch.OutOfMemoryError):
         run(tmp_path)
     assert {FOLDED_WEIGHTS, INNER_WEIGHTS, "run.json", "README.md", "metrics.jsonl"} <= set(os.listdir(tmp_path))
@@ -470,7 +476,7 @@ def test_record_stands_before_the_samples(tmp_path, monkeypatch):
 def test_a_second_run_leaves_nothing_of_the_first(tmp_path):
     run(tmp_path, num_validation_images=1)
     run(tmp_path, method="lora")
-    files = {FOLDED_WEIGHTS, "run.json", "README.md", "loss.png", "metrics.jsonl"}
+    files = {FOLDED_WEIGHTS, "peft", "run.json", "README.md", "loss.png", "metrics.jsonl"}
     assert set(os.listdir(tmp_path)) == {*files, "encoded"}
 
 
@@ -498,18 +504,18 @@ def test_a_run_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
 
 def test_a_first_step_without_its_caption(tmp_path, monkeypatch):
     """Of the text encoders' gradient nothing can be said yet; at the next step it is looked at."""
-    looked, batch = [], trainer.training_batch
+    looked, batch = [], batches.training_batch
 
     def drop_the_first(*args, step, **options):
         return batch(*args, step=step, **(options | {"caption_dropout": 1.0 if step == 0 else 0.0}))
 
-    class Watch(trainer.GradientWatch):
+    class Watch(run_module.GradientWatch):
         def norms(self, teaches_text):
             looked.append(sorted(norms := super().norms(teaches_text)))
             return norms
 
-    monkeypatch.setattr(trainer, "training_batch", drop_the_first)
-    monkeypatch.setattr(trainer, "GradientWatch", Watch)
+    monkeypatch.setattr(batches, "training_batch", drop_the_first)
+    monkeypatch.setattr(run_module, "GradientWatch", Watch)
     run(tmp_path, method="lora", train_text_encoder=True, caption_dropout=0.1)
     assert looked == [["unet"], ["text_encoder", "text_encoder_2"]]
 
@@ -533,19 +539,15 @@ def test_record_says_what_was_decided(tmp_path):
     assert record["outer_ranks"] == [16]
 
 
-def test_every_flag_is_read_outside_the_config():
-    """A flag that nothing reads does nothing. `resolved` reads those that set others."""
-    sources = [
-        ROOT / "train_dreambooth_nora_sdxl.py",
-        *(ROOT / "dreambooth").glob("*.py"),
-        *(ROOT / "trainer").glob("*"),
-    ]
-    text = "\n".join(path.read_text() for path in sources if path.is_file() and path.name != "config.py")
-    in_config = (ROOT / "dreambooth" / "config.py").read_text()
-    in_config = in_config[in_config.index("    @property") : in_config.index("    def resolved")]
-    unread = [f.name for f in fields(TrainConfig) if not re.search(rf"(config|self)\.{f.name}\b", text + in_config)]
-    # revision and variant are read by name in download_options; old launchers set local_rank, and nothing reads it.
-    assert unread == ["revision", "variant", "preset", "low_vram", "local_rank"]
+def test_every_flag_is_read_outside_the_records():
+    """A flag that nothing reads does nothing."""
+    rooms = ("settings", "dreambooth", "runs", "trainer")
+    sources = [ROOT / "train_dreambooth_nora_sdxl.py", *(path for room in rooms for path in (ROOT / room).glob("*.py"))]
+    text = "\n".join(path.read_text() for path in sources)
+    unread = [name for name in FLAGS if not re.search(rf"\.{name}\b", text)]
+    # options of methods are read by the registry, by their flag's name; old launchers set local_rank, nothing reads it
+    by_registry = {option.flag for method in METHODS.values() for option in method.options}
+    assert set(unread) - by_registry == {"local_rank"}
 
 
 # --- as a command -----------------------------------------------------------------------------------------------------
@@ -604,7 +606,13 @@ BAD = {
     "infinite learning rate": (with_flags("--learning_rate", "inf"), "--learning_rate inf must be a finite number"),
     "zero steps": (with_flags("--max_train_steps", "0"), "--max_train_steps 0 must be at least 1"),
     "unknown flag": (with_flags("--ranks", "4"), "unrecognized arguments: --ranks 4"),
-    "unknown method": (with_flags("--method", "dora"), "invalid choice: 'dora'"),
+    "unknown method": (with_flags("--method", "dorra"), "--method dorra is not known .did you mean dora"),
+    "another method's option": (with_flags("--method", "lora", "--method_args", "factor=8"), "--method lora has rank"),
+    "what no layer can hold": (with_flags("--method", "oft", "--method_args", "block_size=5"), "does not divide the"),
+    "kohya's names for no factors": (with_flags("--method", "loha", "--output_kohya_format"), "no pair of factors"),
+    "nothing left": (with_flags("--method", "hra", "--output_peft_format", "False"), "would leave nothing of"),
+    "exact already": (with_flags("--method", "lora", "--convert_to_lora", "4"), "whose LoRA file is exact"),
+    "DoRA's text encoders": (with_flags("--method", "dora", "--train_text_encoder"), "leave one out"),
     "unknown schedule": (with_flags("--lr_scheduler", "wave"), "--lr_scheduler wave is not known"),
     "schedule without rules": (with_flags("--lr_scheduler", "piecewise_constant"), "piecewise_constant is not known"),
     "no inference steps": (with_flags("--num_inference_steps", "0"), "--num_inference_steps 0 must be at least 1"),

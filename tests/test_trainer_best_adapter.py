@@ -13,8 +13,8 @@ from tiny_sdxl import saved_base
 from dreambooth.prepare import read_pictures
 from inference.adapter_files import recorded_base
 from inference.base import load_pipeline
-from inference.generate import GeneratedImage
 from inference.load import load_adapter
+from inference.sampling import GeneratedImage
 from methods.components import FOLDED_WEIGHTS
 from settings.training import TrainConfig
 from storage.pictures import find_images, open_image
@@ -72,10 +72,10 @@ def test_stopping_early(tmp_path):
 @pytest.fixture
 def judge(tmp_path):
     base = {"pretrained_model_name_or_path": str(saved_base()), "output_dir": str(tmp_path), "resolution": 32}
-    config = TrainConfig(
-        **base, instance_data_dir=str(CAT), instance_prompt="a photo of [V] cat", eval_steps=1, **JUDGES
-    ).resolved()
-    return RunJudge(config, Accelerator(cpu=True), read_pictures(config, 8))
+    options = {"instance_data_dir": str(CAT), "instance_prompt": "a photo of [V] cat", "eval_steps": 1}
+    config = TrainConfig.of(**base, **options, **JUDGES)
+    pictures = read_pictures(config.data, config.prior, 8)
+    return RunJudge(config.evaluation, Accelerator(cpu=True), pictures, tmp_path, total_steps=10)
 
 
 def test_an_adapter_that_copies_is_never_the_best(judge, tmp_path, capsys):

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from tiny_sdxl import saved_base
 
-from trainer.compare import CompareConfig, Run, main, plan, summarise, table, train
+from settings.columns import CompareConfig
+from trainer.compare import Run, main, plan, summarise, table, train
 
 ASSETS = Path(__file__).parent.parent / "assets"
 ROBOT = str(ASSETS / "subjects" / "robot")

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from settings.training import TrainConfig
+from methods.adapter import make_adapter
+from methods.registry import METHODS, resolve
+from settings.learning import OptimizerOptions
 from trainer.optimizer import (
     Average,
     build_optimizer,
@@ -16,9 +18,12 @@ from trainer.optimizer import (
 )
 
 
-def config(**options) -> TrainConfig:
-    given = {"pretrained_model_name_or_path": "base", "instance_data_dir": "x", "instance_prompt": "y"}
-    return TrainConfig(**(given | options)).resolved()
+def config(**options) -> OptimizerOptions:
+    return OptimizerOptions(**options)
+
+
+def checked(options: OptimizerOptions) -> list[str]:
+    return list(check_optimizer(options))
 
 
 class Adapted(nn.Module):
@@ -35,7 +40,7 @@ MODELS = {"unet": Adapted(), "text_encoder": Adapted()}
 def test_classes_by_name(name):
     if not hasattr(torch.optim, name) and name not in ("adamw", "prodigy"):
         with pytest.raises(ValueError, match=f"--optimizer {name} is not known"):
-            check_optimizer(config(optimizer=name))
+            checked(config(optimizer=name))
         return
     one = config(optimizer=name, learning_rate=1.0 if name == "prodigy" else 1e-2)
     parameter = nn.Parameter(torch.ones(3, 3))
@@ -66,7 +71,7 @@ def test_arguments_are_python_values():
 
 def test_contradicting_arguments_are_refused():
     with pytest.raises(ValueError, match="--optimizer SGD refuses its arguments: Nesterov"):
-        check_optimizer(config(optimizer="SGD", optimizer_args=["nesterov=True"]))
+        checked(config(optimizer="SGD", optimizer_args=["nesterov=True"]))
 
 
 @pytest.mark.parametrize(
@@ -83,11 +88,25 @@ def test_contradicting_arguments_are_refused():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU takes capturable")
 def test_arguments_that_don_t_work_are_refused(argument, words):
     with pytest.raises(ValueError, match=words):
-        check_optimizer(config(optimizer_args=[argument]))
+        checked(config(optimizer_args=[argument]))
+
+
+def test_what_decays_away_from_the_base_does_not_decay():
+    """By the table of methods: a magnitude, a start that is not 0, what is beside the base."""
+    for name, method in METHODS.items():
+        adapter = make_adapter(name, resolve(name, [], {}))
+        model = nn.Module()
+        for part in ("kept", *method.not_decayed):
+            model.register_parameter(f"{part}1", nn.Parameter(torch.ones(2)))
+        groups = parameter_groups(config(), 1e-6, adapter, {"unet": model})
+        decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+        for key, parameter in model.named_parameters():
+            assert decays[id(parameter)] == (1e-4 if key == "kept1" else 0.0), (name, key)
 
 
 def test_learning_rates_by_part():
-    groups = parameter_groups(config(learning_rate=1e-4, text_encoder_lr=1e-6, loraplus_lr_ratio=16.0), MODELS)
+    plus = make_adapter("loraplus", resolve("loraplus", [], {}))
+    groups = parameter_groups(config(learning_rate=1e-4), 1e-6, plus, MODELS)
     assert [(g["name"], g["lr"], g["weight_decay"]) for g in groups] == [
         ("unet", 1e-4, 1e-4),
         ("unet", 16e-4, 1e-4),
@@ -95,28 +114,28 @@ def test_learning_rates_by_part():
         ("text_encoder", 16e-6, 1e-3),
     ]
     assert groups[1]["params"][0] is MODELS["unet"].lora_B.weight
-    prodigy = parameter_groups(config(optimizer="prodigy", learning_rate=1.0), MODELS)
+    lora = make_adapter("lora", resolve("lora", [], {}))
+    prodigy = parameter_groups(config(optimizer="prodigy", learning_rate=1.0), 1e-6, lora, MODELS)
     assert {group["lr"] for group in prodigy} == {1.0}
 
 
 def test_scaled_learning_rate():
-    one = config(learning_rate=1e-4, train_batch_size=2, gradient_accumulation_steps=3, scale_lr=True)
-    assert scaled_learning_rate(one, num_processes=4) == pytest.approx(24e-4)
-    assert scaled_learning_rate(config(), num_processes=4) == 1e-4
+    assert scaled_learning_rate(config(learning_rate=1e-4, scale_lr=True), 24) == pytest.approx(24e-4)
+    assert scaled_learning_rate(config(), 24) == 1e-4
 
 
 def test_polynomial_schedule_has_its_power():
-    one = config(lr_scheduler="polynomial", lr_power=2.0, max_train_steps=10, learning_rate=1.0)
+    one = config(lr_scheduler="polynomial", lr_power=2.0, learning_rate=1.0)
     optimizer = build_optimizer(one, [{"params": [nn.Parameter(torch.zeros(1))]}])
-    schedule = build_schedule(one, optimizer)
+    schedule = build_schedule(one, optimizer, 10)
     for _ in range(5):
         schedule.step()
     assert schedule.get_last_lr()[0] == pytest.approx(0.25, abs=1e-4)
 
 
 def test_restarts():
-    one = config(lr_scheduler="cosine_with_restarts", lr_num_cycles=2, max_train_steps=10, learning_rate=1.0)
-    schedule = build_schedule(one, build_optimizer(one, [{"params": [nn.Parameter(torch.zeros(1))]}]))
+    one = config(lr_scheduler="cosine_with_restarts", lr_num_cycles=2, learning_rate=1.0)
+    schedule = build_schedule(one, build_optimizer(one, [{"params": [nn.Parameter(torch.zeros(1))]}]), 10)
     rates = []
     for _ in range(10):
         rates.append(schedule.get_last_lr()[0])

@@ -20,9 +20,9 @@ from test_trainer import BASE_FLAGS, CAT, losses, run
 from tiny_sdxl import saved_base
 
 import train_dreambooth_nora_sdxl as trainer
-from storage import files
+from storage import tensors
 from storage.pictures import find_images
-from trainer import hooks, samples
+from trainer import samples
 
 HERE = "test_weak_spots"
 FAULTS = {
@@ -141,10 +141,10 @@ def test_repeats_cost_no_memory(tmp_path, monkeypatch):
     kept = []
     encode = trainer.encode_run
 
-    def look(*args):
-        encoded, pictures = encode(*args)
+    def look(*args, **options):
+        encoded = encode(*args, **options)
         kept.append([tuple(picture.mean.shape) for stream in encoded.streams.values() for picture in stream])
-        return encoded, pictures
+        return encoded
 
     monkeypatch.setattr(trainer, "encode_run", look)
     run(tmp_path / "once", max_train_steps=1)
@@ -155,16 +155,16 @@ def test_repeats_cost_no_memory(tmp_path, monkeypatch):
 def test_looking_keeps_modes_and_precision(tmp_path, monkeypatch):
     """While it looks and at the end, the run draws with the modules that it trains, as they are."""
     before_look, after_look, loaded = [], [], []
-    draw, load = trainer.draw_samples, samples.load_pipeline
+    draw, load = samples.Sampler.draw, samples.load_pipeline
 
     def state(parts):
         models = [model for model in parts.values() if isinstance(model, torch.nn.Module)]
         return [(id(model), model.training, {p.dtype for p in model.parameters()}) for model in models]
 
-    def look(config, accelerator, parts, dtype):
-        before_look.append(state(parts))
-        drawn = draw(config, accelerator, parts, dtype)
-        after_look.append(state(parts))
+    def look(sampler, prompts, seeds):
+        before_look.append(state(sampler.parts))
+        drawn = draw(sampler, prompts, seeds)
+        after_look.append(state(sampler.parts))
         return drawn
 
     def remember(*args, **absent):
@@ -172,8 +172,7 @@ def test_looking_keeps_modes_and_precision(tmp_path, monkeypatch):
         loaded.append((pipeline.unet, pipeline.text_encoder.dtype, pipeline.text_encoder_2.dtype))
         return pipeline
 
-    for module in (hooks, trainer):
-        monkeypatch.setattr(module, "draw_samples", look)
+    monkeypatch.setattr(samples.Sampler, "draw", look)
     monkeypatch.setattr(samples, "load_pipeline", remember)
     run(tmp_path, mixed_precision="bf16", num_validation_images=1, validation_steps=1)
     ((unet, training, dtypes),) = before_look[0]
@@ -217,15 +216,15 @@ def test_a_file_that_could_not_be_written_is_named(tmp_path, monkeypatch):
     def fail(*args, **options):
         raise SafetensorError("I/O error: No space left on device")
 
-    monkeypatch.setattr(files, "save_file", fail)
+    monkeypatch.setattr(tensors, "save_file", fail)
     with pytest.raises(OSError, match="one.safetensors could not be written: .*No space left"):
-        files.write_safetensors(tmp_path / "one.safetensors", {"a": torch.zeros(1)})
+        tensors.write_safetensors(tmp_path / "one.safetensors", {"a": torch.zeros(1)})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_torchao_is_looked_for_before_the_base_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)  # as if it were not installed
-    monkeypatch.setattr(trainer, "load_base", None)
+    monkeypatch.setattr(trainer.Base, "load", None)
     with pytest.raises(ValueError, match="--quantize_base int8 needs torchao"):
         run(tmp_path / "run", low_vram=True)
     assert not (tmp_path / "run").exists()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ from huggingface_hub import create_repo, upload_folder
 from PIL import Image
 from torch import nn
 
-from settings.training import TrainConfig
+from runs.checkpoints import FolderLock
+from settings.learning import HardwareOptions
+from settings.watching import OutputOptions
 from trainer.memory import import_torchao
 from trainer.sharding import accelerator_class
 
@@ -35,31 +37,37 @@ UPLOADED = (
 )
 
 
-def make_accelerator(config: TrainConfig, output_dir: Path) -> Accelerator:
+def make_accelerator(
+    hardware: HardwareOptions, output: OutputOptions, *, accumulation: int = 1, trains_text: bool = False
+) -> Accelerator:
     """Devices, processes and precision.
+
+    Args:
+        accumulation: batches of an optimiser step.
+        trains_text: text encoders are among the models.
 
     Raises:
         ValueError: for a precision, a tracker or a configuration of accelerate that can't be used here.
     """
-    check_trackers(config.report_to)
-    accelerator_of_launcher = accelerator_class(config)
-    if config.quantize_base == "int8":
+    check_trackers(output.report_to)
+    accelerator_of_launcher = accelerator_class(hardware.quantize_base or "none")
+    if hardware.quantize_base == "int8":
         import_torchao()
-    mixed_precision = config.mixed_precision
+    mixed_precision, output_dir = hardware.mixed_precision, Path(output.output_dir)
     if mixed_precision is None and torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         # SDXL in fp32 fits few cards, and an accelerate that was never configured says "no".
         configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         mixed_precision = "fp16" if configured == "no" else configured
     accelerator = accelerator_of_launcher(
         mixed_precision="no" if mixed_precision == "fp32" else mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / config.logging_dir)),
+        gradient_accumulation_steps=accumulation,
+        log_with=None if output.report_to == "none" else output.report_to,
+        project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / output.logging_dir)),
         kwargs_handlers=[
             DistributedDataParallelKwargs(
                 broadcast_buffers=False,  # NoRA's frozen factors are buffers, the same in every process
                 # SDXL reads the last but one layer of its first text encoder: adapters above it get no gradient.
-                find_unused_parameters=config.trains_text,
+                find_unused_parameters=trains_text,
             ),
             # The others wait while the main process draws and scores; NCCL's own limit is ten minutes.
             InitProcessGroupKwargs(timeout=timedelta(hours=3)),
@@ -76,7 +84,7 @@ def make_accelerator(config: TrainConfig, output_dir: Path) -> Accelerator:
             f"accelerate is configured for {accelerator.mixed_precision}, which is not supported here: add "
             "--mixed_precision no, fp16 or bf16"
         )
-    if config.allow_tf32:
+    if hardware.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
 
@@ -92,10 +100,18 @@ def check_trackers(report_to: str) -> None:
         raise ValueError(f"--report_to {report_to} needs its package: pip install {report_to}, or --report_to none")
 
 
-def start_trackers(accelerator: Accelerator, config: TrainConfig) -> None:
-    values = {name: value for name, value in asdict(config).items() if isinstance(value, (int, float, str))}
+def start_trackers(accelerator: Accelerator, flags: Mapping[str, Any]) -> None:
+    """Tell the trackers the run's flags."""
+    values = {name: value for name, value in flags.items() if isinstance(value, (int, float, str))}
     values.pop("hub_token", None)  # a secret
     accelerator.init_trackers("dreambooth", values)
+
+
+def take_folder(lock: FolderLock, accelerator: Accelerator, folder: Path) -> None:
+    """Make the run's folder and hold it, once nothing more is to be refused; every process waits for it."""
+    if accelerator.is_main_process:
+        lock.take(folder)
+    accelerator.wait_for_everyone()
 
 
 def end_training(accelerator: Accelerator, models: dict[str, nn.Module]) -> None:
@@ -119,21 +135,24 @@ def log_images(accelerator: Accelerator, images: Mapping[str, Image.Image], step
             tracker.log_images(batches, step=step, **options)
 
 
-def push_to_hub(config: TrainConfig, folder: Path) -> str:
+def push_to_hub(folder: Path, hub_model_id: str | None, token: str | None) -> str:
     """Upload the adapter, its card and its samples; returns the repository's id.
+
+    Args:
+        hub_model_id: None: the folder's name.
 
     Raises:
         ValueError: if the hub refuses, or can't be reached.
     """
-    name = config.hub_model_id or folder.resolve().name
+    name = hub_model_id or folder.resolve().name
     # found here, because a * of the hub's patterns goes into sub-folders
     files = [path.relative_to(folder).as_posix() for pattern in UPLOADED for path in folder.glob(pattern)]
     try:
-        repository = create_repo(name, token=config.hub_token, exist_ok=True).repo_id
+        repository = create_repo(name, token=token, exist_ok=True).repo_id
         upload_folder(
             repo_id=repository,
             folder_path=folder,
-            token=config.hub_token,
+            token=token,
             allow_patterns=[glob.escape(file) for file in files],
             commit_message="Upload the adapter",
         )

@@ -13,11 +13,13 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from dreambooth.prepare import Pictures
-from inference.generate import GeneratedImage
-from judging.evaluate import CLIP, DINO, Judge, warn_of_memorisation
+from inference.sampling import GeneratedImage
 from judging.prompts import FIRST_SEED, Protocol, subject_of_prompt, with_article
+from judging.scorer import Scorer
+from judging.tables import warn_of_memorisation
 from methods.components import BEST, BEST_SCORES
-from settings.training import TrainConfig
+from settings.columns import CLIP, DINO
+from settings.watching import EvaluationOptions
 from storage.files import replacing_folder, write_atomic
 from storage.pictures import open_image
 
@@ -32,24 +34,31 @@ class RunJudge:
         ValueError: if an encoder or the protocol can't be had.
     """
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator, pictures: Pictures) -> None:
-        self.config = config
+    def __init__(
+        self,
+        options: EvaluationOptions,
+        accelerator: Accelerator,
+        pictures: Pictures,
+        output_dir: Path,
+        total_steps: int,
+    ) -> None:
+        self.options, self.output_dir, self.total_steps = options, output_dir, total_steps
         self.best: dict[str, Any] | None = None
         self.before: dict[str, float] | None = None  # the scores of the last evaluation
         self.waited = 0  # evaluations since the best one
-        if config.eval_steps is None:
+        if options.eval_steps is None:
             return
-        words = subject_of_prompt(config.instance_prompt)
-        self.prompts = [with_article(one, words) for one in Protocol.read(config.eval_protocol, None, False).prompts]
-        self.seeds = range(FIRST_SEED, FIRST_SEED + config.num_eval_images)
+        words = subject_of_prompt(pictures.concepts[0].instance_prompt)
+        self.prompts = [with_article(one, words) for one in Protocol.read(options.eval_protocol, None, False).prompts]
+        self.seeds = range(FIRST_SEED, FIRST_SEED + options.num_eval_images)
         if accelerator.is_main_process:
             instances = [open_image(one.example.read(), one.example.name) for one in pictures.instance]
             # On the CPU: a few small pictures now and then are not worth the training's memory.
-            self.judge = Judge(config.clip or CLIP, config.dino or DINO, instances, torch.device("cpu"))
+            self.scorer = Scorer(options.clip or CLIP, options.dino or DINO, instances, torch.device("cpu"))
 
     def due(self, step: int) -> bool:
-        every = self.config.eval_steps
-        return every is not None and (step % every == 0 or step == self.config.max_train_steps)
+        every = self.options.eval_steps
+        return every is not None and (step % every == 0 or step == self.total_steps)
 
     def look(
         self, step: int, drawn: list[GeneratedImage], val_loss: float, save_adapter: Callable[[Path], Any]
@@ -59,7 +68,7 @@ class RunJudge:
         Args:
             save_adapter: writes the adapter's files into a folder.
         """
-        scores = self.judge.judge(drawn)
+        scores = self.scorer.score(drawn)
         copied = scores["memorisation"]
         found = {name: scores[name].mean for name in ("dino", "clip_i", "clip_t")}
         found |= {"val_loss": val_loss, "nearest_training_image": copied.nearest}
@@ -74,24 +83,24 @@ class RunJudge:
         self.waited += 1
         if not copied.alarm and self._is_better(found):
             self.waited = 0
-            self.best = {"step": step, "by": self.config.best_by, **found}
+            self.best = {"step": step, "by": self.options.best_by, **found}
             self._keep(save_adapter)
         return found
 
     def _is_better(self, found: Mapping[str, float]) -> bool:
-        name = self.config.best_by
+        name = self.options.best_by
         if self.best is None:
             return True
         return found[name] < self.best[name] if name == "val_loss" else found[name] > self.best[name]
 
     def _keep(self, save_adapter: Callable[[Path], Any]) -> None:
-        with replacing_folder(Path(self.config.output_dir) / BEST) as fresh:
+        with replacing_folder(self.output_dir / BEST) as fresh:
             save_adapter(fresh)
             write_atomic(fresh / BEST_SCORES, json.dumps(self.best, indent=1) + "\n")
 
     def gives_up(self) -> bool:
         """Whether ``--early_stopping_patience`` is used up; every process gets the main one's answer."""
-        patience = self.config.early_stopping_patience
+        patience = self.options.early_stopping_patience
         if patience is None:
             return False
         return broadcast_object_list([self.waited >= patience])[0]

@@ -4,8 +4,8 @@
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
         --instance_data_dir my_cat --instance_prompt "a photo of [V] cat"
 
-What stands behind ``--`` goes to every training. Runs that are finished are not trained again unless their pictures or
-their base have changed, and a run that was cut off is resumed, so the command may be repeated until all is there.
+What stands behind ``--`` goes to every training. A finished run is trained again only if its flags, pictures or base
+have changed, and a run that was cut off is resumed: the command may be repeated until all is there.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from inference import gallery
-from inference.columns import local_state
-from inference.gallery import GalleryConfig
-from inference.generate import SamplingConfig
+from inference.score_labels import SCORE_LABELS
 from judging import evaluate
-from judging.evaluate import CLIP, DINO, SCORES, EvaluateConfig
-from judging.scores import confidence_interval
+from judging.plan import instance_folder
+from judging.statistics import confidence_interval
+from judging.tables import markdown_table, warn_of_memorisation
 from methods.components import RUN_RECORD
-from settings.command_line import parse_config, quiet_libraries, run_command
+from settings.columns import CompareConfig, EvaluateConfig, GalleryConfig
+from settings.command_line import parse_config, run_command
+from settings.sampling import SamplingConfig
 from settings.training import TrainConfig
 from storage.files import check_writable_target, read_json, write_atomic
-from trainer.preflight import preflight
+from storage.state import local_state
 
 SCRIPT = Path(__file__).parent.parent / "train_dreambooth_nora_sdxl.py"
 COMMAND = "compare.json"  # in each run's folder: what it is trained with, and the record that it replaces
@@ -47,34 +48,6 @@ INPUTS = (
 )
 OWN_FLAGS = ("--output_dir", "--seed", "--resume_from_checkpoint", "--dry_run", "--config")
 RESERVED = ("base", "pictures")  # what else is in the folder or on the page
-
-
-@dataclass
-class CompareConfig(SamplingConfig):
-    """Flags of `python -m trainer.compare`."""
-
-    methods: list[str] | None = field(
-        default=None,
-        metadata={
-            "action": "extend",
-            "help": 'Values of --method, or NAME="flags": "lora16=--method lora --rank 16". Default: nora lora.',
-        },
-    )
-    train_seeds: list[int] | None = field(
-        default=None, metadata={"action": "extend", "help": "Each method is trained once with each. Default: 0."}
-    )
-    jobs: int = field(default=1, metadata={"help": "Trainings at once, a CPU core each; on one GPU leave it at 1."})
-    protocol: str = field(default="scenes", metadata={"help": "As in judging.evaluate."})
-    live_subject: bool = field(default=False, metadata={"help": "As in judging.evaluate."})
-    subject: str | None = field(default=None, metadata={"help": "As in judging.evaluate."})
-    class_name: str | None = field(default=None, metadata={"help": "As in judging.evaluate."})
-    instance_images: str | None = field(default=None, metadata={"help": "As in judging.evaluate."})
-    seeds: list[int] | None = field(
-        default=None, metadata={"action": "extend", "help": "Of the pictures. Default: as many as the protocol says."}
-    )
-    clip: str = field(default=CLIP, metadata={"help": "As in judging.evaluate."})
-    dino: str = field(default=DINO, metadata={"help": "As in judging.evaluate."})
-    output_dir: str = field(default="out/compare", metadata={"help": "A folder for each run, the scores and the page."})
 
 
 @dataclass(frozen=True)
@@ -156,8 +129,8 @@ def train_config(run: Run) -> TrainConfig:
 
 def inputs(run: Run) -> dict[str, Any]:
     """The state of the base and of the pictures where they lie on this disk."""
-    config = train_config(run)
-    return {name: local_state(getattr(config, name)) for name in INPUTS}
+    config = train_config(run).flags()
+    return {name: local_state(config[name]) for name in INPUTS}
 
 
 def summarise(scores: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, dict[str, dict[str, float]]]:
@@ -169,7 +142,7 @@ def summarise(scores: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, dict[
     for method in dict.fromkeys(run.method for run in runs):
         own = [scores[run.name] for run in runs if run.method == method]
         summary[method] = {}
-        for key in SCORES:
+        for key in SCORE_LABELS:
             found = [one[key] for one in own if key in one]
             if len(found) > 1:
                 mean, half = confidence_interval([one["mean"] for one in found])
@@ -186,8 +159,8 @@ def summarise(scores: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, dict[
 
 def table(summary: Mapping[str, Mapping[str, Mapping[str, float]]], records: Mapping[str, Mapping[str, Any]]) -> str:
     """One row a method: what it trains and costs, its scores with 95 % intervals."""
-    known = [key for key in SCORES if any(key in scores for scores in summary.values())]
-    header = ["method", "trained", "s/step", *(SCORES[key] for key in known), "nearest training image"]
+    known = [key for key in SCORE_LABELS if any(key in scores for scores in summary.values())]
+    header = ["method", "trained", "s/step", *(SCORE_LABELS[key] for key in known), "nearest training image"]
     rows = []
     for method, scores in summary.items():
         record = records[method]
@@ -196,7 +169,7 @@ def table(summary: Mapping[str, Mapping[str, Mapping[str, float]]], records: Map
         found = scores["memorisation"]
         cells.append(f"{found['nearest']:.2f}" + (f" ({found['alarms']} memorised)" if found["alarms"] else ""))
         rows.append(cells)
-    return evaluate.markdown_table(header, rows)
+    return markdown_table(header, rows)
 
 
 def run(config: CompareConfig, train_flags: Sequence[str]) -> Path:
@@ -209,48 +182,62 @@ def run(config: CompareConfig, train_flags: Sequence[str]) -> Path:
         raise ValueError("--scale: a comparison is at one scale; inference.gallery shows several")
     runs = plan(config, train_flags)
     # What would be refused after the training is refused before it.
-    shared = {one.name: getattr(config, one.name) for one in fields(SamplingConfig)}
-    scores_file = output_dir / "scores.json"
-    names = ("protocol", "live_subject", "subject", "class_name", "instance_images", "seeds", "clip", "dino")
-    judged = {name: getattr(config, name) for name in names}
-    adapters = [f"{one.name}={one.folder}" for one in runs]
-    scoring = EvaluateConfig(**shared, **judged, adapters=adapters, output=str(scores_file))
-    trained = [vars(train_config(one)) for one in runs]
+    scoring = scoring_flags(config, runs)
+    trained = [train_config(one).flags() for one in runs]
     evaluate.check(scoring, trained)
     # A mistake in one method's flags is found before another has trained for an hour.
     for one in {run.method: run for run in runs}.values():
         check_flags(one)
-    threads = max(1, (os.cpu_count() or 1) // config.jobs) if config.jobs > 1 else None
-    with ThreadPoolExecutor(config.jobs) as pool:
+    train_all(runs, config.jobs)
+
+    result = evaluate.run(scoring)
+    for name, scores in result["scores"].items():
+        warn_of_memorisation(name, scores["memorisation"])
+    records = {one.method: read_json(one.folder / RUN_RECORD) for one in reversed(runs)}
+    text = table(summarise(result["scores"], runs), records)
+    count = len(config.train_seeds or [0])
+    between = f"between {count} trainings of each" if count > 1 else "between pictures, of one training of each"
+    write_atomic(output_dir / "table.md", f"{text}\n\nMean ± half of the 95 % interval, {between}.\n")
+    print(text)
+    page, _ = gallery.run(
+        GalleryConfig(
+            **sampling_flags(config),
+            adapters=[f"{one.name}={one.folder}" for one in runs if one.seed == runs[0].seed],
+            prompts=result["prompts"],
+            seeds=result["seeds"],
+            instance_images=instance_folder(config.instance_images, trained),
+            scores=scoring.output,
+            output=str(output_dir / "gallery.html"),
+        )
+    )
+    return page
+
+
+def sampling_flags(config: CompareConfig) -> dict[str, Any]:
+    """What the scores and the page are drawn with."""
+    return {one.name: getattr(config, one.name) for one in fields(SamplingConfig)}
+
+
+def scoring_flags(config: CompareConfig, runs: Sequence[Run]) -> EvaluateConfig:
+    names = ("protocol", "live_subject", "subject", "class_name", "instance_images", "seeds", "clip", "dino")
+    return EvaluateConfig(
+        **sampling_flags(config),
+        **{name: getattr(config, name) for name in names},
+        adapters=[f"{one.name}={one.folder}" for one in runs],
+        output=str(Path(config.output_dir) / "scores.json"),
+    )
+
+
+def train_all(runs: Sequence[Run], jobs: int) -> None:
+    """Train what is not there, `jobs` at a time."""
+    threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
+    with ThreadPoolExecutor(jobs) as pool:
         try:
             for finished in [pool.submit(train, one, threads) for one in runs]:
                 finished.result()
         except BaseException:  # Ctrl-C among them: what has not begun shall not begin
             pool.shutdown(cancel_futures=True)
             raise
-
-    result = evaluate.run(scoring)
-    for name, scores in result["scores"].items():
-        evaluate.warn_of_memorisation(name, scores["memorisation"])
-    summary = summarise(result["scores"], runs)
-    records = {one.method: read_json(one.folder / RUN_RECORD) for one in reversed(runs)}
-    count = len(config.train_seeds or [0])
-    between = f"between {count} trainings of each" if count > 1 else "between pictures, of one training of each"
-    text = table(summary, records)
-    write_atomic(output_dir / "table.md", f"{text}\n\nMean ± half of the 95 % interval, {between}.\n")
-    print(text)
-    page, _ = gallery.run(
-        GalleryConfig(
-            **shared,
-            adapters=[f"{one.name}={one.folder}" for one in runs if one.seed == runs[0].seed],
-            prompts=result["prompts"],
-            seeds=result["seeds"],
-            instance_images=evaluate.instance_folder(config.instance_images, trained),
-            scores=str(scores_file),
-            output=str(output_dir / "gallery.html"),
-        )
-    )
-    return page
 
 
 def check_flags(run: Run) -> None:
@@ -259,6 +246,8 @@ def check_flags(run: Run) -> None:
     Raises:
         ValueError: with the trainer's own sentence.
     """
+    from trainer.preflight import preflight  # which imports PyTorch: --help and refused flags need none
+
     try:
         preflight(train_config(run))
     except ValueError as error:
@@ -271,7 +260,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(
         CompareConfig, argv[:split], prog="python -m trainer.compare", description=__doc__.split("\n")[0]
     )
-    quiet_libraries()
 
     def command() -> None:
         page = run(config, argv[split + 1 :])

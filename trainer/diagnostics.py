@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
-from settings.training import TrainConfig
+from dreambooth.batches import PromptEmbedder
+from dreambooth.draws import Batch
 
 
 class TrainingFailure(ValueError):
@@ -18,7 +20,7 @@ class TrainingFailure(ValueError):
 
 
 @contextmanager
-def explained(config: TrainConfig) -> Iterator[None]:
+def explained(train_batch_size: int, output_dir: str) -> Iterator[None]:
     """Memory or a disk that runs out inside, as one sentence with the way out.
 
     Raises:
@@ -30,13 +32,13 @@ def explained(config: TrainConfig) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         raise ValueError(
-            f"out of memory with --train_batch_size {config.train_batch_size}: lower it, add "
+            f"out of memory with --train_batch_size {train_batch_size}: lower it, add "
             "--gradient_checkpointing or --low_vram, or use --mixed_precision fp16"
         ) from error
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        raise ValueError(f"the disk is full ({error}): make room for --output_dir {config.output_dir}") from error
+        raise ValueError(f"the disk is full ({error}): make room for --output_dir {output_dir}") from error
 
 
 def check_loss(loss: float, step: int, mixed_precision: str, learning_rate: float) -> None:
@@ -63,6 +65,17 @@ class GradientWatch:
 
     def __init__(self, models: Mapping[str, nn.Module], mixed_precision: str) -> None:
         self.unseen, self.mixed_precision = dict(models), mixed_precision
+
+    def look(
+        self, accelerator: Accelerator, step: int, embedder: PromptEmbedder, batch: Batch, num_instances: int
+    ) -> None:
+        """Log the norms that are new at a step, counted from 0, while its gradients are there."""
+        if not self.unseen:
+            return
+        teaches_text = embedder.learns(step) and embedder.encoded.teaches_text(batch, num_instances)
+        scale = accelerator.scaler.get_scale() if accelerator.scaler else 1
+        norms = self.norms(teaches_text).items()
+        accelerator.log({f"gradient_norm/{name}": norm / scale for name, norm in norms}, step=step + 1)
 
     def norms(self, teaches_text: bool) -> dict[str, float]:
         """Of the components whose turn it is: `gradient_norms`, with its error."""

@@ -1,84 +1,168 @@
-"""What a run looks at while it trains: its validation loss, its scores, and samples."""
+"""What happens between the steps of a run: logs, looks, checkpoints, and reasons to stop."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
-import torch
 from accelerate import Accelerator
-from torch import nn
+from tqdm.auto import tqdm
 
-from dreambooth.loss import Objective
-from dreambooth.prepare import Encoded, current_prompts
 from dreambooth.validation import validation_loss
-from runs.exports import save_adapter
-from runs.record import MetricsLog, step_samples
-from settings.training import TrainConfig
+from methods.components import BEST
+from runs.checkpoints import GracefulStop, clear_earlier_run, save_checkpoint
+from runs.exports import RESULTS
+from runs.record import SAMPLES, Clock, MetricsLog, samples_after, step_samples
+from settings.learning import LoopOptions
+from trainer.accelerator import end_training
 from trainer.best_adapter import RunJudge
-from trainer.optimizer import Average
-from trainer.samples import draw_pictures, draw_samples, keep_samples
+from trainer.run import Run
+from trainer.samples import Sampler, keep_samples
 
 
-class Observer:
-    """Looks at the run after the steps at which the flags ask for it, with the averaged weights where there are any.
+class Step(NamedTuple):
+    """A step that was made."""
+
+    number: int  # counted from 1
+    loss: float
+    learning_rate: float
+    seconds: float
+
+
+class Hook(Protocol):
+    def after_step(self, step: Step) -> bool | None:
+        """Every process calls it; True ends the run here, as if this were its last step."""
+
+
+class ClearEarlier:
+    """Once a step is made, the run works: only then may the results of an earlier one go.
 
     Args:
-        trained: component name -> model with the adapter inside.
-        tokenizers: of the pipeline, by name; they may know a new word.
-        sampling_steps: samples are drawn every so many steps; None: not while training.
+        first_step, total_steps: of the run; where nothing is left to do, they go at once.
+        resumes: the run goes on from a checkpoint, whose earlier samples stay.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, folder: Path, first_step: int, total_steps: int, resumes: bool
+    ) -> None:
+        names = [*RESULTS, *(samples_after(folder, first_step) if resumes else [SAMPLES, BEST])]
+        self.clear: Callable[[], None] | None = partial(
+            clear_earlier_run, accelerator, folder, names, keep_state=resumes
+        )
+        if first_step == total_steps:
+            self.after_step()
+
+    def after_step(self, step: Step | None = None) -> None:
+        if self.clear is not None:
+            self.clear()
+        self.clear = None
+
+
+class Log:
+    """Metrics on disk, trackers and the progress bar."""
+
+    def __init__(self, accelerator: Accelerator, metrics: MetricsLog, progress: tqdm) -> None:
+        self.accelerator, self.metrics, self.progress = accelerator, metrics, progress
+
+    def after_step(self, step: Step) -> None:
+        logged = {"loss": step.loss, "learning_rate": step.learning_rate}
+        self.metrics.write(step.number, **logged, seconds=round(step.seconds, 5))
+        self.accelerator.log(logged, step=step.number)
+        self.progress.set_postfix(loss=f"{step.loss:.4f}", lr=f"{step.learning_rate:.1e}")
+
+
+class Look:
+    """Validation loss, scores and samples after the steps at which the flags ask for them, by the averaged weights.
+
+    Looking is not training: its time counts for no step.
+
+    Args:
+        samples_every: steps; 0: at the end only.
     """
 
     def __init__(
         self,
-        config: TrainConfig,
-        accelerator: Accelerator,
-        trained: Mapping[str, nn.Module],
-        tokenizers: Mapping[str, Any],
-        dtype: torch.dtype,
-        encoded: Encoded,
-        objective: Objective,
-        average: Average,
-        judge: RunJudge,
+        run: Run,
+        clock: Clock,
         metrics: MetricsLog,
-        sampling_steps: int | None,
+        judge: RunJudge,
+        sampler: Sampler,
+        samples_every: int,
     ) -> None:
-        self.config, self.accelerator, self.trained, self.dtype = config, accelerator, trained, dtype
-        self.parts = {**trained, **tokenizers}
-        self.encoded, self.objective, self.average = encoded, objective, average
-        self.judge, self.metrics, self.sampling_steps = judge, metrics, sampling_steps
+        self.run, self.clock, self.metrics = run, clock, metrics
+        self.judge, self.sampler, self.samples_every = judge, sampler, samples_every
+        self.accelerator = run.accelerator
 
-    def look(self, step: int) -> None:
-        """After ``step`` optimiser steps; every process calls it."""
-        every = self.config.validation_loss_steps
-        judges = self.judge.due(step)
-        validates = judges or bool(every and step % every == 0)
-        last = step == self.config.max_train_steps  # its samples are drawn from the saved adapter
-        samples = bool(self.sampling_steps and step % self.sampling_steps == 0 and not last)
+    def after_step(self, step: Step) -> None:
+        number = step.number
+        judges = self.judge.due(number)
+        config, every = self.run.config, self.run.config.validation.validation_loss_steps
+        validates = judges or bool(every and number % every == 0)
+        last = number == config.loop.max_train_steps  # its samples are drawn from the saved adapter
+        samples = bool(self.samples_every and number % self.samples_every == 0 and not last)
         if not (validates or samples):
             return
-        with self.average.applied():
-            loss = self._validate(step) if validates else None
+        with self.clock.pause(), self.run.average.applied():
+            loss = self._validate(number) if validates else None
             if judges:
-                self._judge(step, loss)
+                self._evaluate(number, loss)
             if samples:
-                drawn = draw_samples(self.config, self.accelerator, self.parts, self.dtype)
-                keep_samples(self.accelerator, drawn, Path(self.config.output_dir) / step_samples(step), step)
+                seeds = range(config.loop.seed, config.loop.seed + config.validation.num_validation_images)
+                drawn = self.sampler.samples(config.validation.validation_prompt, seeds)
+                keep_samples(self.accelerator, drawn, Path(config.output.output_dir) / step_samples(number), number)
 
     def _validate(self, step: int) -> float:
-        prompts = current_prompts(self.config, self.trained, self.encoded)
-        pictures, batch_size = self.encoded.held_out, self.config.train_batch_size
-        loss = validation_loss(self.trained["unet"], pictures, prompts, self.objective, batch_size)
+        embedder, batch_size = self.run.embedder, self.run.config.loop.train_batch_size
+        unet, pictures = self.run.models["unet"], embedder.encoded.held_out
+        loss = validation_loss(unet, pictures, embedder.current(), self.run.objective, batch_size)
         self.accelerator.log({"validation_loss": loss}, step=step)
         self.metrics.write(step, validation_loss=loss)
         return loss
 
-    def _judge(self, step: int, loss: float) -> None:
-        judge = self.judge
-        drawn = draw_pictures(self.config, self.accelerator, self.parts, self.dtype, judge.prompts, judge.seeds)
+    def _evaluate(self, step: int, loss: float) -> None:
+        drawn = self.sampler.draw(self.judge.prompts, self.judge.seeds)
         if self.accelerator.is_main_process:
-            scores = judge.look(step, drawn, loss, partial(save_adapter, self.config, self.trained))
+            scores = self.judge.look(step, drawn, loss, self.run.save)
             self.accelerator.log({f"eval/{name}": score for name, score in scores.items()}, step=step)
             self.metrics.write(step, **scores)
+
+
+class Checkpoints:
+    """The state of the run every so many steps."""
+
+    def __init__(self, accelerator: Accelerator, folder: Path, loop: LoopOptions, identity: Mapping[str, Any]) -> None:
+        self.every, limit = loop.checkpointing_steps, loop.checkpoints_total_limit
+        self.save = partial(save_checkpoint, accelerator, folder, identity=identity, total_limit=limit)
+
+    def after_step(self, step: Step) -> None:
+        if step.number % self.every == 0:
+            self.save(step=step.number)
+
+
+class EarlyStop:
+    """Ends the run when no better adapter came for a while."""
+
+    def __init__(self, judge: RunJudge) -> None:
+        self.judge = judge
+
+    def after_step(self, step: Step) -> bool:
+        return self.judge.due(step.number) and self.judge.gives_up()
+
+
+class Interruption:
+    """Saves and leaves when the process is asked to stop."""
+
+    def __init__(self, run: Run, stop: GracefulStop, checkpoints: Checkpoints) -> None:
+        self.run, self.stop, self.checkpoints = run, stop, checkpoints
+
+    def after_step(self, step: Step) -> None:
+        accelerator, total_steps = self.run.accelerator, self.run.config.loop.max_train_steps
+        if self.stop.asked(accelerator) and step.number < total_steps:
+            path = self.checkpoints.save(step=step.number)
+            end_training(accelerator, self.run.prepared)
+            if accelerator.is_main_process:
+                print(f"stopped; {path} is whole, go on with --resume_from_checkpoint latest", file=sys.stderr)
+            sys.exit(128 + self.stop.signal)  # as shells do

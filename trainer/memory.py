@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
+from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
+from dreambooth.prepare import Encoded
+from methods.adapter import adapted_layers
+from settings.training import TrainConfig
+
 OPTIMIZER_BYTES = 8  # two fp32 moments a parameter, as Adam keeps them
 GRADIENT_BYTES = 4
+ADAPTER_PARTS = tuple(f"{prefix}" for prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values())
 
 
 def memory_line(
@@ -53,6 +60,20 @@ def memory_line(
     return line
 
 
+def settle_memory(
+    models: Mapping[str, nn.Module], encoded: Encoded, config: TrainConfig, accelerator: Accelerator
+) -> None:
+    """Say what the run will hold, then keep the frozen base in 8 bits if asked to."""
+    quantized = config.hardware.quantize_base or "none"
+    if accelerator.is_main_process:
+        samples = config.loop.train_batch_size * (2 if config.prior.with_prior_preservation else 1)
+        largest = encoded.largest_shape, encoded.prompt_length
+        print(memory_line(models, samples, *largest, accelerator.device, quantized))
+    if quantized == "int8":
+        for model in models.values():
+            quantize_frozen(model)
+
+
 def size(count: int) -> str:
     """Bytes for people: 12 MB, 3.4 GB (powers of ten)."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
@@ -66,9 +87,14 @@ def saved_activation_bytes(unet: UNet2DConditionModel, batch_size: int, shape: t
         kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
+    # LoHa and LoKr draw in training mode whether to drop a layer, which a tensor without storage can't decide
+    deciding = [layer for layer in adapted_layers(unet).values() if layer.training]
+    for layer in deciding:
+        layer.training = False
     config = unet.config
     pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    with FakeTensorMode() as mode:
+    # what a method keeps outside of buffers, such as FourierFT's places, is small and stays as it is
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         state = {name: mode.from_tensor(t) for name, t in (*unet.named_parameters(), *unet.named_buffers())}
         own = {tensor.untyped_storage()._cdata for tensor in state.values()}
         options = {"device": unet.device, "dtype": unet.dtype}
@@ -82,7 +108,10 @@ def saved_activation_bytes(unet: UNet2DConditionModel, batch_size: int, shape: t
             torch.empty(batch_size, tokens, config.cross_attention_dim, **options),
         )
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            functional_call(unet, state, inputs, {"added_cond_kwargs": conditioning})
+            # no ties: a module that several layers share would keep what has no storage
+            functional_call(unet, state, inputs, {"added_cond_kwargs": conditioning}, tie_weights=False)
+    for layer in deciding:
+        layer.training = True
     return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
 
 
@@ -112,4 +141,6 @@ def quantize_frozen(model: nn.Module) -> None:
 
 
 def is_quantized(module: nn.Module, name: str) -> bool:
-    return isinstance(module, nn.Linear) and not module.weight.requires_grad and "nora_" not in name
+    """Whether it is one of the base's own layers, and no method's frozen factor."""
+    own = name.endswith("base_layer") or not any(part in name for part in ADAPTER_PARTS)
+    return isinstance(module, nn.Linear) and not module.weight.requires_grad and own

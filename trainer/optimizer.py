@@ -14,7 +14,8 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from settings.training import TrainConfig
+from methods.adapter import Adapter
+from settings.learning import OptimizerOptions
 
 # Arguments that every group of parameters sets for itself.
 FLAGS = {
@@ -23,20 +24,20 @@ FLAGS = {
 }
 
 
-def optimizer_class(config: TrainConfig) -> type[torch.optim.Optimizer]:
+def optimizer_class(options: OptimizerOptions) -> type[torch.optim.Optimizer]:
     """The class that ``--optimizer`` and ``--use_8bit_adam`` name.
 
     Raises:
         ValueError: for an unknown name, or a package that is not installed.
     """
-    name = config.optimizer
-    if config.use_8bit_adam:
+    name = options.optimizer
+    if options.use_8bit_adam:
         try:
             import bitsandbytes
         except ImportError as error:
             raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes, or leave it out") from error
         return bitsandbytes.optim.AdamW8bit
-    if name.lower() == "prodigy":
+    if options.is_prodigy:
         try:
             from prodigyopt import Prodigy
         except ImportError as error:
@@ -72,102 +73,117 @@ def parse_optimizer_args(arguments: Sequence[str] | None) -> dict[str, Any]:
     return parsed
 
 
-def check_optimizer(config: TrainConfig) -> None:
-    """Refuse what can't be built or makes no step, before anything is loaded.
+def check_optimizer(options: OptimizerOptions, vectors: bool = False) -> Iterator[str]:
+    """Refuse what can't be built or makes no step, before anything is loaded; yields what has no effect with it.
+
+    Args:
+        vectors: they are trained beside matrices.
 
     Raises:
         ValueError: for a class, or arguments of it, that are not there, contradict each other or don't work.
     """
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
-    shapes = [(2, 2), (2,)] if config.use_dora else [(2, 2)]  # DoRA's magnitudes are vectors
+    shapes = [(2, 2), (2,)] if vectors else [(2, 2)]
     parameters = [nn.Parameter(torch.ones(shape, device=device)) for shape in shapes]
-    optimizer = build_optimizer(config, [{"params": parameters, "weight_decay": config.adam_weight_decay}])
+    optimizer = build_optimizer(options, [{"params": parameters, "weight_decay": options.adam_weight_decay}])
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     try:
         optimizer.step()
     except Exception as error:  # a class may raise anything for an argument that it can't use
-        raise ValueError(f"--optimizer {config.optimizer} fails with its --optimizer_args: {error!r}") from error
+        raise ValueError(f"--optimizer {options.optimizer} fails with its --optimizer_args: {error!r}") from error
     if not all(bool(parameter.isfinite().all()) for parameter in parameters):
-        raise ValueError(f"--optimizer {config.optimizer} makes NaN or infinity with its --optimizer_args")
+        raise ValueError(f"--optimizer {options.optimizer} makes NaN or infinity with its --optimizer_args")
+    taken = {name for name, value in flag_arguments(options).items() if takes(optimizer_class(options), name, value)}
+    for argument, flags in (("betas", ("adam_beta1", "adam_beta2")), ("eps", ("adam_epsilon",))):
+        for flag in flags:
+            if argument not in taken and getattr(options, flag) != OptimizerOptions.model_fields[flag].default:
+                yield f"--{flag} has no effect with this --optimizer"
 
 
-def build_optimizer(config: TrainConfig, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
+def takes(cls: type[torch.optim.Optimizer], argument: str, value: Any) -> bool:
+    """Whether an optimizer has an argument of that kind: Adafactor's eps is a pair, which --adam_epsilon can't mean."""
+    parameter = inspect.signature(cls).parameters.get(argument)
+    return parameter is not None and isinstance(parameter.default, (type(value), type(None)))
+
+
+def flag_arguments(options: OptimizerOptions) -> dict[str, Any]:
+    """Arguments of optimizers that have a flag."""
+    return {
+        "betas": (options.adam_beta1, options.adam_beta2),
+        "eps": options.adam_epsilon,
+        "beta3": options.prodigy_beta3,
+        "decouple": options.prodigy_decouple,
+        "use_bias_correction": options.prodigy_use_bias_correction,
+        "safeguard_warmup": options.prodigy_safeguard_warmup,
+    }
+
+
+def build_optimizer(options: OptimizerOptions, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
     """The optimizer over groups of `parameter_groups`, with the flags that its class has.
 
     Raises:
         ValueError: for arguments that the class does not take.
     """
-    cls = optimizer_class(config)
-    takes = dict(list(inspect.signature(cls).parameters.items())[1:])
-    options = {
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "eps": config.adam_epsilon,
-        "beta3": config.prodigy_beta3,
-        "decouple": config.prodigy_decouple,
-        "use_bias_correction": config.prodigy_use_bias_correction,
-        "safeguard_warmup": config.prodigy_safeguard_warmup,
-    }
-    # Adafactor's eps is a pair, which --adam_epsilon can't mean
-    options = {
-        name: value
-        for name, value in options.items()
-        if name in takes and isinstance(takes[name].default, (type(value), type(None)))
-    }
-    given = parse_optimizer_args(config.optimizer_args)
-    if unknown := sorted(set(given) - set(takes)):
-        raise ValueError(f"--optimizer_args {unknown[0]}: {cls.__name__} takes {', '.join(takes)}")
-    if "weight_decay" not in takes:
+    cls = optimizer_class(options)
+    known = list(inspect.signature(cls).parameters)[1:]
+    flags = {name: value for name, value in flag_arguments(options).items() if takes(cls, name, value)}
+    given = parse_optimizer_args(options.optimizer_args)
+    if unknown := sorted(set(given) - set(known)):
+        raise ValueError(f"--optimizer_args {unknown[0]}: {cls.__name__} takes {', '.join(known)}")
+    if "weight_decay" not in known:
         groups = [{name: value for name, value in group.items() if name != "weight_decay"} for group in groups]
     try:
-        return cls(list(groups), **({"lr": config.learning_rate} | options | given))
+        return cls(list(groups), **({"lr": options.learning_rate} | flags | given))
     except Exception as error:  # as above
         raise ValueError(f"--optimizer {cls.__name__} refuses its arguments: {error}") from error
 
 
-def parameter_groups(config: TrainConfig, models: Mapping[str, nn.Module]) -> list[dict[str, Any]]:
-    """Trainable parameters by component and by side of the update, with their learning rate and weight decay.
+def parameter_groups(
+    options: OptimizerOptions, text_encoder_lr: float, adapter: Adapter, models: Mapping[str, nn.Module]
+) -> list[dict[str, Any]]:
+    """Trainable parameters by component, by the method's factor on the rate, and by whether they decay.
 
-    ``name`` is the component; B factors are apart where ``--loraplus_lr_ratio`` makes them learn faster.
+    ``name`` is the component. Where weight decay would pull away from the base there is none.
     """
-    prodigy = config.optimizer.lower() == "prodigy"
     groups = []
     for component, model in models.items():
         text = component != "unet"
         # Prodigy scales all groups by one estimate: it wants one learning rate, as diffusers gives it.
-        rate = config.text_encoder_lr if text and not prodigy else config.learning_rate
-        decay = config.adam_weight_decay_text_encoder if text else config.adam_weight_decay
-        for ratio, wanted in ((1.0, False), (config.loraplus_lr_ratio or 1.0, True)):
-            parameters = [
-                parameter
-                for name, parameter in model.named_parameters()
-                if parameter.requires_grad and is_output_side(name) == wanted
-            ]
-            if parameters:
-                groups.append({"params": parameters, "lr": rate * ratio, "weight_decay": decay, "name": component})
+        rate = text_encoder_lr if text and not options.is_prodigy else options.learning_rate
+        decay = options.adam_weight_decay_text_encoder if text else options.adam_weight_decay
+        alike: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                key = is_output_side(name), adapter.rate(name), adapter.decays(name)
+                alike.setdefault(key, []).append(parameter)
+        for (_, factor, decays), parameters in sorted(alike.items(), key=lambda item: item[0][0]):
+            options_of_group = {"lr": rate * factor, "weight_decay": decay if decays else 0.0, "name": component}
+            groups.append({"params": parameters, **options_of_group})
     return groups
 
 
 def is_output_side(name: str) -> bool:
-    """Whether a parameter is the B factor of an update (LoRA's lora_B, NoRA's B')."""
+    """Whether a parameter is the B factor of an update; checkpoints have these in a group of their own."""
     return "lora_B" in name or "nora_inner_B" in name
 
 
-def scaled_learning_rate(config: TrainConfig, num_processes: int) -> float:
+def scaled_learning_rate(options: OptimizerOptions, samples_per_step: int) -> float:
     """``--scale_lr``: the rate times the samples of an optimiser step, as in diffusers."""
-    factor = config.train_batch_size * config.gradient_accumulation_steps * num_processes if config.scale_lr else 1
-    return config.learning_rate * factor
+    return options.learning_rate * (samples_per_step if options.scale_lr else 1)
 
 
-def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+def build_schedule(
+    options: OptimizerOptions, optimizer: torch.optim.Optimizer, total_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
     """Advanced once an optimiser step."""
     return get_scheduler(
-        config.lr_scheduler,
+        options.lr_scheduler,
         optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=config.max_train_steps,
-        num_cycles=config.lr_num_cycles,
-        power=config.lr_power,
+        num_warmup_steps=options.lr_warmup_steps,
+        num_training_steps=total_steps,
+        num_cycles=options.lr_num_cycles,
+        power=options.lr_power,
     )
 
 

@@ -22,7 +22,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from settings.training import TrainConfig
 from trainer.memory import size
 
 # What accelerate's launcher may say of FSDP: each has one meaning here, and another one must not be passed over.
@@ -56,7 +55,7 @@ class SplittingAccelerator(Accelerator):
         return prepared
 
 
-def accelerator_class(config: TrainConfig) -> type[Accelerator]:
+def accelerator_class(quantize_base: str = "none") -> type[Accelerator]:
     """The one that does what ``accelerate launch`` is configured for.
 
     Raises:
@@ -69,9 +68,9 @@ def accelerator_class(config: TrainConfig) -> type[Accelerator]:
         )
     if not asked_for("FSDP"):
         return Accelerator
-    if config.quantize_base != "none":
+    if quantize_base != "none":
         raise ValueError(
-            f"--quantize_base {config.quantize_base} (which --low_vram sets) can't be split by FSDP: add "
+            f"--quantize_base {quantize_base} (which --low_vram sets) can't be split by FSDP: add "
             "--quantize_base none, or use configs/accelerate/gpus.yaml"
         )
     for name, wanted in SETTINGS.items():

@@ -14,12 +14,12 @@ const rows = findAll(".row").map((element, index) => {
   const { prompt, seed, cells } = data.rows[index];
   const figures = findAll(".cell", element);
   const row = { element, prompt, seed, block: element.closest(".block"), vote: null, split: 50, pair: null };
-  row.cells = cells.map((shots, column) => {
+  row.cells = cells.map((pictures, column) => {
     const figure = figures[column];
     const image = find("img", figure);
-    const shot = shots.find((one) => one.uri === null); // the picture that is there already
-    if (shot) shot.uri = image.getAttribute("src");
-    return { column, shots, shot, figure, image, button: find(".picture", figure), best: find(".best", figure) };
+    const picture = pictures.find((one) => one.uri === null); // the picture that is there already
+    if (picture) picture.uri = image.getAttribute("src");
+    return { column, pictures, picture, figure, image, button: find(".picture", figure), best: find(".best", figure) };
   });
   row.order = [...row.cells];
   return row;
@@ -37,15 +37,15 @@ const voting = () => state.mode === "blind" || state.mode === "revealed";
 
 // --- which picture a cell shows ---------------------------------------------------------------------------------------
 
-// A shot without a step or scale (the base, an adapter of unknown training) goes with any.
+// A picture without a step or scale (the base, an adapter of unknown training) goes with any.
 const distance = (value, wanted) => (value === null ? 0 : Math.abs(value - wanted));
 
-function nearest(shots) {
-  const far = (shot) => [distance(shot.step, state.step), distance(shot.scale, state.scale)];
-  return shots.reduce((best, shot) => {
-    const [step, scale] = far(shot);
+function nearest(pictures) {
+  const far = (picture) => [distance(picture.step, state.step), distance(picture.scale, state.scale)];
+  return pictures.reduce((best, picture) => {
+    const [step, scale] = far(picture);
     const [bestStep, bestScale] = far(best);
-    return step < bestStep || (step === bestStep && scale < bestScale) ? shot : best;
+    return step < bestStep || (step === bestStep && scale < bestScale) ? picture : best;
   });
 }
 
@@ -60,7 +60,7 @@ function nameOf(row, cell) {
 const altOf = (row, cell) => `${nameOf(row, cell)}, seed ${row.seed}: ${row.prompt}`;
 
 function caption(row, cell) {
-  const shown = state.mode === "blind" ? [] : [scaleText(cell.shot), stepText(cell.shot)];
+  const shown = state.mode === "blind" ? [] : [scaleText(cell.picture), stepText(cell.picture)];
   return [nameOf(row, cell), row.prompt, `seed ${row.seed}`, ...shown].filter((text) => text !== null).join(" · ");
 }
 
@@ -69,14 +69,14 @@ function caption(row, cell) {
 function drawCell(row, cell) {
   find(".name", cell.figure).textContent = nameOf(row, cell);
   if (!cell.image) return;
-  const shot = nearest(cell.shots);
-  if (shot !== cell.shot) Object.assign(cell.image, { src: shot.uri, width: shot.width, height: shot.height });
-  cell.shot = shot;
+  const picture = nearest(cell.pictures);
+  if (picture !== cell.picture) Object.assign(cell.image, { src: picture.uri, width: picture.width, height: picture.height });
+  cell.picture = picture;
   cell.image.alt = altOf(row, cell);
   // Where a column lacks the step or scale that was asked for, it says which it shows; voters would learn from it.
   const others = [
-    distance(shot.scale, state.scale) > 0 ? scaleText(shot) : null,
-    distance(shot.step, state.step) > 0 ? stepText(shot) : null,
+    distance(picture.scale, state.scale) > 0 ? scaleText(picture) : null,
+    distance(picture.step, state.step) > 0 ? stepText(picture) : null,
   ];
   find(".note", cell.figure).textContent = voting() ? "" : others.filter((text) => text !== null).join(", ");
   cell.best.textContent = state.mode === "blind" ? `${nameOf(row, cell)} is best` : "voted best";
@@ -129,13 +129,13 @@ function makePair(row) {
   const [a, b] = state.sides.map((column) => row.cells[column]);
   find(".a", pair).textContent = `A ${nameOf(row, a)}`;
   find(".b", pair).textContent = `B ${nameOf(row, b)}`;
-  if (!a.shot || !b.shot) {
+  if (!a.picture || !b.picture) {
     find(".split", pair).replaceWith(Object.assign(make("p", "no picture of both"), { className: "missing" }));
     for (const control of [find("input", pair), find(".enlarge", pair)]) control.remove();
     return pair;
   }
   for (const [image, cell] of [[find(".over", pair), a], [find(".under", pair), b]]) {
-    image.src = cell.shot.uri;
+    image.src = cell.picture.uri;
     image.alt = altOf(row, cell);
     image.classList.toggle("pixelated", cell.image.classList.contains("pixelated"));
   }
@@ -257,7 +257,7 @@ function openZoom(at) {
   zoomed = at;
   const { row, place } = at;
   if (state.mode === "compare") fillZoom(makePair(row), `${row.prompt} · seed ${row.seed}`);
-  else fillZoom(enlarged(row.order[place].shot, altOf(row, row.order[place])), caption(row, row.order[place]));
+  else fillZoom(enlarged(row.order[place].picture, altOf(row, row.order[place])), caption(row, row.order[place]));
   if (!zoom.open) zoom.showModal();
   if (state.mode === "compare") find("input", zoom).focus();
 }

@@ -1,0 +1,117 @@
+"""What an adapter is and cost, in words, from its run's record and its files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from inference.adapter_files import inspect_adapter, read_run_record, recorded_config, trained_steps
+from inference.page import UNKNOWN
+from methods.components import FOLDED_WEIGHTS, INNER_WEIGHTS
+from methods.files import KOHYA_WEIGHTS, PEFT_FOLDER
+from methods.registry import METHODS
+from settings.sampling import SamplingConfig
+
+KIND_LABELS = {
+    "folded": "LoRA file",
+    "inner": "NoRA file (inner only)",
+    "kohya": "kohya file",
+    "peft": "PEFT folders",
+}
+FILE_KINDS = {FOLDED_WEIGHTS: "folded", INNER_WEIGHTS: "inner", KOHYA_WEIGHTS: "kohya"}
+
+
+def adapter_figures(path: Path) -> dict[str, str]:
+    """Label -> figure; what isn't known is a dash."""
+    record, config = read_run_record(path), recorded_config(path)
+    steps = trained_steps(path)
+    # of a checkpoint or the best one the record says what the whole run took
+    timings = record.get("timings") if steps == config.get("max_train_steps") else None
+    timings = timings if isinstance(timings, dict) else {}
+    figures = {
+        "Method": method_title(record.get("method")),
+        "Rank of the update": config.get("rank"),
+        "Outer rank": _outer_rank(record.get("outer_ranks") or [config.get("outer_rank")]),
+        "Trainable parameters": _format(record.get("trainable_parameters"), lambda count: f"{count:,}"),
+        **{label: _format_bytes(size) for label, size in file_sizes(path, record.get("files")).items()},
+        "Training time": _format(timings.get("train_seconds"), _format_seconds),
+        "Seconds per step": _format(timings.get("seconds_per_step"), lambda seconds: f"{seconds:.3g} s"),
+        "Steps": _format(steps, lambda count: f"{count:,}"),
+        "Peak memory": _format(record.get("peak_memory_mb"), lambda megabytes: _format_bytes(megabytes * 1e6)),
+    }
+    return {label: UNKNOWN if value is None else str(value) for label, value in figures.items()}
+
+
+def method_title(name: Any) -> str | None:
+    """A method as its paper writes it ("NoRA"); one that is not in the registry by its own name."""
+    if not isinstance(name, str):
+        return None
+    return METHODS[name].title if name in METHODS else name
+
+
+def file_sizes(path: Path, recorded: Any) -> dict[str, int]:
+    """Label -> bytes of the files that the adapter's run recorded, or else of those that `load_adapter` reads.
+
+    Args:
+        recorded: `files` of the record, name -> bytes. A checkpoint's and the best adapter's files have the same names.
+    """
+    folder = path if path.is_dir() else path.parent
+    sizes: dict[str, int] = {}
+    for name in recorded if isinstance(recorded, dict) else ():
+        if (folder / name).is_file():
+            kind = "peft" if Path(name).parts[0] == PEFT_FOLDER else FILE_KINDS.get(name)
+            label = KIND_LABELS[kind] if kind else name
+            sizes[label] = sizes.get(label, 0) + (folder / name).stat().st_size
+    if not sizes:
+        adapter = inspect_adapter(path)
+        files = [file for part in adapter.parts.values() for file in part.iterdir()] or [adapter.path]
+        sizes = {KIND_LABELS[adapter.kind]: sum(file.stat().st_size for file in files)}
+    return sizes
+
+
+def _outer_rank(ranks: list[int | None]) -> str | None:
+    """Layers smaller than the outer rank get less: the range, where there is one."""
+    return f"{ranks[0]} – {ranks[-1]}" if len(ranks) > 1 else ranks[0]
+
+
+def _format(value: Any, formatter: Any) -> str | None:
+    return formatter(value) if isinstance(value, (int, float)) else None
+
+
+def _format_bytes(count: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:,.0f} {unit}"
+    return f"{count:.0f} B"
+
+
+def _format_seconds(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s"
+
+
+def subtitle(name: str, figures: Mapping[str, str]) -> str:
+    """Method, rank and trained parameters in a line, as far as they are known."""
+    parameters, method, rank = figures["Trainable parameters"], figures["Method"], figures["Rank of the update"]
+    known = {f"rank {rank}": rank, f"{parameters} trained": parameters}
+    if method.lower() not in name.lower():
+        known = {method: method, **known}
+    return ", ".join(text for text, value in known.items() if value != UNKNOWN)
+
+
+def describe_settings(config: SamplingConfig, size: tuple[int, int]) -> dict[str, str]:
+    """How the pictures were drawn, for the head of the page: label -> value.
+
+    Args:
+        size: width and height, pixels.
+    """
+    width, height = size
+    sampling = f"{config.num_inference_steps} steps, guidance {config.guidance_scale:g}, {width}×{height} pixels"
+    named = {"Revision": config.revision, "Variant": config.variant, "Scheduler": config.scheduler}
+    named |= {"Autoencoder": config.vae, "Refiner": config.refiner, "Negative prompt": config.negative_prompt}
+    if config.scales != [1]:
+        named["Adapter scale"] = ", ".join(f"{scale:g}" for scale in config.scales)
+    return {"Base": config.base, "Sampling": sampling} | {label: value for label, value in named.items() if value}

@@ -1,0 +1,107 @@
+"""What is trained, by which method."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from methods.registry import METHODS, find_method, resolve
+from settings.record import BelowOne, Count, Fraction, NotNegative, Positive, Record, option
+
+
+class MethodOptions(Record):
+    """Method
+
+    The flags beside ``method_args`` are options of methods under the names that they had before; `settled` makes one
+    of both.
+    """
+
+    method: str | None = option(
+        None, f"What is trained: {', '.join(METHODS)}; help describes them. Default: nora (with --use_dora: dora)."
+    )
+    method_args: list[str] | None = option(
+        None, "Options of the method as key=value; --method NAME --method_args help lists them."
+    )
+    preset: Literal["default", "paper", "tiny"] | None = option(
+        None, "Ranks and inner init of NoRA: default (8 x 16, 16), paper (64, 32, normal), tiny (8 x 8, 8)."
+    )
+    rank: Count | None = option(None, "Rank of the update. Default: 16 for NoRA (or the preset's), 4 for LoRA.")
+    lora_alpha: Positive | None = option(None, "The update is scaled by alpha / rank. Default: by 1.")
+    lora_dropout: BelowOne = option(0.0, "Dropout before the adapters.")
+    use_dora: bool = option(False, "LoRA with a trained magnitude: --method dora.")
+    loraplus_lr_ratio: Positive | None = option(None, "B learns this much faster than A (LoRA+, arXiv 2402.12354).")
+    outer_rank: Count | None = option(None, "NoRA's outer rank. Default: 8 x rank, or what a layer can hold.")
+    outer_init: Literal["awsvd", "svd", "random"] | None = option(None, "NoRA's frozen factors. Default: awsvd.")
+    awsvd_gamma: float | None = option(None, "Exponent of the activations in AwSVD. Default: 0.5.")
+    sigma_side: Literal["B", "A", "both"] | None = option(None, "Where the singular values go. Default: B.")
+    inner_init: Literal["matched", "normal", "zero_uniform"] | None = option(
+        None, "NoRA's trained factors. Default: the preset's, matched."
+    )
+    inner_std: Positive | None = option(None, "Standard deviation of --inner_init normal. Default: 0.01.")
+    calibration_passes: Count | None = option(
+        None, "UNet forward passes, a batch each, that measure AwSVD's statistics. Default: 32."
+    )
+
+    @property
+    def name(self) -> str:
+        """The method's name in the registry.
+
+        Raises:
+            ValueError: for --use_dora beside another method.
+        """
+        if self.use_dora and self.method not in (None, "lora", "dora"):
+            raise ValueError(f"--use_dora is an option of LoRA: leave it out with --method {self.method}")
+        if self.use_dora:
+            return "dora"
+        return find_method(self.method or "nora").name
+
+    def arguments(self) -> dict[str, Any]:
+        """Every option of the method with its value.
+
+        Raises:
+            ValueError: for one that the method doesn't have, and for a wrong value.
+        """
+        flags = {name: value for name, value in self if name not in ("method", "method_args", "use_dora")}
+        flags["lora_dropout"] = self.lora_dropout or None  # 0 is what diffusers' commands say without meaning it
+        return resolve(self.name, self.method_args or (), flags)
+
+    def settled(self) -> MethodOptions:
+        """The same with every option said: as ``method_args``, and as the flag where there is one."""
+        name, arguments = self.name, self.arguments()
+        flags = {one.flag: arguments[one.name] for one in METHODS[name].options if one.flag is not None}
+        said = [f"{key}={value}" for key, value in arguments.items()]
+        return self.replace(method=name, method_args=said, use_dora=name == "dora", **flags)
+
+
+class TextOptions(Record):
+    """Text encoders"""
+
+    train_text_encoder: bool = option(False, "Adapt the attention of both text encoders too.")
+    text_encoder_lr: NotNegative = option(5e-6, "Their learning rate.")
+    train_text_encoder_frac: Fraction = option(1.0, "They learn during this share of the steps.")
+    train_text_encoder_ti: bool = option(False, "Learn new tokens for the abstraction (pivotal tuning).")
+    token_abstraction: str = option("[V]", "The word in prompts and captions that the new tokens stand for.")
+    num_new_tokens_per_abstraction: Count = option(2, "How many new tokens it becomes.")
+    train_text_encoder_ti_frac: Fraction = option(0.5, "The new tokens learn during this share of the steps.")
+
+    @property
+    def new_word(self) -> str | None:
+        """What new tokens stand for, where there are any."""
+        return self.token_abstraction if self.train_text_encoder_ti else None
+
+    @property
+    def learns(self) -> bool:
+        return self.train_text_encoder or self.train_text_encoder_ti
+
+    def steps(self, total_steps: int) -> int:
+        """The first so many steps teach the text encoders.
+
+        Raises:
+            ValueError: if they would get none.
+        """
+        flag, fraction = "train_text_encoder_frac", self.train_text_encoder_frac
+        if self.train_text_encoder_ti:
+            flag, fraction = "train_text_encoder_ti_frac", self.train_text_encoder_ti_frac
+        steps = round(total_steps * fraction)
+        if self.learns and steps == 0:
+            raise ValueError(f"--{flag} {fraction} of {total_steps} steps leave the text encoders none: raise it")
+        return steps

@@ -1,0 +1,72 @@
+"""The end of a run: its files, its record and card, its samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from methods.components import RUN_RECORD
+from methods.files import save_approximation
+from methods.nora import Nora
+from runs.exports import check_files
+from runs.record import SAMPLES, Clock, run_record, write_card
+from storage.files import write_atomic
+from trainer.accelerator import push_to_hub
+from trainer.run import Run
+from trainer.samples import Sampler, keep_samples
+
+
+def finish(
+    run: Run,
+    total_steps: int,
+    sampler: Sampler,
+    fingerprints: Mapping[str, str],
+    words: Mapping[str, str],
+    clock: Clock,
+    best: Mapping[str, Any] | None,
+) -> None:
+    """Save and check the adapter, then write record and card, then draw; every process calls it.
+
+    Args:
+        total_steps: that were made; fewer than were asked for where the run stopped early.
+        fingerprints: of the base's models that learned.
+        words: new words -> their tokens.
+        best: step and scores of the best adapter.
+    """
+    accelerator, output, loop = run.accelerator, run.config.output, run.config.loop
+    folder, validation = Path(output.output_dir), run.config.validation
+    if accelerator.is_main_process:
+        files = run.save(folder, kohya=output.output_kohya_format, peft=output.output_peft_format)
+        check_files(run.adapter, folder, files)
+        error = None
+        if output.convert_to_lora is not None:
+            name, error = save_approximation(run.adapter, output.convert_to_lora, folder)
+            files.append(name)
+            print(f"{folder / name}: the nearest LoRA of rank {output.convert_to_lora}, relative error {error:.3g}")
+        record = run_record(
+            run.config.replace(max_train_steps=total_steps).flags(),
+            trained=run.models,
+            base_fingerprints=fingerprints,
+            outer_ranks=run.adapter.outer_ranks() if isinstance(run.adapter, Nora) else [],
+            clock=clock,
+            folder=folder,
+            files=files,
+            approximation_error=error,
+            best=best,
+            new_words=words,
+            device=accelerator.device,
+            dtype=run.dtype,
+            num_processes=accelerator.num_processes,
+        )
+        write_atomic(folder / RUN_RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        write_card(folder, record)
+    seeds = range(loop.seed, loop.seed + validation.num_validation_images)
+    samples = sampler.samples(validation.validation_prompt, seeds)
+    keep_samples(accelerator, samples, folder / SAMPLES, total_steps)
+    if accelerator.is_main_process:
+        write_card(folder, record, [(sample.prompt, f"{SAMPLES}/{sample.file}") for sample in samples])
+        if output.push_to_hub:
+            print(f"uploaded to {push_to_hub(folder, output.hub_model_id, output.hub_token)}")
+        print(f"{folder}: adapter and record are there")
