@@ -129,14 +129,8 @@ def train_in_folder(config: TrainConfig, lock: FolderLock) -> Path:
     # 3. Pictures and prompts are encoded once, and what encoded them is freed unless it is trained.
     steps = config.validation.num_inference_steps
     pictures = draw_class_images(accelerator, base, pipeline, pictures, config.prior, steps)
-    encoded = encode_run(
-        pipeline,
-        pictures,
-        accelerator,
-        cache_dir=Path(config.data.encoded_cache_dir or output_dir / ENCODED),
-        num_workers=config.data.dataloader_num_workers,
-        words=words,
-    )
+    cache = {"cache_dir": Path(config.data.encoded_cache_dir or output_dir / ENCODED), "words": words}
+    encoded = encode_run(pipeline, pictures, accelerator, num_workers=config.data.dataloader_num_workers, **cache)
     parts = models | {name: getattr(pipeline, name) for name in ("tokenizer", "tokenizer_2")}
     pipeline = None
     free_memory()

@@ -24,14 +24,13 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionXLPipeline
-from trainer.methods import UNET_TARGETS
 
 import nora
 from benchmarks.sdxl_shape import ASSETS, BASE_HELP, base_folder
 from inference.base import load_pipeline
 from inference.load import load_adapter, swap_adapter, unload_adapters
 from inference.sampling import generate_images
-from methods.components import FOLDED_WEIGHTS, INNER_WEIGHTS
+from methods.components import FOLDED_WEIGHTS, INNER_WEIGHTS, TARGETS
 from settings.command_line import quiet_libraries
 from storage.tensors import write_safetensors
 
@@ -39,7 +38,7 @@ from storage.tensors import write_safetensors
 def write_adapter(pipeline: StableDiffusionXLPipeline, folder: Path, rank: int, outer_rank: int) -> None:
     """A NoRA of the UNet with random inner factors, calibrated on one picture: both of its files."""
     unet = pipeline.unet
-    config = nora.NoraConfig(r=rank, outer_r=outer_rank, target_modules=UNET_TARGETS)
+    config = nora.NoraConfig(r=rank, outer_r=outer_rank, target_modules=list(TARGETS["unet"]))
     draw = {"num_inference_steps": 1, "progress": False, "output_type": "latent"}
     nora.preprocess_nora(unet, config, lambda *_: list(generate_images(pipeline, ["a cat"], [0], **draw)))
     unet.add_adapter(config)

@@ -449,13 +449,13 @@ def _complete(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
 def _nora(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in given.items() if value is not None}
     values = _complete(method, PRESETS[given.get("preset", "default")] | given)
+    defaults = {option.name: option.default for option in method.options}
     for name, needed in (
         ("awsvd_gamma", ("outer_init", "awsvd")),
         ("calibration_passes", ("outer_init", "awsvd")),
         ("inner_std", ("inner_init", "normal")),
     ):
-        said = given.get(name, method.option(name).default) != method.option(name).default
-        if said and values[needed[0]] != needed[1]:
+        if given.get(name, defaults[name]) != defaults[name] and values[needed[0]] != needed[1]:
             raise ValueError(
                 f"--{name} {given[name]} has no effect with {values[needed[0]]}: add --{needed[0]} {needed[1]} or "
                 "leave it out"

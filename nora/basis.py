@@ -46,6 +46,12 @@ def base_weight(base_layer: nn.Module) -> torch.Tensor:
     return cast(torch.Tensor, base_layer.weight)
 
 
+def is_plain(weight: torch.Tensor) -> bool:
+    """Whether it is a floating-point matrix of torch's own: torchao and bitsandbytes have tensors of theirs."""
+    own = type(weight).__module__.partition(".")[0] == "torch"
+    return own and weight.is_floating_point() and weight.ndim == 2
+
+
 def oriented_weight(base_layer: nn.Module) -> torch.Tensor:
     """The frozen weight as (out, in) = (m, n), detached, whatever way the layer stores it."""
     weight = base_weight(base_layer).detach()

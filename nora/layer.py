@@ -13,7 +13,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.nn import functional as F
 
-from .basis import Basis, base_weight, check_base, fingerprints_agree, is_transposed, oriented_weight, rebuild_basis
+from .basis import (
+    Basis,
+    base_weight,
+    check_base,
+    fingerprints_agree,
+    is_plain,
+    is_transposed,
+    oriented_weight,
+    rebuild_basis,
+)
 from .config import LayerRanks, NoraConfig
 from .functional import FINGERPRINT_SHAPE, OuterFactors, fold, matched_std
 
@@ -158,7 +167,7 @@ class NoraLinear(nn.Module, BaseTunerLayer):
             ValueError: if the base weight is another one.
         """
         config, full_name = self._origins[adapter_name]
-        self.check_base_is_here()
+        self.check_base_is_plain()
         names = tuple(dict.fromkeys((self.name, full_name)))
         outer_r = self.outer_rank(adapter_name)
         return rebuild_basis(self.name, names, self.get_base_layer(), config, outer_r, statistic, fingerprint)
@@ -172,7 +181,7 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         fingerprint, statistic = self.nora_fingerprint[adapter_name], self.nora_stats.get(adapter_name)
         try:
             if base_loaded:
-                self.check_base_is_here()
+                self.check_base_is_plain()
                 check_base(self.name, self.get_base_layer(), fingerprint)
             if not self.pair_fits(adapter_name, fingerprint, statistic):
                 self.set_basis(adapter_name, self.rebuilt_basis(adapter_name, fingerprint, statistic))
@@ -199,6 +208,15 @@ class NoraLinear(nn.Module, BaseTunerLayer):
     def check_unmerged(self, before: str) -> None:
         """Raise ValueError if adapters are merged into the base weight, here or in a layer around the same base."""
         check_unmerged(self, self.name, before)
+
+    def check_base_is_plain(self) -> None:
+        """Raise ValueError if the base weight can't be decomposed or merged into as it is now."""
+        self.check_base_is_here()
+        if not is_plain(self.base_weight):
+            raise ValueError(
+                f"{self.name} has a weight that is no plain matrix ({type(self.base_weight).__name__}, dtype "
+                f"{self.base_weight.dtype}), as in a quantised or sharded base: load the base without that first"
+            )
 
     def check_base_is_here(self) -> None:
         """Raise ValueError if the base weight is not in memory, as accelerate's offloading leaves it."""
@@ -340,12 +358,14 @@ class NoraLinear(nn.Module, BaseTunerLayer):
             adapter_names: which; None means the active ones.
 
         Raises:
-            ValueError: with ``safe_merge``, if the merged weight would not be finite.
+            ValueError: if the base weight is offloaded or quantised, or with ``safe_merge`` if the merged weight would
+                not be finite.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.nora_inner_A:
                 continue
             weight = self.base_weight
+            self.check_base_is_plain()
             delta = self._delta_weight(name)
             merged = (weight.data.to(delta) + delta).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():

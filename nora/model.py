@@ -22,7 +22,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
-from .basis import Basis, attached_statistic, base_weight, build_basis, check_base, layer_shape
+from .basis import Basis, attached_statistic, base_weight, build_basis, check_base, is_plain, layer_shape
 from .combine import concatenated, truncated
 from .config import DEFAULT_OUTER_MULTIPLE, NoraConfig
 from .layer import NoraLinear, Origin, check_unmerged
@@ -115,12 +115,11 @@ def check_layer(name: str, base_layer: nn.Module, config: NoraConfig) -> None:
     if isinstance(base_layer, NonDynamicallyQuantizableLinear):
         raise ValueError(f"{name} belongs to nn.MultiheadAttention, which never calls it as a module: {leave_out}")
     weight = base_weight(base_layer)
-    foreign = type(weight).__module__.partition(".")[0] != "torch"  # torchao and bitsandbytes have their own tensors
-    if foreign or not weight.is_floating_point() or weight.ndim != 2:
+    if not is_plain(weight):
         kind = f"{type(weight).__name__}, dtype {weight.dtype}, shape {tuple(weight.shape)}"
         raise ValueError(
-            f"{name} has a quantised weight or none of a linear layer ({kind}), and NoRA needs the plain matrix to "
-            f"decompose: load the base without quantisation, or {leave_out}"
+            f"{name} has a weight that is no plain matrix ({kind}), as in a quantised or sharded base, and NoRA has to "
+            f"decompose it: load the base without that, or {leave_out}"
         )
     if not weight.is_meta and not bool(weight.any()):
         raise ValueError(f"{name} has a weight of zeros, and its outer factors would be zero too: {leave_out}")

@@ -36,7 +36,7 @@ def use(build, folder: Path) -> None:
     config = nora.NoraConfig(r=2, target_modules=targets)
     nora.preprocess_nora(model, config, lambda: run(model, x))
     model = get_peft_model(model, config)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
     run(model, x).square().mean().backward()
     optimizer.step()
     model.eval()

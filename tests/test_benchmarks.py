@@ -2,10 +2,10 @@
 
 import torch
 from accelerate import init_empty_weights
-from trainer.methods import UNET_TARGETS
 
 from benchmarks.sdxl_shape import base_folder, build_sdxl_shape
 from inference.base import base_geometry, load_pipeline
+from methods.components import TARGETS
 
 
 def test_the_full_shape_is_sdxls():
@@ -14,7 +14,7 @@ def test_the_full_shape_is_sdxls():
     # as published: the UNet's 2.6 billion parameters, CLIP ViT-L's and OpenCLIP ViT-bigG's text towers, the autoencoder
     counts = {"unet": 2_567_463_684, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840, "vae": 83_653_863}
     assert {name: getattr(pipeline, name).num_parameters() for name in counts} == counts
-    targets = [name for name, _ in pipeline.unet.named_modules() if name.endswith(tuple(UNET_TARGETS))]
+    targets = [name for name, _ in pipeline.unet.named_modules() if name.endswith(TARGETS["unet"])]
     assert len(targets) == 560
 
 

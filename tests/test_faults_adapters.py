@@ -22,8 +22,8 @@ from torch import nn
 
 import nora
 from inference.base import load_pipeline
-from inference.generate import check_finite, encode_prompts, generate_images
 from inference.load import load_adapter, loaded_adapters, set_adapter_scale, swap_adapter, unload_adapters
+from inference.sampling import check_finite, encode_prompts, generate_images
 from methods.adapter import adapted_layers
 from methods.adapter_file import inspect_adapter
 from methods.components import COMPONENT_NAMES, EMBEDDINGS, FOLDED_WEIGHTS

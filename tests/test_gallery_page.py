@@ -509,7 +509,7 @@ def test_votes_are_counted_for_the_right_column(visit):
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.click("#tally summary")
     page.click("#copy")
-    page.wait_for_function("document.querySelector('#copied').textContent")
+    page.wait_for_selector("#copied:not(:empty)")
     assert page.locator("#copied").inner_text() == "copied"
     assert json.loads(page.evaluate("navigator.clipboard.readText()")) == record
     page.click("#blind")  # leaving asks nothing, and a new vote starts from nothing

@@ -147,3 +147,27 @@ def test_no_pickles_and_no_heavy_weights():
         assert path.suffix not in {".pt", ".pth", ".ckpt", ".bin", ".pkl"}, path
     base = [path.stat().st_size for path in (ROOT / "assets" / "tiny-sdxl").rglob("*") if path.is_file()]
     assert 0 < sum(base) <= 25e6
+
+
+# Who may take the whole configuration: the script, what opens a run, and what builds the run's own objects from it.
+WHOLE_CONFIGURATION = {
+    "train_dreambooth_nora_sdxl.py": {"train", "train_in_folder"},
+    "trainer/preflight.py": {"preflight", "open_run"},
+    "trainer/run.py": {"start_run", "_batches", "_embedder", "run_identity"},
+    "trainer/models.py": {"make_run_adapter"},
+    "trainer/memory.py": {"settle_memory"},
+}
+
+
+def test_functions_take_what_they_use():
+    """Few functions take the whole configuration, and they are named; all others take a record, or less."""
+    taking: dict[str, set[str]] = {}
+    for path in [ROOT / "train_dreambooth_nora_sdxl.py", *(p for room in ROOMS for p in (ROOT / room).rglob("*.py"))]:
+        if path.parent.name == "settings":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                arguments = [*node.args.args, *node.args.kwonlyargs]
+                if any(one.annotation and "TrainConfig" in ast.unparse(one.annotation) for one in arguments):
+                    taking.setdefault(str(path.relative_to(ROOT)), set()).add(node.name)
+    assert taking == WHOLE_CONFIGURATION

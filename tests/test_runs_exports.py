@@ -213,7 +213,8 @@ def test_only_the_adapter_is_uploaded(tmp_path, uploaded):
     folder = run(tmp_path / "my-cat", push_to_hub=True, hub_token="secret", **options)
     sample = "samples/a-photo-of-v-cat-seed0.png"
     record = {"README.md", "loss.png", "run.json", "metrics.jsonl"}
-    assert uploaded["files"] == {FOLDED_WEIGHTS, INNER_WEIGHTS, sample, *record}
+    peft = {f"peft/unet/{name}" for name in ("adapter_config.json", "adapter_model.safetensors")}
+    assert uploaded["files"] == {FOLDED_WEIGHTS, INNER_WEIGHTS, sample, *record, *peft}
     assert uploaded["repo_id"] == "me/my-cat" and uploaded["token"] == "secret"
     kept = [path for path in folder.rglob("*") if path.is_file() and b"secret" in path.read_bytes()]
     assert not kept, "the token is written nowhere"

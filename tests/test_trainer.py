@@ -170,6 +170,35 @@ def test_lora_run_has_the_folded_file_alone(tmp_path):
     StableDiffusionXLPipeline.from_pretrained(saved_base()).load_lora_weights(str(folder))
 
 
+SMALL = {"oft": ["block_size=8"], "fourierft": ["n_frequency=100"], "adalora": ["init_rank=4", "target_rank=2"]}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_by_its_name(tmp_path, method):
+    """The script's own way: memory estimated, trained, written, read back and compared with what is in memory."""
+    arguments = SMALL.get(method, ["rank=4"])
+    options = {"train_text_encoder": not METHODS[method].no_text_encoders, "rank": None, "method_args": arguments}
+    options |= {"convert_to_lora": None if METHODS[method].low_rank else 2}
+    folder = run(tmp_path, method=method, **options)
+    record = json.loads((folder / "run.json").read_text())
+    assert record["method"] == method and set(arguments) <= set(record["config"]["method_args"])
+    assert (folder / FOLDED_WEIGHTS).exists() == (METHODS[method].low_rank or method == "dora")
+    assert (folder / "peft" / "unet" / "adapter_model.safetensors").is_file()
+    assert ("approximate_lora_rank2.safetensors" in record["files"]) == (not METHODS[method].low_rank)
+
+
+@pytest.mark.parametrize("method", ["adalora", "pissa", "lora-fa", "vera", "dylora"])
+def test_methods_with_more_than_they_train_are_resumed_to_the_bit(tmp_path, method):
+    """An allocator, a frozen start, a frozen factor, shared projections, a rank drawn each step."""
+    options = {"method": method, "rank": None, "method_args": SMALL.get(method, ["rank=4"]), "max_train_steps": 3}
+    options |= {"checkpointing_steps": 1, "train_text_encoder": True}
+    whole = run(tmp_path / "whole", **options)
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
+    again = run(tmp_path / "again", **options, resume_from_checkpoint="latest")
+    one, other = (load_file(folder / "checkpoint-3" / "trained.safetensors") for folder in (whole, again))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
 def test_same_seed_same_run(tmp_path):
     one, other = (load_file(run(tmp_path / name) / INNER_WEIGHTS) for name in ("one", "other"))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
@@ -604,7 +633,7 @@ BAD = {
     "rank zero": (with_flags("--rank", "0"), "--rank 0 must be at least 1"),
     "negative learning rate": (with_flags("--learning_rate", "-1e-4"), "--learning_rate -0.0001 must be above 0"),
     "infinite learning rate": (with_flags("--learning_rate", "inf"), "--learning_rate inf must be a finite number"),
-    "zero steps": (with_flags("--max_train_steps", "0"), "--max_train_steps 0 must be at least 1"),
+    "zero steps": (with_flags("--max_train_steps", "0"), "--max_train_steps 0 must be from 1 to 1000000"),
     "unknown flag": (with_flags("--ranks", "4"), "unrecognized arguments: --ranks 4"),
     "unknown method": (with_flags("--method", "dorra"), "--method dorra is not known .did you mean dora"),
     "another method's option": (with_flags("--method", "lora", "--method_args", "factor=8"), "--method lora has rank"),

@@ -30,7 +30,7 @@ from judging.statistics import confidence_interval
 from judging.tables import markdown_table, warn_of_memorisation
 from methods.components import RUN_RECORD
 from settings.columns import CompareConfig, EvaluateConfig, GalleryConfig
-from settings.command_line import parse_config, run_command
+from settings.command_line import parse_config, parse_flags, run_command
 from settings.sampling import SamplingConfig
 from settings.training import TrainConfig
 from storage.files import check_writable_target, read_json, write_atomic
@@ -124,13 +124,23 @@ def train(run: Run, threads: int | None) -> None:
 
 
 def train_config(run: Run) -> TrainConfig:
-    return parse_config(TrainConfig, [*run.flags, "--output_dir", str(run.folder)])
+    """The trainer's configuration of a run.
+
+    Raises:
+        ValueError: with the trainer's own sentence.
+    """
+    return TrainConfig.of(**given_flags(run))
+
+
+def given_flags(run: Run) -> dict[str, Any]:
+    """The flags that a run gives the trainer, by name."""
+    return parse_flags(TrainConfig, [*run.flags, "--output_dir", str(run.folder)])
 
 
 def inputs(run: Run) -> dict[str, Any]:
     """The state of the base and of the pictures where they lie on this disk."""
-    config = train_config(run).flags()
-    return {name: local_state(config[name]) for name in INPUTS}
+    flags = given_flags(run)
+    return {name: local_state(flags.get(name)) for name in INPUTS}
 
 
 def summarise(scores: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, dict[str, dict[str, float]]]:
@@ -183,7 +193,7 @@ def run(config: CompareConfig, train_flags: Sequence[str]) -> Path:
     runs = plan(config, train_flags)
     # What would be refused after the training is refused before it.
     scoring = scoring_flags(config, runs)
-    trained = [train_config(one).flags() for one in runs]
+    trained = [given_flags(one) for one in runs]
     evaluate.check(scoring, trained)
     # A mistake in one method's flags is found before another has trained for an hour.
     for one in {run.method: run for run in runs}.values():

@@ -210,7 +210,7 @@ def _updates(
         raise ValueError(f"adapter {folder} can't be read layer by layer: PEFT adapts {one} in another way")
     updates = {}
     for path, layer in adapted.items():
-        update = _known_factors(layer, starts.get(path))
+        update = _known_factors(layer, starts.get(path), layers[path].module.weight.dtype)
         if update is None:
             base = plain_copy(layers[path].module)
             update = measured_update(layer, base)
@@ -219,9 +219,17 @@ def _updates(
     return updates
 
 
-def _known_factors(layer: BaseTunerLayer, start: tuple[torch.Tensor, torch.Tensor] | None) -> Update | None:
-    """The factors of methods that have them; None for any other, which is measured."""
+def _known_factors(
+    layer: BaseTunerLayer, start: tuple[torch.Tensor, torch.Tensor] | None, dtype: torch.dtype
+) -> Update | None:
+    """The factors of methods that have them; None for any other, which is measured.
+
+    Args:
+        dtype: the base's, in which a live NoRA layer holds its outer factors.
+    """
     if isinstance(layer, NoraLinear):
+        for factors in (layer.nora_outer_A, layer.nora_outer_B):
+            factors[NAME] = factors[NAME].to(dtype).float()
         down, up = layer.fold(NAME)
         return Update(up, down)
     if isinstance(layer, SVDLinear):
