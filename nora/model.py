@@ -390,11 +390,14 @@ class NoraModel(BaseTuner):
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         """The adapter's entries of the state dict, as a file holds them.
 
+        One that still waits for its weights may be asked for its keys; a file of it is refused when it is loaded.
+
         Raises:
-            ValueError: if the adapter still waits for its weights or is offloaded, so that the file would hold nothing.
+            ValueError: if the adapter is offloaded, or was made on the meta device, so that a file would hold nothing.
         """
         for layer in nora_layers(model, adapter_name).values():
-            layer.check_adapter_is_here(adapter_name)
+            if adapter_name in layer.nora_outer_A:
+                layer.check_adapter_is_here(adapter_name)
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
