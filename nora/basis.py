@@ -24,17 +24,22 @@ from .functional import (
     sketch,
     sketch_distance,
 )
+from .nested import RightFactor, right_factor, right_product
 
 COMPUTING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _STATISTICS_ATTRIBUTE = "_nora_statistics"
 
 
 class Basis(NamedTuple):
-    """A layer's outer pair with what identifies it: fingerprint (3, k) and float16 statistic (n,) or None."""
+    """A layer's outer pair with what identifies it: fingerprint (3, k) and float16 statistic (n,) or None.
+
+    ``right`` is None where B is no function of W and A, as random factors' is not.
+    """
 
     outer: OuterFactors
     fingerprint: torch.Tensor | None
     statistic: torch.Tensor | None
+    right: RightFactor | None
 
 
 def is_transposed(base_layer: nn.Module) -> bool:
@@ -89,12 +94,13 @@ def build_basis(
     W = oriented_weight(base_layer)  # (m, n)
     if W.is_meta:
         A, B = W.new_empty(outer_r, W.shape[1]), W.new_empty(W.shape[0], outer_r)
-        return Basis(OuterFactors(A, B), None, None)
+        right = None if config.outer_init == "random" else RightFactor(A.new_empty(A.shape[1]), A.new_empty(outer_r))
+        return Basis(OuterFactors(A, B), None, None, right)
     if config.outer_init == "random":
         seed = layer_seed(config.outer_seed, name)
         key = ("random", outer_r, config.sigma_side, seed)
         outer = cached_outer_factors(W, None, key, lambda: random_factors(W, outer_r, seed, config.sigma_side))
-        return Basis(outer, fingerprint(W, outer), None)
+        return Basis(outer, fingerprint(W, outer), None, None)
     scale, used = None, None
     if config.outer_init == "awsvd":
         if config.awsvd_stat == "weight":
@@ -105,7 +111,19 @@ def build_basis(
     settings = (config.outer_init, outer_r, config.sigma_side, config.awsvd_gamma, STATISTIC_FLOOR)
     outer = cached_outer_factors(W, used, settings, lambda: outer_factors(W, outer_r, scale, config.sigma_side))
     kept = used.cpu() if used is not None and config.needs_statistics else None
-    return Basis(outer, fingerprint(W, outer), kept)
+    return Basis(outer, fingerprint(W, outer), kept, right_factor(outer.A, scale))
+
+
+def held_pair(
+    base_layer: nn.Module, A: torch.Tensor, B: torch.Tensor | None, right: RightFactor | None
+) -> OuterFactors:
+    """The pair as an adapted layer computes with it: A in the base's dtype and B as it is held, or else ``W R``."""
+    if B is None:
+        assert right is not None
+        W = oriented_weight(base_layer)
+        wide = torch.promote_types(W.dtype, torch.float32)
+        B = W.to(wide) @ right_product(torch.eye(A.shape[0], device=A.device, dtype=wide), A, right, 1.0)  # (m, r)
+    return OuterFactors(A, B)
 
 
 def layer_seed(outer_seed: int, name: str) -> int:
@@ -149,7 +167,7 @@ def fingerprints_agree(
 
 
 def pair_fits(base_layer: nn.Module, outer: OuterFactors, expected: torch.Tensor) -> bool:
-    """Whether this very pair, as it lies in memory beside the base weight, is the one of the fingerprint (3, k).
+    """Whether this very pair, as a layer computes with it, is the one of the fingerprint (3, k).
 
     The fingerprint was taken before the pair was rounded to the base's dtype, which is further off in bfloat16 than
     FINGERPRINT_TOLERANCE.

@@ -24,7 +24,7 @@ from peft import PeftModel, inject_adapter_in_model
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .basis import Basis, check_base, oriented_weight, rebuild_basis
+from .basis import Basis, check_base, held_pair, oriented_weight, rebuild_basis
 from .config import NoraConfig, plain_config
 from .functional import OuterFactors, fold
 from .layer import NoraLinear, check_unmerged
@@ -169,9 +169,9 @@ def read_inner(
         folded[prefix] = {}
         for name, layer in find_targets(components[prefix], inner.configs[prefix]).items():
             key, W = f"{prefix}.{name}", oriented_weight(layer)
-            outer = OuterFactors(
-                *(factor.to(W.dtype).cpu() for factor in bases[name].outer)
-            )  # as a live layer holds it
+            basis, dtype = bases[name], W.dtype  # in which a live layer holds its factors
+            B = basis.outer.B.to(dtype) if basis.right is None else None
+            outer = OuterFactors(*(f.cpu() for f in held_pair(layer, basis.outer.A.to(dtype), B, basis.right)))
             ranks = inner.configs[prefix].layer_ranks(name, tuple(W.shape))
             folded[prefix][name] = fold(inner.inner_A[key], inner.inner_B[key], outer, ranks.alpha / ranks.r)
     return folded

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from .basis import (
     Basis,
     base_weight,
     check_base,
+    held_pair,
     is_plain,
     is_transposed,
     oriented_weight,
@@ -25,31 +27,39 @@ from .basis import (
 )
 from .config import LayerRanks, NoraConfig
 from .functional import FINGERPRINT_SHAPE, OuterFactors, fold, matched_std
+from .nested import RightFactor, nested_input, right_product
 
 RANDOM_UPDATE_SIZE = 0.5
+# Their input is what attention puts out, which its backward pass keeps by itself.
+ATTENTION_OUTPUTS = ("to_out.0", "out_proj", "o_proj")
 
 
-class ExactBuffers(BufferDict):
-    """Buffers that follow the model to its device but never to another dtype: a later load is checked against them.
-
-    Args:
-        on_set: called with the adapter's name when a loader sets its buffer, which transformers' own does one by one.
-    """
-
-    def __init__(self, on_set: Callable[[str], None]) -> None:
-        super().__init__(persistent=True)
-        self._on_set = on_set
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name in self._buffers:
-            self._on_set(name)
+class Buffers(BufferDict):
+    """PEFT's dictionary of buffers, with `get`."""
 
     def get(self, name: str) -> torch.Tensor | None:
         return self[name] if name in self else None  # noqa: SIM401 (this is get)
 
+
+class ExactBuffers(Buffers):
+    """Buffers that follow the model to its device but never to another dtype.
+
+    Args:
+        persistent: whether they are in the state dict.
+        on_set: called with the adapter's name when a loader sets its buffer, which transformers' own does one by one.
+    """
+
+    def __init__(self, persistent: bool, on_set: Callable[[str], None] | None = None) -> None:
+        super().__init__(persistent=persistent)
+        self._on_set = on_set
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self._buffers and self._on_set is not None:
+            self._on_set(name)
+
     def _apply(self, fn, recurse=True):
-        kept = dict(self.items())
+        kept = {name: buffer for name, buffer in self.items() if not buffer.is_meta}
         super()._apply(fn, recurse)
         for name, buffer in kept.items():
             self[name] = buffer.to(self[name].device)
@@ -66,12 +76,13 @@ class Origin(NamedTuple):
 class NoraLinear(nn.Module, BaseTunerLayer):
     """``h = W x + s B B' A' A x`` (NoRA, arXiv 2408.10280, Sec. 3.2) around an ``nn.Linear`` or ``Conv1D``.
 
-    Per adapter: `nora_inner_A` (A', r' x r) and `nora_inner_B` (B', r x r') are trained; `nora_outer_A` (r x n) and
-    `nora_outer_B` (m x r) are buffers, in the base weight's dtype and out of the state dict, since they are recomputed
-    from the base weight; `nora_stats` and `nora_fingerprint` (see `Basis`) are in it, to recompute and check it
-    whenever a loader has set them (`refresh_basis`), never in a forward pass.
+    Computed as ``W (x + s R B' A' A x)`` where B is ``W R`` (see `nested`); random factors have a B of their own, whose
+    product is added to W's. Per adapter: `nora_inner_A` (A', r' x r) and `nora_inner_B` (B', r x r') are trained.
+    `nora_outer_A` (r x n), in the base weight's dtype, and R's diagonals or `nora_outer_B` (m x r) are buffers out of
+    the state dict, since they are recomputed from the base weight; `nora_stats` and `nora_fingerprint` (see `Basis`)
+    are in it, to recompute and check them whenever a loader has set these (`refresh_basis`), never in a forward pass.
 
-    The forward is the sequential form: autograd keeps r + r' numbers per token where LoRA keeps the n-dimensional x.
+    Autograd keeps r + r' numbers per token where LoRA keeps the n-dimensional x.
     """
 
     adapter_layer_names = ("nora_inner_A", "nora_inner_B")
@@ -91,15 +102,18 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         self.out_features, self.in_features = oriented_weight(base_layer).shape
         self.nora_inner_A = nn.ModuleDict()
         self.nora_inner_B = nn.ModuleDict()
-        self.nora_outer_A = BufferDict(persistent=False)
-        self.nora_outer_B = BufferDict(persistent=False)
+        self.nora_outer_A = Buffers(persistent=False)
+        self.nora_outer_B = Buffers(persistent=False)
+        self.nora_right_channel = ExactBuffers(persistent=False)
+        self.nora_right_row = ExactBuffers(persistent=False)
         self.nora_dropout = nn.ModuleDict()
-        self.nora_stats = ExactBuffers(self._record_set)
-        self.nora_fingerprint = ExactBuffers(self._record_set)
+        self.nora_stats = ExactBuffers(persistent=True, on_set=self._record_set)
+        self.nora_fingerprint = ExactBuffers(persistent=True, on_set=self._record_set)
         self._origins: dict[str, Origin] = {}
         self.r: dict[str, int] = {}
         self.nora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
+        self.keeps_input = name.endswith(ATTENTION_OUTPUTS)
         self.merged_adapters: list[str] = []
         self._weight_before_merge: torch.Tensor | None = None
         self._disable_adapters = False
@@ -127,9 +141,13 @@ class NoraLinear(nn.Module, BaseTunerLayer):
     def set_basis(self, adapter_name: str, basis: Basis) -> None:
         """Install the frozen pair with its fingerprint and the float16 statistic that it came from."""
         weight = self.base_weight
-        # The pair takes the base's dtype: in fp32 it would double the frozen memory of a half-precision base.
+        # The factors take the base's dtype: in fp32 they would double the frozen memory of a half-precision base.
         self.nora_outer_A[adapter_name] = basis.outer.A.to(weight)
-        self.nora_outer_B[adapter_name] = basis.outer.B.to(weight)
+        if basis.right is None:
+            self.nora_outer_B[adapter_name] = basis.outer.B.to(weight)
+        else:
+            self.nora_right_channel[adapter_name] = basis.right.channel.to(weight.device)
+            self.nora_right_row[adapter_name] = basis.right.row.to(weight.device)
         # Copies: load_state_dict writes into the buffers in place, and the basis may be another layer's too.
         if basis.fingerprint is not None:
             self.nora_fingerprint[adapter_name] = basis.fingerprint.to(weight.device, copy=True)
@@ -179,9 +197,7 @@ class NoraLinear(nn.Module, BaseTunerLayer):
             if not self.pair_fits(adapter_name, fingerprint):
                 self.set_basis(adapter_name, self.rebuilt_basis(adapter_name, fingerprint, statistic))
         except ValueError:
-            for held in (self.nora_outer_A, self.nora_outer_B):
-                if adapter_name in held:
-                    del held[adapter_name]
+            self._forget_basis(adapter_name)
             self.nora_fingerprint[adapter_name] = torch.full_like(fingerprint, math.nan)  # waits for its weights again
             raise
 
@@ -232,6 +248,11 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         """The paper's r."""
         return self.inner(adapter_name)[0].shape[1]
 
+    def _forget_basis(self, adapter_name: str) -> None:
+        for held in (self.nora_outer_A, self.nora_outer_B, self.nora_right_channel, self.nora_right_row):
+            if adapter_name in held:
+                del held[adapter_name]
+
     def basis(self, adapter_name: str) -> Basis:
         """The adapter's basis as it is in use.
 
@@ -239,11 +260,12 @@ class NoraLinear(nn.Module, BaseTunerLayer):
             ValueError: if the adapter waits for its weights or is offloaded.
         """
         self.check_adapter_is_here(adapter_name)
-        outer = self.outer(adapter_name)
-        return Basis(outer, self.nora_fingerprint[adapter_name], self.nora_stats.get(adapter_name))
+        record = self.nora_fingerprint[adapter_name], self.nora_stats.get(adapter_name)
+        return Basis(self.outer(adapter_name), *record, self._right(adapter_name))
 
     def delete_adapter(self, adapter_name: str) -> None:
         # not in other_param_names, because PEFT casts the buffers named there to the base's dtype
+        self._forget_basis(adapter_name)
         for held in (self.nora_stats, self.nora_fingerprint, self._origins):
             if adapter_name in held:
                 del held[adapter_name]
@@ -276,11 +298,41 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         inner_B.copy_(start_B)
 
     def outer(self, adapter_name: str) -> OuterFactors:
-        """The frozen pair in use.
+        """The frozen pair in use; B is computed from the base weight where it is not held.
 
         Raises:
             ValueError: if the adapter's weights are not loaded, or their loading was refused.
         """
+        self._check_has_basis(adapter_name)
+        return self._pair(adapter_name)
+
+    def _pair(self, adapter_name: str) -> OuterFactors:
+        A, B = self.nora_outer_A[adapter_name], self.nora_outer_B.get(adapter_name)
+        return held_pair(self.get_base_layer(), A, B, self._right(adapter_name))
+
+    def shares_basis(self, adapter_name: str, other: str) -> bool:
+        """Whether both adapters have the same frozen factors here, to the bit."""
+        held = (self.nora_outer_A, self.nora_outer_B, self.nora_right_channel, self.nora_right_row)
+        for buffers in held:
+            one, two = buffers.get(adapter_name), buffers.get(other)
+            if (one is None) != (two is None) or (one is not None and not torch.equal(one, two)):
+                return False
+        return True
+
+    def _right(self, adapter_name: str) -> RightFactor | None:
+        if adapter_name not in self.nora_right_row:
+            return None
+        return RightFactor(self.nora_right_channel[adapter_name], self.nora_right_row[adapter_name])
+
+    def hold_both_factors(self, adapter_name: str) -> None:
+        """Hold B too: for a base whose weight can't be read once it is split over processes."""
+        B = self.outer(adapter_name).B.to(self.base_weight.dtype)
+        for held in (self.nora_right_channel, self.nora_right_row):
+            if adapter_name in held:
+                del held[adapter_name]
+        self.nora_outer_B[adapter_name] = B
+
+    def _check_has_basis(self, adapter_name: str) -> None:
         if adapter_name not in self.nora_outer_A:
             raise ValueError(
                 f"adapter {adapter_name!r} has no outer factors at {self.name}, because its "
@@ -292,15 +344,11 @@ class NoraLinear(nn.Module, BaseTunerLayer):
                 f"adapter {adapter_name!r} at {self.name} was put into a model on the meta device, so its outer "
                 "factors have no content: inject it once the base is loaded"
             )
-        return self._pair(adapter_name)
-
-    def _pair(self, adapter_name: str) -> OuterFactors:
-        return OuterFactors(self.nora_outer_A[adapter_name], self.nora_outer_B[adapter_name])
 
     def check_adapter_is_here(self, adapter_name: str) -> None:
         """Raise ValueError if the adapter's numbers can't be read: it waits for them, or they are offloaded."""
-        outer = self.outer(adapter_name)
-        if any(tensor.is_meta for tensor in (*outer, *self.inner(adapter_name))):
+        self._check_has_basis(adapter_name)
+        if any(tensor.is_meta for tensor in (self.nora_outer_A[adapter_name], *self.inner(adapter_name))):
             raise ValueError(
                 f"adapter {adapter_name!r} at {self.name} is not in memory (meta device), as after accelerate's "
                 "offloading: take it off first with accelerate.hooks.remove_hook_from_submodules"
@@ -340,25 +388,37 @@ class NoraLinear(nn.Module, BaseTunerLayer):
             ValueError: if the adapter waits for its weights or is offloaded.
         """
         self.check_adapter_is_here(adapter_name)
-        inner_A, inner_B = self.inner(adapter_name)
-        return fold(
-            inner_A.detach().cpu(),
-            inner_B.detach().cpu(),
-            OuterFactors(*(factor.cpu() for factor in self.outer(adapter_name))),
-            self.nora_alpha[adapter_name] / self.r[adapter_name],
-        )
+        lora_A, lora_B = self._folded(adapter_name, self.nora_alpha[adapter_name] / self.r[adapter_name], "cpu")
+        return lora_A.float(), lora_B.float()
+
+    @torch.no_grad()
+    def _folded(
+        self, adapter_name: str, scaling: float, device: torch.device | str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``A' A`` (r', n) and ``s B B'`` (m, r') on the device; float32, or float64 for a float64 base."""
+        self._check_has_basis(adapter_name)
+        dtype = self._merging_dtype
+        A, B = self.nora_outer_A[adapter_name], self.nora_outer_B.get(adapter_name)
+        inner_A, inner_B = (factor.to(device, dtype) for factor in self.inner(adapter_name))
+        A, right = A.to(device, dtype), self._right(adapter_name)
+        if right is None:
+            assert B is not None
+            return fold(inner_A, inner_B, OuterFactors(A, B.to(device, dtype)), scaling, dtype)
+        right = RightFactor(*(diagonal.to(device) for diagonal in right))
+        return inner_A @ A, self._times_weight(right_product(inner_B, A, right, scaling))
+
+    def _times_weight(self, columns: torch.Tensor) -> torch.Tensor:
+        """``W columns`` (m, k) of columns (n, k); of a quantised base what it computes with its weight."""
+        layer = self.get_base_layer()
+        if is_plain(self.base_weight):
+            return oriented_weight(layer).to(columns) @ columns
+        rows = columns.T.to(self.base_weight.device, self.base_weight.dtype)
+        return (layer(rows) - layer(torch.zeros_like(rows[:1]))).T.to(columns)
 
     def _delta_weight(self, adapter_name: str) -> torch.Tensor:
         """ΔW at the current scale, in the base weight's own layout; float32, or float64 for a float64 base."""
         self.check_base_is_here()
-        inner_A, inner_B = self.inner(adapter_name)
-        lora_A, lora_B = fold(
-            inner_A.detach(),
-            inner_B.detach(),
-            self.outer(adapter_name),
-            self.scaling[adapter_name],
-            self._merging_dtype,
-        )
+        lora_A, lora_B = self._folded(adapter_name, self.scaling[adapter_name], self.base_weight.device)
         delta = lora_B @ lora_A  # (m, n)
         return delta.T if is_transposed(self.get_base_layer()) else delta
 
@@ -431,17 +491,20 @@ class NoraLinear(nn.Module, BaseTunerLayer):
             self._check_mixed_batch(x, adapter_names)
         if self.merged and self.disable_adapters:
             self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
-            return result
-        dtype = result.dtype
+            return self.base_layer(x, *args, **kwargs)
         if adapter_names is None:
-            for adapter in self._own_active_adapters():
-                result = result + self._update(x, adapter).to(dtype)
-            return result
-        for adapter in sorted(set(adapter_names) & set(self.nora_inner_A)):
-            rows = [i for i, name in enumerate(adapter_names) if name == adapter]
-            result[rows] = result[rows] + self._update(x[rows], adapter).to(dtype)
+            adapters, rows = self._own_active_adapters(), None
+        else:
+            adapters = sorted(set(adapter_names) & set(self.nora_inner_A))
+            rows = {adapter: [i for i, name in enumerate(adapter_names) if name == adapter] for adapter in adapters}
+        for adapter in adapters:
+            self._check_has_basis(adapter)
+        nested = [adapter for adapter in adapters if adapter not in self.nora_outer_B]
+        result = self.base_layer(self._nested_input(x, nested, rows), *args, **kwargs)
+        for adapter in adapters:
+            if adapter in self.nora_outer_B:
+                result = _add(result, partial(self._outer_update, adapter), x, rows[adapter] if rows else None)
         return result
 
     def _check_mixed_batch(self, x: torch.Tensor, adapter_names: list[str]) -> None:
@@ -456,16 +519,61 @@ class NoraLinear(nn.Module, BaseTunerLayer):
                 "out of target_modules if the model flattens its batch"
             )
 
-    def _update(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
-        """``s B B' A' A x`` (..., m). A and B compute in their own dtype, A' and B' in theirs."""
-        A, B = self.outer(adapter)
-        inner_A, inner_B = self.nora_inner_A[adapter], self.nora_inner_B[adapter]
+    def _nested_input(self, x: torch.Tensor, adapters: list[str], rows: dict[str, list[int]] | None) -> torch.Tensor:
+        """``x + Σ s R B' A' A x`` (..., n) over the adapters, each on its rows of x or on all."""
+        if not adapters:
+            return x
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # as the base layer will: here, so that it is done once
+        adapter = adapters[0]
+        if len(adapters) == 1 and rows is None and self._is_plainly_nested(adapter, x):
+            right = self._right(adapter)
+            assert right is not None
+            A, scaling = self.nora_outer_A[adapter], self.scaling[adapter]
+            return nested_input(x, *self.inner(adapter), A, right, scaling, self.keeps_input)
+        total = x
+        for adapter in adapters:
+            total = _add(total, partial(self._input_update, adapter), x, rows[adapter] if rows else None)
+        return total
+
+    def _input_update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        """``s R B' A' A x`` (..., n)."""
+        right = self._right(adapter)
+        assert right is not None
+        y = self.nora_inner_B[adapter](self._inner_product(adapter, x))  # (..., r)
+        A = self.nora_outer_A[adapter].to(y.dtype)
+        return (y * right.row.to(y.dtype)) @ A * (self.scaling[adapter] * right.channel).to(y.dtype)
+
+    def _outer_update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        """``s B B' A' A x`` (..., m)."""
+        B = self.nora_outer_B[adapter]
+        y = self.nora_inner_B[adapter](self._inner_product(adapter, x))
+        return self.scaling[adapter] * F.linear(self._cast_input_dtype(y, B.dtype), B)
+
+    def _inner_product(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        """``A' A x`` (..., r'). A computes in its own dtype, A' in its."""
+        A, inner_A = self.nora_outer_A[adapter], self.nora_inner_A[adapter]
         z = F.linear(self.nora_dropout[adapter](self._cast_input_dtype(x, A.dtype)), A)  # (..., r)
-        u = inner_A(self._cast_input_dtype(z, self.inner(adapter)[0].dtype))  # (..., r')
-        return self.scaling[adapter] * F.linear(self._cast_input_dtype(inner_B(u), B.dtype), B)
+        return inner_A(self._cast_input_dtype(z, self.inner(adapter)[0].dtype))
+
+    def _is_plainly_nested(self, adapter: str, x: torch.Tensor) -> bool:
+        """Whether x goes into A as it is and A', B' are in memory: accelerate's hooks fetch them for their modules."""
+        drops = self.training and not isinstance(self.nora_dropout[adapter], nn.Identity)
+        return not drops and self.inner(adapter)[0].is_meta == x.is_meta
 
     def __repr__(self) -> str:
         return "nora." + super().__repr__()
+
+
+def _add(
+    total: torch.Tensor, update: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, rows: list[int] | None
+) -> torch.Tensor:
+    """``total + update(x)``, or that on some rows alone; in total's dtype."""
+    if rows is None:
+        return total + update(x).to(total.dtype)
+    total = total.clone()
+    total[rows] = total[rows] + update(x[rows]).to(total.dtype)
+    return total
 
 
 def check_unmerged(layer: nn.Module, name: str, before: str) -> None:

@@ -466,8 +466,7 @@ def _check_same_basis(one: dict[str, NoraLinear], other: dict[str, NoraLinear], 
         module = min(set(one) ^ set(other))
         raise ValueError(f"adapters {name!r} and {other_name!r} don't both adapt {module}: fold them and add LoRAs")
     for module, layer in one.items():
-        pairs = zip(layer.outer(name), layer.outer(other_name))
-        if not all(x.shape == y.shape and torch.equal(x, y) for x, y in pairs):
+        if not layer.shares_basis(name, other_name):
             raise ValueError(
                 f"adapters {name!r} and {other_name!r} have different outer factors at {module}, and inner weights "
                 "can't be added across bases: fold them and add LoRAs"

@@ -22,6 +22,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from methods.adapter import NAME
+from nora.model import nora_layers
 from trainer.memory import size
 
 # What accelerate's launcher may say of FSDP: each has one meaning here, and another one must not be passed over.
@@ -48,6 +50,8 @@ class SplittingAccelerator(Accelerator):
             return super().prepare_model(model, *args, **options)
         # Before it is split, because accelerate refuses to wrap a model that is.
         prepared = super().prepare_model(model, *args, **options)
+        for layer in nora_layers(model, NAME).values():
+            layer.hold_both_factors(NAME)  # a process that has a part of the weight can't compute its product alone
         frozen = split_frozen(model, self.device, self.num_processes)
         if self.is_main_process:
             whole, part = (sum(sizes) for sizes in zip(*((p.nbytes, p.to_local().nbytes) for p in frozen)))

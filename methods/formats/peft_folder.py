@@ -229,7 +229,8 @@ def _known_factors(
     """
     if isinstance(layer, NoraLinear):
         for factors in (layer.nora_outer_A, layer.nora_outer_B):
-            factors[NAME] = factors[NAME].to(dtype).float()
+            if NAME in factors:
+                factors[NAME] = factors[NAME].to(dtype).float()
         down, up = layer.fold(NAME)
         return Update(up, down)
     if isinstance(layer, SVDLinear):
