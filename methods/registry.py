@@ -76,6 +76,13 @@ _METHODS = (
                 choices=("B", "A", "both"),
             ),
             Option(
+                "basis",
+                "iterated",
+                "How the SVD is computed: seeded subspace iteration, or exactly, as published.",
+                "basis",
+                choices=("iterated", "exact"),
+            ),
+            Option(
                 "inner_init",
                 None,
                 "The trained factors.",

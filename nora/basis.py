@@ -19,6 +19,7 @@ from .functional import (
     canonical_statistic,
     fingerprint,
     float64,
+    iterated_factors,
     outer_factors,
     random_factors,
     sketch,
@@ -108,8 +109,9 @@ def build_basis(
         assert statistic is not None  # whoever calls has looked for it
         used = canonical_statistic(statistic).to(W.device)
         scale = awsvd_scale(used, config.awsvd_gamma)
-    settings = (config.outer_init, outer_r, config.sigma_side, config.awsvd_gamma, STATISTIC_FLOOR)
-    outer = cached_outer_factors(W, used, settings, lambda: outer_factors(W, outer_r, scale, config.sigma_side))
+    settings = (config.outer_init, outer_r, config.sigma_side, config.awsvd_gamma, STATISTIC_FLOOR, config.basis)
+    decompose = outer_factors if config.basis == "exact" else iterated_factors
+    outer = cached_outer_factors(W, used, settings, lambda: decompose(W, outer_r, scale, config.sigma_side))
     kept = used.cpu() if used is not None and config.needs_statistics else None
     return Basis(outer, fingerprint(W, outer), kept, right_factor(outer.A, scale))
 

@@ -19,6 +19,7 @@ _CHOICES = {
     "outer_init": ("awsvd", "svd", "random"),
     "awsvd_stat": ("mean_abs", "rms", "weight"),
     "sigma_side": ("B", "A", "both"),
+    "basis": ("iterated", "exact"),
     "inner_init": ("matched", "normal", "zero_uniform"),
 }
 
@@ -50,6 +51,8 @@ class NoraConfig(PeftConfig):
         awsvd_stat: what S measures per input channel: "mean_abs" or "rms" of the activations (both need
             `preprocess_nora`), or "weight", the data-free mean |W| of the channel's column.
         sigma_side: where Σ goes: "B" (the paper), "A" or "both" (√Σ each).
+        basis: how the SVD is computed: "iterated" (seeded subspace iteration, fast and as reproducible) or "exact" (the
+            paper's). None: "iterated", or "exact" in a saved config, which is what files from before this choice hold.
         outer_seed: seed of outer_init="random".
         inner_init: "matched" (B' = 0, A' at the scale that gives a rank-4 LoRA's first step; starts at the base model),
             "normal" (the paper: both N(0, inner_std²)) or "zero_uniform" (B' = 0, A' uniform on ±1/√outer_r).
@@ -78,6 +81,7 @@ class NoraConfig(PeftConfig):
     awsvd_gamma: float = field(default=0.5, metadata={"help": "Exponent of the statistic in S."})
     awsvd_stat: str = field(default="mean_abs", metadata={"help": "mean_abs, rms or weight."})
     sigma_side: str = field(default="B", metadata={"help": "B, A or both."})
+    basis: str | None = field(default=None, metadata={"help": "iterated or exact."})
     outer_seed: int = field(default=0, metadata={"help": 'Seed of outer_init="random".'})
     inner_init: str = field(default="matched", metadata={"help": "matched, normal or zero_uniform."})
     inner_std: float = field(default=0.01, metadata={"help": 'Standard deviation of inner_init="normal".'})
@@ -98,6 +102,8 @@ class NoraConfig(PeftConfig):
         self.peft_type = PeftType[NAME]
         if self.saved and self.outer_init is None:
             self.outer_init = "awsvd"  # saving writes it; this is what None meant to whoever left it out of a file
+        if self.basis is None:
+            self.basis = "exact" if self.saved else "iterated"
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):

@@ -280,16 +280,16 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         r, outer_r = inner_A.shape
         shape = (self.out_features, self.in_features)
         scaling = self.nora_alpha[adapter_name] / r
-        outer = basis.outer
+        assert basis.fingerprint is not None  # only a basis on the meta device has none
+        _, norm_A, norm_B = basis.fingerprint[:, 0].tolist()
         start_A, start_B = torch.randn(r, outer_r), torch.zeros(outer_r, r)
         if not config.init_weights:
             # ‖s B B' A' A‖ ≈ s √r' σ² ‖A‖ ‖B‖, set to RANDOM_UPDATE_SIZE ‖W‖
-            norms = outer.A.norm().item() * outer.B.norm().item()
             size = RANDOM_UPDATE_SIZE * oriented_weight(self.get_base_layer()).float().norm().item()
-            std = math.sqrt(size / (scaling * math.sqrt(r) * norms))
+            std = math.sqrt(size / (scaling * math.sqrt(r) * norm_A * norm_B))
             start_A, start_B = start_A * std, torch.randn(outer_r, r) * std
         elif config.inner_init == "matched":
-            start_A *= matched_std(shape, r, scaling, outer, basis.statistic)
+            start_A *= matched_std(shape, r, scaling, basis.outer.A, norm_B, basis.statistic)
         elif config.inner_init == "normal":
             start_A, start_B = start_A * config.inner_std, torch.randn(outer_r, r) * config.inner_std
         else:  # zero_uniform

@@ -285,7 +285,8 @@ def test_matched_std_is_the_formula():
     W = torch.tensor(weight(20, 30))
     outer = outer_factors(W, 6)
     norms = np.linalg.norm(outer.A.numpy()) * np.linalg.norm(outer.B.numpy())
-    assert matched_std((20, 30), 3, 2.0, outer) == pytest.approx(math.sqrt(600) / (2 * math.sqrt(12) * norms), rel=1e-6)
+    std = matched_std((20, 30), 3, 2.0, outer.A, float(outer.B.norm()))
+    assert std == pytest.approx(math.sqrt(600) / (2 * math.sqrt(12) * norms), rel=1e-6)
 
 
 @pytest.mark.parametrize("inner_init", ["matched", "normal", "zero_uniform"])
@@ -445,10 +446,10 @@ def test_a_device_without_float64_gets_the_same_factors(statistic, side):
             assert other.A.device.type == other.B.device.type == "mps"
             assert torch.equal(other.A.cpu(), one.A) and torch.equal(other.B.cpu(), one.B)
         assert torch.equal(fingerprint(there, found[0]), fingerprint(W, expected[0]))
-        std = matched_std((40, 24), 2, 1.0, found[0], used)
+        std = matched_std((40, 24), 2, 1.0, found[0].A, 3.0, used)
         core = truncated(tuple(factor.to("mps") for factor in inner), found[0], 2)
     plain = None if statistic is None else canonical_statistic(statistic)
-    assert std == matched_std((40, 24), 2, 1.0, expected[0], plain)
+    assert std == matched_std((40, 24), 2, 1.0, expected[0].A, 3.0, plain)
     for one, other in zip(core, truncated(inner, expected[0], 2)):
         assert torch.equal(one, other)
 

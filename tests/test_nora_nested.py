@@ -80,7 +80,7 @@ def written_out(layer, x):
     """h = W x + s B B' A' A x with B = U Σ from NumPy's SVD, not from the layer."""
     W = layer.base_layer.weight.detach().double()
     config = layer._origins["default"].config
-    stats = layer.nora_stats["default"] if "default" in layer.nora_stats else None
+    stats = layer.nora_stats.get("default")
     S = awsvd_scale(stats, config.awsvd_gamma) if stats is not None else torch.ones(W.shape[1])
     U, sigma, Vt = np.linalg.svd((W * S).numpy(), full_matrices=False)
     r = layer.outer_rank("default")
