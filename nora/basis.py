@@ -32,15 +32,21 @@ _STATISTICS_ATTRIBUTE = "_nora_statistics"
 
 
 class Basis(NamedTuple):
-    """A layer's outer pair with what identifies it: fingerprint (3, k) and float16 statistic (n,) or None.
+    """A layer's frozen factors with what identifies them.
 
-    ``right`` is None where B is no function of W and A, as random factors' is not.
+    A (r, n); B (m, r), or None where it is ``W R`` with R of `right`; fingerprint (3, k), None on the meta device;
+    float16 statistic (n,), or None.
     """
 
-    outer: OuterFactors
+    A: torch.Tensor
+    B: torch.Tensor | None
+    right: RightFactor | None
     fingerprint: torch.Tensor | None
     statistic: torch.Tensor | None
-    right: RightFactor | None
+
+    def to(self, dtype: torch.dtype) -> Basis:
+        """With the factors in another dtype."""
+        return self._replace(A=self.A.to(dtype), B=None if self.B is None else self.B.to(dtype))
 
 
 def is_transposed(base_layer: nn.Module) -> bool:
@@ -95,13 +101,14 @@ def build_basis(
     W = oriented_weight(base_layer)  # (m, n)
     if W.is_meta:
         A, B = W.new_empty(outer_r, W.shape[1]), W.new_empty(W.shape[0], outer_r)
-        right = None if config.outer_init == "random" else RightFactor(A.new_empty(A.shape[1]), A.new_empty(outer_r))
-        return Basis(OuterFactors(A, B), None, None, right)
+        if config.outer_init == "random":
+            return Basis(A, B, None, None, None)
+        return Basis(A, None, RightFactor(A.new_empty(A.shape[1]), A.new_empty(outer_r)), None, None)
     if config.outer_init == "random":
         seed = layer_seed(config.outer_seed, name)
         key = ("random", outer_r, config.sigma_side, seed)
         outer = cached_outer_factors(W, None, key, lambda: random_factors(W, outer_r, seed, config.sigma_side))
-        return Basis(outer, fingerprint(W, outer), None, None)
+        return Basis(outer.A, outer.B, None, fingerprint(W, outer), None)
     scale, used = None, None
     if config.outer_init == "awsvd":
         if config.awsvd_stat == "weight":
@@ -113,7 +120,7 @@ def build_basis(
     decompose = outer_factors if config.basis == "exact" else iterated_factors
     outer = cached_outer_factors(W, used, settings, lambda: decompose(W, outer_r, scale, config.sigma_side))
     kept = used.cpu() if used is not None and config.needs_statistics else None
-    return Basis(outer, fingerprint(W, outer), kept, right_factor(outer.A, scale))
+    return Basis(outer.A, None, right_factor(outer.A, scale), fingerprint(W, outer), kept)
 
 
 def held_pair(

@@ -29,6 +29,7 @@ from .config import NoraConfig, plain_config
 from .functional import OuterFactors, fold
 from .layer import NoraLinear, check_unmerged
 from .model import check_in_memory, check_layer, find_targets, nora_layers, own_name, ready_bases
+from .parallel import in_parallel
 from .safetensors_file import write_safetensors
 
 FORMAT_VERSION = 1
@@ -169,9 +170,8 @@ def read_inner(
         folded[prefix] = {}
         for name, layer in find_targets(components[prefix], inner.configs[prefix]).items():
             key, W = f"{prefix}.{name}", oriented_weight(layer)
-            basis, dtype = bases[name], W.dtype  # in which a live layer holds its factors
-            B = basis.outer.B.to(dtype) if basis.right is None else None
-            outer = OuterFactors(*(f.cpu() for f in held_pair(layer, basis.outer.A.to(dtype), B, basis.right)))
+            A, B, right, *_ = bases[name].to(W.dtype)  # as a live layer holds them
+            outer = OuterFactors(*(factor.cpu() for factor in held_pair(layer, A, B, right)))
             ranks = inner.configs[prefix].layer_ranks(name, tuple(W.shape))
             folded[prefix][name] = fold(inner.inner_A[key], inner.inner_B[key], outer, ranks.alpha / ranks.r)
     return folded
@@ -191,14 +191,19 @@ def _checked_bases(
         for name, layer in layers.items():
             key = f"{prefix}.{name}"
             check_base(key, layer, inner.fingerprints[key])
-    bases: dict[str, dict[str, Basis]] = {}
-    for prefix, layers in targets.items():
-        bases[prefix] = {}
-        for name, layer in layers.items():
-            key, config = f"{prefix}.{name}", inner.configs[prefix]
-            names = own_name(components[prefix], name), name
-            outer_r, statistic = inner.inner_A[key].shape[1], inner.statistics.get(key)
-            bases[prefix][name] = rebuild_basis(key, names, layer, config, outer_r, statistic, inner.fingerprints[key])
+
+    def rebuilt(place: tuple[str, str]) -> Basis:
+        prefix, name = place
+        key, layer = f"{prefix}.{name}", targets[prefix][name]
+        names = own_name(components[prefix], name), name
+        outer_r, statistic = inner.inner_A[key].shape[1], inner.statistics.get(key)
+        basis = rebuild_basis(key, names, layer, inner.configs[prefix], outer_r, statistic, inner.fingerprints[key])
+        return basis.to(oriented_weight(layer).dtype)
+
+    places = [(prefix, name) for prefix, layers in targets.items() for name in layers]
+    bases: dict[str, dict[str, Basis]] = {prefix: {} for prefix in targets}
+    for (prefix, name), basis in zip(places, in_parallel(rebuilt, places)):
+        bases[prefix][name] = basis
     return bases
 
 

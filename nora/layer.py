@@ -142,10 +142,10 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         """Install the frozen pair with its fingerprint and the float16 statistic that it came from."""
         weight = self.base_weight
         # The factors take the base's dtype: in fp32 they would double the frozen memory of a half-precision base.
-        self.nora_outer_A[adapter_name] = basis.outer.A.to(weight)
-        if basis.right is None:
-            self.nora_outer_B[adapter_name] = basis.outer.B.to(weight)
-        else:
+        self.nora_outer_A[adapter_name] = basis.A.to(weight)
+        if basis.B is not None:
+            self.nora_outer_B[adapter_name] = basis.B.to(weight)
+        if basis.right is not None:
             self.nora_right_channel[adapter_name] = basis.right.channel.to(weight.device)
             self.nora_right_row[adapter_name] = basis.right.row.to(weight.device)
         # Copies: load_state_dict writes into the buffers in place, and the basis may be another layer's too.
@@ -260,8 +260,8 @@ class NoraLinear(nn.Module, BaseTunerLayer):
             ValueError: if the adapter waits for its weights or is offloaded.
         """
         self.check_adapter_is_here(adapter_name)
-        record = self.nora_fingerprint[adapter_name], self.nora_stats.get(adapter_name)
-        return Basis(self.outer(adapter_name), *record, self._right(adapter_name))
+        factors = self.nora_outer_A[adapter_name], self.nora_outer_B.get(adapter_name), self._right(adapter_name)
+        return Basis(*factors, self.nora_fingerprint[adapter_name], self.nora_stats.get(adapter_name))
 
     def delete_adapter(self, adapter_name: str) -> None:
         # not in other_param_names, because PEFT casts the buffers named there to the base's dtype
@@ -289,7 +289,7 @@ class NoraLinear(nn.Module, BaseTunerLayer):
             std = math.sqrt(size / (scaling * math.sqrt(r) * norm_A * norm_B))
             start_A, start_B = start_A * std, torch.randn(outer_r, r) * std
         elif config.inner_init == "matched":
-            start_A *= matched_std(shape, r, scaling, basis.outer.A, norm_B, basis.statistic)
+            start_A *= matched_std(shape, r, scaling, basis.A, norm_B, basis.statistic)
         elif config.inner_init == "normal":
             start_A, start_B = start_A * config.inner_std, torch.randn(outer_r, r) * config.inner_std
         else:  # zero_uniform

@@ -26,6 +26,7 @@ from .basis import Basis, attached_statistic, base_weight, build_basis, check_ba
 from .combine import concatenated, truncated
 from .config import DEFAULT_OUTER_MULTIPLE, NoraConfig
 from .layer import NoraLinear, Origin, check_unmerged
+from .parallel import in_parallel
 
 logger = logging.getLogger(__name__)
 
@@ -176,9 +177,12 @@ class NoraModel(BaseTuner):
         given = config.outer_init
         try:
             _choose_outer_init(model, config)
+            bases = _ready_bases.get()
             if kwargs.get("state_dict") is None:  # with one, its keys choose the modules, and each is checked in turn
                 self._check_before_injection(model, config)
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+                bases = self._bases(model, config)
+            with ready_bases(bases):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             # The name went into the model's configs, and diffusers and transformers mark the model as adapted, before
             # PEFT called us; left so, a second try with a corrected config would be refused.
@@ -211,6 +215,22 @@ class NoraModel(BaseTuner):
                 len(cut),
                 cut[0],
             )
+
+    def _bases(self, model: nn.Module, config: NoraConfig) -> dict[str, Basis]:
+        """The targets' bases: what is ready, and the others computed, a core to a layer."""
+        ready = _ready_bases.get()
+        targets = find_targets(model, config)
+        missing = [name for name, layer in targets.items() if name not in ready and not base_weight(layer).is_meta]
+        if config.saved:
+            return ready
+
+        def build(name: str) -> Basis:
+            layer = targets[name]
+            statistic = self._statistic(name, layer, config)
+            outer_r = config.layer_ranks(name, layer_shape(layer)).outer_r
+            return build_basis(own_name(model, name), layer, config, outer_r, statistic).to(base_weight(layer).dtype)
+
+        return ready | dict(zip(missing, in_parallel(build, missing)))
 
     @staticmethod
     def _statistic(name: str, base_layer: nn.Module, config: NoraConfig) -> torch.Tensor | None:
@@ -424,13 +444,17 @@ class NoraModel(BaseTuner):
                         "save with PEFT's save_pretrained, or load a LoRA that fold_nora made of the adapter"
                     )
             check_base(name, layer.get_base_layer(), saved[f"{name}.nora_fingerprint"])
-        bases = {}
-        for name, layer in loaded.items():
-            record = saved[f"{name}.nora_fingerprint"], saved.get(f"{name}.nora_stats")
-            if not layer.pair_fits(adapter_name, record[0]):
-                bases[name] = layer.rebuilt_basis(adapter_name, *record)
-        for name, basis in bases.items():
-            loaded[name].set_basis(adapter_name, basis)
+
+        def rebuilt(name: str) -> Basis | None:
+            layer, expected = loaded[name], saved[f"{name}.nora_fingerprint"]
+            if layer.pair_fits(adapter_name, expected):
+                return None
+            basis = layer.rebuilt_basis(adapter_name, expected, saved.get(f"{name}.nora_stats"))
+            return basis.to(layer.base_weight.dtype)
+
+        for name, basis in zip(loaded, in_parallel(rebuilt, loaded)):
+            if basis is not None:
+                loaded[name].set_basis(adapter_name, basis)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
