@@ -23,6 +23,7 @@ from torch import nn
 
 from storage.files import read_json
 from storage.tensors import read_safetensors_header
+from storage.text import first_line
 
 BASE_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -108,7 +109,7 @@ def load_pipeline(
             )
     except (OSError, SafetensorError, SingleFileComponentError) as error:
         where = "" if Path(base).exists() else f", which is no folder in {Path.cwd()} either,"
-        reason = textwrap.shorten(str(error).strip().split("\n")[0], 200, placeholder="…")
+        reason = textwrap.shorten(first_line(error), 200, placeholder="…")
         raise ValueError(f"base {base}{where} could not be loaded: {reason}") from error
     _check_loaded(base, pipeline, from_pretrained_options)
     if vae is not None:
@@ -152,7 +153,7 @@ def base_geometry(base: str | Path, **download_options: Any) -> tuple[int, int]:
         unet = UNet2DConditionModel.load_config(str(base), subfolder="unet", **options)
         vae = AutoencoderKL.load_config(str(base), subfolder="vae", **options)
     except (OSError, ValueError) as error:
-        reason = textwrap.shorten(str(error).strip().split("\n")[0], 200, placeholder="…")
+        reason = textwrap.shorten(first_line(error), 200, placeholder="…")
         raise ValueError(f"base {base} could not be loaded: {reason}") from error
     try:
         vae_scale_factor = 2 ** (len(vae["block_out_channels"]) - 1)
@@ -184,7 +185,7 @@ def load_vae(path: str | Path, like: AutoencoderKL) -> AutoencoderKL:
         else:
             vae = AutoencoderKL.from_pretrained(str(path), subfolder=subfolder, use_safetensors=True)
     except (OSError, ValueError, KeyError, SafetensorError, SingleFileComponentError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"autoencoder {path} could not be loaded: {reason}") from error
     other, own = (
         f"{one.config.latent_channels} latent channels of 1/{2 ** (len(one.config.block_out_channels) - 1)}"
@@ -214,7 +215,7 @@ def make_scheduler(name: str, current: SchedulerMixin) -> SchedulerMixin:
     try:
         return wanted.from_config(current.config)
     except ImportError as error:  # one of them needs torchsde
-        raise ValueError(f"--scheduler {name}: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"--scheduler {name}: {first_line(error)}") from error
 
 
 def load_refiner(
@@ -233,7 +234,7 @@ def load_refiner(
         else:
             refiner = StableDiffusionXLImg2ImgPipeline.from_pretrained(path, use_safetensors=True, **options)
     except (OSError, ValueError, SafetensorError, SingleFileComponentError) as error:
-        raise ValueError(f"--refiner {path} could not be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"--refiner {path} could not be loaded: {first_line(error)}") from error
     if refiner.unet.config.in_channels != base.unet.config.in_channels:
         raise ValueError(
             f"--refiner {path} has {refiner.unet.config.in_channels} input channels: another base's refiner"
@@ -281,5 +282,5 @@ def check_xformers(device: torch.device | str) -> None:
         query = torch.zeros(1, 2, 40, device=device)  # fp32, as in the trial that diffusers makes
         memory_efficient_attention(query, query, query)
     except (ImportError, NotImplementedError, RuntimeError) as error:  # built for another PyTorch, or for other GPUs
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise ValueError(f"xformers' attention does not run on {device} ({reason}): {way_out}") from error

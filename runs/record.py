@@ -20,6 +20,7 @@ from torch import nn
 
 from runs.plot import loss_plot
 from storage.files import write_atomic
+from storage.text import read_text, spell
 
 RECORD_VERSION = 1
 METRICS = "metrics.jsonl"
@@ -84,8 +85,8 @@ class MetricsLog:
         self.path, self.enabled, self.kept, self.file = path, enabled, [], None
         try:
             if after and path.exists():
-                lines = path.read_text().splitlines(keepends=True)
-                self.kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= after]
+                lines = read_text(path).split("\n")[:-1]  # a line that was cut off ends with the text
+                self.kept = [f"{line}\n" for line in lines if json.loads(line)["step"] <= after]
             self.seconds = [record["seconds"] for record in map(json.loads, self.kept) if "seconds" in record]
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} is damaged, and a resumed run goes on in it: delete it, or mend it") from error
@@ -190,8 +191,7 @@ def write_card(folder: Path, record: Mapping[str, Any], samples: Sequence[tuple[
     """
     config = record["config"]
     instance_prompt = config["instance_prompt"] or config["validation_prompt"][0]  # the first of several subjects'
-    for word, tokens in record["new_words"].items():
-        instance_prompt = instance_prompt.replace(word, tokens)
+    instance_prompt = spell(instance_prompt, record["new_words"])
     data = ModelCardData(
         base_model=config["pretrained_model_name_or_path"],
         library_name="diffusers",

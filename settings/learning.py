@@ -9,6 +9,7 @@ from settings.record import (
     AtLeast0,
     BelowOne,
     Count,
+    FilePath,
     Fraction,
     NotNegative,
     Positive,
@@ -78,7 +79,7 @@ class LoopOptions(Record):
     gradient_accumulation_steps: Count = option(1, "Batches per optimiser step.")
     checkpointing_steps: Count = option(500, "Save the state of the run every so many steps.")
     checkpoints_total_limit: Count | None = option(None, "Keep so many of these; the oldest go first.")
-    resume_from_checkpoint: str | None = option(
+    resume_from_checkpoint: FilePath | None = option(
         None, 'Go on from "latest", or from a checkpoint folder; those of later steps go once the run saves its own.'
     )
 

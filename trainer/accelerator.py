@@ -21,6 +21,7 @@ from torch import nn
 from runs.checkpoints import FolderLock
 from settings.learning import HardwareOptions
 from settings.watching import OutputOptions
+from storage.text import first_line
 from trainer.memory import import_torchao
 from trainer.sharding import accelerator_class
 
@@ -158,7 +159,6 @@ def push_to_hub(folder: Path, hub_model_id: str | None, token: str | None) -> st
         )
     except Exception as error:  # the hub's client lets the errors of its HTTP and storage libraries through
         raise ValueError(
-            f"--push_to_hub {name}: {(str(error).strip() or repr(error)).splitlines()[0]} (the run is whole in "
-            f"{folder}; upload it with hf upload)"
+            f"--push_to_hub {name}: {first_line(error)} (the run is whole in {folder}; upload it with hf upload)"
         ) from error
     return repository
