@@ -39,7 +39,7 @@ from settings.pictures import DataOptions, PriorOptions
 from storage.files import check_writable_target
 from storage.pictures import find_images
 from storage.tensors import module_fingerprint
-from storage.text import spell
+from storage.text import has_word, spell
 
 ENCODED = "encoded"  # folder of the cache inside --output_dir
 PROMPTS_AT_ONCE = 64  # a few hundred MB in SDXL's second text encoder
@@ -185,7 +185,7 @@ def read_pictures(
     instance = [inspect_picture(example) for example in find_examples(data, cache_dir, concepts)]
     check_masks(instance, settings)
     prompts = {picture.example.prompt for picture in instance}
-    if new_word is not None and not any(new_word in prompt for prompt in prompts):
+    if new_word is not None and not any(has_word(prompt, new_word) for prompt in prompts):
         raise ValueError(
             f"--token_abstraction {new_word} is in no prompt, such as {min(prompts)!r}: its new tokens would learn "
             "nothing; write it into --instance_prompt or the captions"
@@ -309,6 +309,6 @@ def encode_run(
         table.class_rows,
         tokens,
         tokenize(tokenizers, [*texts, *GENERIC_PROMPTS]),
-        torch.tensor([not words or any(word in text for word in words) for text in table.texts]),
+        torch.tensor([not words or any(has_word(text, word) for word in words) for text in table.texts]),
         content_hash(vae_fingerprint, fingerprint),
     )

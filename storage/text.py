@@ -59,6 +59,11 @@ def expand_home(path: str) -> str:
     return expanded
 
 
+def home_path(text: str) -> Path:
+    """The path that an argument says, for argparse."""
+    return Path(expand_home(text))
+
+
 def first_line(error: BaseException) -> str:
     """What a library's error says first; its kind where it says nothing."""
     return (str(error).strip() or repr(error)).split("\n")[0]
