@@ -276,6 +276,11 @@ def _output(config: TrainConfig) -> Iterator[str]:
     folder = Path(config.output.output_dir).resolve()
     if not Path(os.path.normpath(folder / config.output.logging_dir)).is_relative_to(folder):
         yield f"--logging_dir {config.output.logging_dir} must be inside --output_dir: name a folder there"
+    if config.output.hub_token is not None and config.output.report_to not in ("tensorboard", "none"):
+        yield (
+            f"--hub_token with --report_to {config.output.report_to}, which may keep the command line, would show the "
+            "token there: leave it out and use hf auth login"
+        )
 
 
 def _warnings(config: TrainConfig, given: set[str]) -> Iterator[str]:

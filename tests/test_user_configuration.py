@@ -120,3 +120,12 @@ def test_prompts_that_are_not_utf8_are_refused_by_the_other_commands(capsys):
         with pytest.raises(SystemExit):
             parse_config(config_class, [flag, "caf\udce9"])
         assert "is not UTF-8" in capsys.readouterr().err
+
+
+def test_a_token_is_not_shown_to_a_tracker_that_keeps_the_command_line(capsys):
+    for tracker in ("wandb", "all", "comet_ml"):
+        with pytest.raises(SystemExit):
+            parse_config(TrainConfig, [*REQUIRED_FLAGS, "--push_to_hub", "--hub_token=hf_x", "--report_to", tracker])
+        error = capsys.readouterr().err
+        assert f"--hub_token with --report_to {tracker}" in error and "hf_x" not in error
+    assert parse_config(TrainConfig, [*REQUIRED_FLAGS, "--push_to_hub", "--hub_token=hf_x"]).output.hub_token == "hf_x"

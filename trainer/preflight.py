@@ -21,7 +21,7 @@ from settings.training import TrainConfig, is_first_process
 from settings.watching import OutputOptions
 from storage.files import check_writable_target
 from trainer.accelerator import make_accelerator
-from trainer.optimizer import check_optimizer, scaled_learning_rate
+from trainer.optimizer import check_optimizer, check_rates, scaled_learning_rate
 
 
 def preflight(config: TrainConfig) -> tuple[TrainConfig, Pictures]:
@@ -83,6 +83,9 @@ def open_run(config: TrainConfig, pictures: Pictures) -> tuple[Accelerator, Trai
         mixed_precision=accelerator.mixed_precision,
         validation_prompt=config.validation.validation_prompt or pictures.instance_prompts,
     )
+    for warning in check_rates(config.optimizer, total_steps):
+        if accelerator.is_main_process:
+            print(f"warning: {warning}", file=sys.stderr)
     if checkpoint:
         read_step(checkpoint, identity(config.flags()), total_steps)
     return accelerator, config, checkpoint, samples_every
