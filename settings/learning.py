@@ -22,6 +22,7 @@ from settings.record import (
 PAPER_STEPS = 500
 POLYNOMIAL_END = 1e-7  # where diffusers' polynomial schedule ends
 # diffusers' schedules; piecewise_constant needs rules that no flag gives. A test compares them with the library.
+UNPLANNED = ("constant", "constant_with_warmup")  # schedules whose rates don't depend on how many steps there are
 LR_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 # What --low_vram sets, unless the command line says otherwise.
 LOW_VRAM = {"gradient_checkpointing": True, "quantize_base": "int8"}

@@ -24,6 +24,7 @@ from settings.learning import (
     LR_SCHEDULES,
     PAPER_STEPS,
     POLYNOMIAL_END,
+    UNPLANNED,
     HardwareOptions,
     LoopOptions,
     LossOptions,
@@ -79,6 +80,17 @@ class TrainConfig:
     def flags(self) -> dict[str, Any]:
         """Every flag by its name, in the order of the records."""
         return {name: value for part in RECORDS for name, value in getattr(self, part)}
+
+    def plans_ahead(self) -> list[str]:
+        """The flags by which what a step does depends on how many the run has."""
+        text, flags = self.text, []
+        if self.optimizer.lr_scheduler not in UNPLANNED:
+            flags.append(f"--lr_scheduler {self.optimizer.lr_scheduler}")
+        if text.learns and text.fraction < 1:
+            flags.append(f"--{text.fraction_flag} {text.fraction:g}")
+        if METHODS[self.method.name].plans_ahead:
+            flags.append(f"--method {self.method.name}")
+        return flags
 
     def replace(self, **flags: Any) -> TrainConfig:
         """A copy with other values of some flags."""

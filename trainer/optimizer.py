@@ -201,8 +201,8 @@ def check_rates(options: OptimizerOptions, total_steps: int) -> Iterator[str]:
     last = last_rate(options, total_steps)
     if options.lr_scheduler != "constant" and warmup >= total_steps:
         yield (
-            f"--lr_warmup_steps {warmup} of a run of {total_steps} steps: the learning rate ends at {last:.2g} and never "
-            f"reaches {rate:g}; lower it"
+            f"--lr_warmup_steps {warmup} of a run of {total_steps} steps: the learning rate ends at {last:.2g} and "
+            f"never reaches {rate:g}; lower it"
         )
     if options.lr_scheduler == "cosine_with_restarts" and options.lr_num_cycles * 2 > total_steps - warmup > 0:
         yield (

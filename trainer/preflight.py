@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -87,7 +88,10 @@ def open_run(config: TrainConfig, pictures: Pictures) -> tuple[Accelerator, Trai
         if accelerator.is_main_process:
             print(f"warning: {warning}", file=sys.stderr)
     if checkpoint:
-        read_step(checkpoint, identity(config.flags()), total_steps)
+        content: dict[str, Any] = {"number_of_processes": accelerator.num_processes}
+        if not config.prior.draws_class_images:
+            content["pictures_and_prompts"] = pictures.hash()
+        read_step(checkpoint, identity(config.flags(), config.plans_ahead(), **content), total_steps)
     return accelerator, config, checkpoint, samples_every
 
 

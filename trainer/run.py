@@ -143,6 +143,7 @@ def run_identity(
     """
     return identity(
         config.flags(),
+        config.plans_ahead(),
         base=fingerprints,
         autoencoder_and_text_encoders=encoded.encoders,
         pictures_and_prompts=pictures.hash(),
