@@ -25,6 +25,7 @@ from dreambooth.encode import (
     Tokens,
     check_masks,
     check_prompts,
+    configuration,
     cut_picture,
     encode_pictures,
     encode_prompts_cached,
@@ -310,5 +311,5 @@ def encode_run(
         tokens,
         tokenize(tokenizers, [*texts, *GENERIC_PROMPTS]),
         torch.tensor([not words or any(has_word(text, word) for word in words) for text in table.texts]),
-        content_hash(vae_fingerprint, fingerprint),
+        content_hash(vae_fingerprint, fingerprint, *map(configuration, [pipeline.vae, *text_encoders])),
     )
