@@ -30,7 +30,7 @@ from dreambooth.loss import Objective
 from dreambooth.prepare import ENCODED, check_prompt_lengths, encode_run
 from inference.tokens import spellings
 from runs.checkpoints import FolderLock, GracefulStop, read_step
-from runs.record import METRICS, Clock, MetricsLog, reset_peak_memory
+from runs.record import METRICS, Clock, MetricsLog, PeakMemory
 from settings.command_line import quiet_libraries, run_command
 from storage.tensors import module_fingerprint
 from trainer.accelerator import PRECISIONS, end_training, start_trackers, take_folder
@@ -150,7 +150,7 @@ def train_in_folder(config: TrainConfig, lock: FolderLock) -> Path:
     run = start_run(config, accelerator, adapter, models, encoded, objective, judge, dtype, checkpoint)
     metrics = MetricsLog(output_dir / METRICS, enabled=accelerator.is_main_process, after=first_step)
     sampler = Sampler(accelerator, base, parts, steps, config.prior.sample_batch_size)
-    reset_peak_memory()
+    memory = PeakMemory(accelerator.device)
     start_trackers(accelerator, config.flags())
     total_steps, silent = config.loop.max_train_steps, not accelerator.is_main_process
     options = {"initial": first_step, "total": total_steps, "desc": "training", "unit": "step", "disable": silent}
@@ -160,7 +160,7 @@ def train_in_folder(config: TrainConfig, lock: FolderLock) -> Path:
         hooks: list[Hook] = [
             ClearEarlier(accelerator, output_dir, first_step, total_steps, resumes=checkpoint is not None),
             Log(accelerator, metrics, progress),
-            Look(run, clock, metrics, judge, sampler, samples_every),
+            Look(run, clock, memory, metrics, judge, sampler, samples_every),
             checkpoints,
             EarlyStop(judge),
             Interruption(run, stop, checkpoints),
@@ -173,11 +173,12 @@ def train_in_folder(config: TrainConfig, lock: FolderLock) -> Path:
                 break
     accelerator.wait_for_everyone()
     clock.lap("train_seconds")
+    peak_memory_mb = memory.megabytes  # before the files are checked and samples drawn
     clock.timings |= metrics.timings
 
     # 6. Adapter and record are saved before anything is drawn: running out of memory there must not lose the run.
     run.average.copy_to_parameters()
-    finish(run, total_steps, sampler, fingerprints, words, clock, judge.best)
+    finish(run, total_steps, sampler, fingerprints, words, clock, peak_memory_mb, judge.best)
     end_training(accelerator, run.prepared)
     return output_dir
 

@@ -25,6 +25,7 @@ def finish(
     fingerprints: Mapping[str, str],
     words: Mapping[str, str],
     clock: Clock,
+    peak_memory_mb: float,
     best: Mapping[str, Any] | None,
 ) -> None:
     """Save and check the adapter, then write record and card, then draw; every process calls it.
@@ -51,6 +52,7 @@ def finish(
             base_fingerprints=fingerprints,
             outer_ranks=run.adapter.outer_ranks() if isinstance(run.adapter, Nora) else [],
             clock=clock,
+            peak_memory_mb=peak_memory_mb,
             folder=folder,
             files=files,
             approximation_error=error,

@@ -15,7 +15,7 @@ from dreambooth.validation import validation_loss
 from methods.components import BEST
 from runs.checkpoints import GracefulStop, clear_earlier_run, save_checkpoint
 from runs.exports import RESULTS
-from runs.record import SAMPLES, Clock, MetricsLog, samples_after, step_samples
+from runs.record import SAMPLES, Clock, MetricsLog, PeakMemory, samples_after, step_samples
 from settings.learning import LoopOptions
 from trainer.accelerator import end_training
 from trainer.best_adapter import RunJudge
@@ -77,7 +77,7 @@ class Log:
 class Look:
     """Validation loss, scores and samples after the steps at which the flags ask for them, by the averaged weights.
 
-    Looking is not training: its time counts for no step.
+    Looking is not training: its time counts for no step, and its memory not at all.
 
     Args:
         samples_every: steps; 0: at the end only.
@@ -87,12 +87,13 @@ class Look:
         self,
         run: Run,
         clock: Clock,
+        memory: PeakMemory,
         metrics: MetricsLog,
         judge: RunJudge,
         sampler: Sampler,
         samples_every: int,
     ) -> None:
-        self.run, self.clock, self.metrics = run, clock, metrics
+        self.run, self.clock, self.memory, self.metrics = run, clock, memory, metrics
         self.judge, self.sampler, self.samples_every = judge, sampler, samples_every
         self.accelerator = run.accelerator
 
@@ -105,7 +106,7 @@ class Look:
         samples = bool(self.samples_every and number % self.samples_every == 0 and not last)
         if not (validates or samples):
             return
-        with self.clock.pause(), self.run.average.applied():
+        with self.clock.pause(), self.memory.pause(), self.run.average.applied():
             loss = self._validate(number) if validates else None
             if judges:
                 self._evaluate(number, loss)
