@@ -1,4 +1,4 @@
-"""What a run leaves behind besides the weights: metrics.jsonl, run.json and the model card."""
+"""What a run leaves behind besides the weights and the card: metrics.jsonl and run.json."""
 
 from __future__ import annotations
 
@@ -15,20 +15,15 @@ from typing import Any
 
 import psutil
 import torch
-from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
-from runs.plot import loss_plot
 from storage.files import write_atomic
-from storage.text import read_text, spell
+from storage.text import read_text
 
 RECORD_VERSION = 1
 METRICS = "metrics.jsonl"
-MODEL_CARD = "README.md"
-LOSS_PLOT = "loss.png"
 SAMPLES = "samples"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
-_CARD_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 
 
 def step_samples(step: int) -> str:
@@ -207,25 +202,3 @@ def run_record(
         "num_processes": num_processes,
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
     }
-
-
-def write_card(folder: Path, record: Mapping[str, Any], samples: Sequence[tuple[str, str]] = ()) -> None:
-    """Write the adapter's README.md, with the metadata that the Hugging Face Hub reads, and its plot of the loss.
-
-    Args:
-        samples: prompt and image file, relative to the folder.
-    """
-    config = record["config"]
-    instance_prompt = config["instance_prompt"] or config["validation_prompt"][0]  # the first of several subjects'
-    instance_prompt = spell(instance_prompt, record["new_words"])
-    data = ModelCardData(
-        base_model=config["pretrained_model_name_or_path"],
-        library_name="diffusers",
-        tags=["text-to-image", "diffusers", "lora", "dreambooth", "stable-diffusion-xl", record["method"]],
-        instance_prompt=instance_prompt,
-        widget=[{"text": prompt, "output": {"url": file}} for prompt, file in samples],
-    )
-    options = {"template_path": str(_CARD_TEMPLATE), "record": record, "samples": samples, "loss_plot": LOSS_PLOT}
-    options["prompt"] = instance_prompt
-    write_atomic(folder / LOSS_PLOT, loss_plot(folder / METRICS))
-    write_atomic(folder / MODEL_CARD, str(ModelCard.from_template(data, **options)))

@@ -10,8 +10,9 @@ from typing import Any
 from methods.components import RUN_RECORD
 from methods.files import save_approximation
 from methods.nora import Nora
+from runs.card import write_card
 from runs.exports import check_files
-from runs.record import SAMPLES, Clock, run_record, write_card
+from runs.record import SAMPLES, Clock, run_record
 from storage.files import write_atomic
 from trainer.accelerator import push_to_hub
 from trainer.run import Run
