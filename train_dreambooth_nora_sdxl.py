@@ -49,7 +49,7 @@ from trainer.models import (
     teach_by_base,
     trained_names,
 )
-from trainer.preflight import open_run, preflight
+from trainer.preflight import end_dry_run, open_run, preflight
 from trainer.run import Run, run_identity, start_run
 from trainer.samples import Base, Sampler, draw_class_images
 
@@ -107,14 +107,15 @@ def train_in_folder(config: TrainConfig, lock: FolderLock) -> Path:
     # 1. What can be refused without the base is refused before it is loaded.
     config, pictures = preflight(config)
     output_dir = Path(config.output.output_dir)
-    if config.data.dry_run:
-        return output_dir
     accelerator, config, checkpoint, samples_every = open_run(config, pictures)
     judge = RunJudge(config.evaluation, accelerator, pictures, output_dir, config.loop.max_train_steps)
-
-    # 2. The frozen base, and what will learn.
     dtype = PRECISIONS[accelerator.mixed_precision]
     base = Base(config.base, accelerator.device, dtype, config.hardware.enable_xformers_memory_efficient_attention)
+    if config.data.dry_run:
+        end_dry_run(config, pictures, base)
+        return output_dir
+
+    # 2. The frozen base, and what will learn.
     pipeline = base.load()
     objective = Objective.from_options(pipeline.scheduler, config.loss)
     adapter = make_run_adapter(config)
@@ -124,7 +125,7 @@ def train_in_folder(config: TrainConfig, lock: FolderLock) -> Path:
     new_tokens = add_new_tokens(pipeline, config.text, config.loop.seed)  # component -> ids
     words = spellings(pipeline.tokenizer)  # such as "[V]" -> the new tokens
     check_prompt_lengths(pipeline, pictures, config.validation.validation_prompt, words)
-    take_folder(lock, accelerator, output_dir)
+    take_folder(lock, accelerator, output_dir, config.output)
 
     # 3. Pictures and prompts are encoded once, and what encoded them is freed unless it is trained.
     steps = config.validation.num_inference_steps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -92,13 +92,19 @@ class Pictures:
         ]
         if small:
             lines.append(f"smaller than what is trained on, so they are enlarged: {', '.join(small)}")
-        if word not in " ".join(captions):
-            lines.append(f"no prompt has {word}: the subject has no word of its own")
+        if not self._names_subject(captions, word):
+            lines.append(f"no prompt has {word} or a word that the class's has not: the subject has no word of its own")
         if prior.draws_class_images:
             for concept in self.concepts:
                 missing = missing_seeds(concept.class_data_dir, concept.class_prompt, prior.num_class_images)
                 lines.append(f"class images of {concept.class_prompt!r}: {len(missing)} have to be drawn")
         return "\n".join(lines)
+
+    def _names_subject(self, prompts: Iterable[str], word: str) -> bool:
+        """Whether prompts may have a word for the subject alone; any may be one, such as sks, that no class's has."""
+        classes = {one for concept in self.concepts for one in (concept.class_prompt or "").lower().split()}
+        used = " ".join(prompts)
+        return not classes or has_word(used, word) or bool(set(used.lower().split()) - classes)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, parse_flag_from_env
-from huggingface_hub import create_repo, upload_folder
+from huggingface_hub import create_repo, upload_folder, whoami
 from PIL import Image
 from torch import nn
 
@@ -108,9 +109,11 @@ def start_trackers(accelerator: Accelerator, flags: Mapping[str, Any]) -> None:
     accelerator.init_trackers("dreambooth", values)
 
 
-def take_folder(lock: FolderLock, accelerator: Accelerator, folder: Path) -> None:
-    """Make the run's folder and hold it, once nothing more is to be refused; every process waits for it."""
+def take_folder(lock: FolderLock, accelerator: Accelerator, folder: Path, output: OutputOptions) -> None:
+    """Make the run's folder, held, and its repository, once nothing more is to be refused; every process waits."""
     if accelerator.is_main_process:
+        if output.push_to_hub:
+            open_repository(folder, output.hub_model_id, output.hub_token)
         lock.take(folder)
     accelerator.wait_for_everyone()
 
@@ -136,6 +139,30 @@ def log_images(accelerator: Accelerator, images: Mapping[str, Image.Image], step
             tracker.log_images(batches, step=step, **options)
 
 
+def open_repository(folder: Path, hub_model_id: str | None, token: str | None) -> str:
+    """Make the repository if there is none, before hours are spent on what it is to hold; returns its id.
+
+    Args:
+        hub_model_id: None: the folder's name.
+
+    Raises:
+        ValueError: if the hub refuses, or can't be reached.
+    """
+    name = repository_name(folder, hub_model_id)
+    with _hub_errors(name, token, "nothing is trained yet: see hf auth login, or leave it out and use hf upload later"):
+        return create_repo(name, token=token, exist_ok=True).repo_id
+
+
+def repository_name(folder: Path, hub_model_id: str | None) -> str:
+    return hub_model_id or folder.resolve().name
+
+
+def check_login(token: str | None) -> None:
+    """Raise ValueError unless the hub knows the token, or the one of ``hf auth login``."""
+    with _hub_errors("can't log in", token, "see hf auth login"):
+        whoami(token=token)
+
+
 def push_to_hub(folder: Path, hub_model_id: str | None, token: str | None) -> str:
     """Upload the adapter, its card and its samples; returns the repository's id.
 
@@ -145,10 +172,10 @@ def push_to_hub(folder: Path, hub_model_id: str | None, token: str | None) -> st
     Raises:
         ValueError: if the hub refuses, or can't be reached.
     """
-    name = hub_model_id or folder.resolve().name
+    name = repository_name(folder, hub_model_id)
     # found here, because a * of the hub's patterns goes into sub-folders
     files = [path.relative_to(folder).as_posix() for pattern in UPLOADED for path in folder.glob(pattern)]
-    try:
+    with _hub_errors(name, token, f"the run is whole in {folder}; upload it with hf upload"):
         repository = create_repo(name, token=token, exist_ok=True).repo_id
         upload_folder(
             repo_id=repository,
@@ -157,8 +184,16 @@ def push_to_hub(folder: Path, hub_model_id: str | None, token: str | None) -> st
             allow_patterns=[glob.escape(file) for file in files],
             commit_message="Upload the adapter",
         )
-    except Exception as error:  # the hub's client lets the errors of its HTTP and storage libraries through
-        raise ValueError(
-            f"--push_to_hub {name}: {first_line(error)} (the run is whole in {folder}; upload it with hf upload)"
-        ) from error
     return repository
+
+
+@contextmanager
+def _hub_errors(name: str, token: str | None, then: str) -> Iterator[None]:
+    """What the hub's client lets through of its HTTP and storage libraries, as one sentence without the token."""
+    try:
+        yield
+    except Exception as error:
+        reason = first_line(error)
+        if token:
+            reason = reason.replace(token, "…")
+        raise ValueError(f"--push_to_hub {name}: {reason} ({then})") from error

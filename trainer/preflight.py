@@ -8,21 +8,25 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import StableDiffusionXLPipeline
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from dreambooth.prepare import Pictures, check_folders, read_pictures
-from inference.base import base_geometry, check_base, check_xformers
+from dreambooth.loss import Objective
+from dreambooth.prepare import Pictures, check_folders, check_prompt_lengths, read_pictures
+from inference.base import base_geometry, check_base, check_xformers, load_outline
 from methods.components import BEST, RUN_RECORD
 from methods.registry import METHODS
-from runs.checkpoints import check_earlier_run, find_checkpoint, identity, read_step
+from runs.checkpoints import FolderLock, check_earlier_run, find_checkpoint, identity, read_step
 from runs.exports import RESULTS
-from runs.record import METRICS, SAMPLES
+from runs.record import METRICS, SAMPLES, MetricsLog
 from settings.training import TrainConfig, is_first_process
 from settings.watching import OutputOptions
 from storage.files import check_writable_target
-from trainer.accelerator import make_accelerator
+from trainer.accelerator import check_login, make_accelerator
+from trainer.models import check_fits, make_run_adapter, reserve_new_tokens, trained_names
 from trainer.optimizer import check_optimizer, check_rates, scaled_learning_rate
+from trainer.samples import Base
 
 
 def preflight(config: TrainConfig) -> tuple[TrainConfig, Pictures]:
@@ -52,8 +56,6 @@ def preflight(config: TrainConfig) -> tuple[TrainConfig, Pictures]:
         held_out_dir=config.validation.validation_data_dir,
         new_word=config.text.token_abstraction if config.text.train_text_encoder_ti else None,
     )
-    if config.data.dry_run and is_first_process():
-        print(pictures.report(config.loop, config.prior, config.text.token_abstraction))
     return config, pictures
 
 
@@ -73,26 +75,74 @@ def open_run(config: TrainConfig, pictures: Pictures) -> tuple[Accelerator, Trai
     )
     if config.hardware.enable_xformers_memory_efficient_attention:
         check_xformers(accelerator.device)
-    samples_per_step = loop.samples_per_step(accelerator.num_processes)
-    epoch_steps = pictures.epoch_steps(samples_per_step)
-    samples_every = config.validation.sampling_steps(epoch_steps)
-    total_steps = loop.total_steps(epoch_steps)
-    config.text.steps(total_steps)  # refuses a share that leaves none
-    config = config.replace(
-        max_train_steps=total_steps,
-        learning_rate=scaled_learning_rate(config.optimizer, samples_per_step),
-        mixed_precision=accelerator.mixed_precision,
-        validation_prompt=config.validation.validation_prompt or pictures.instance_prompts,
-    )
-    for warning in check_rates(config.optimizer, total_steps):
-        if accelerator.is_main_process:
-            print(f"warning: {warning}", file=sys.stderr)
+    config, samples_every = settle(config, pictures, accelerator.num_processes)
+    config = config.replace(mixed_precision=accelerator.mixed_precision)
+    check_fits_base(config, pictures)
     if checkpoint:
         content: dict[str, Any] = {"number_of_processes": accelerator.num_processes}
         if not config.prior.draws_class_images:
             content["pictures_and_prompts"] = pictures.hash()
-        read_step(checkpoint, identity(config.flags(), config.plans_ahead(), **content), total_steps)
+        identity_now = identity(config.flags(), config.plans_ahead(), **content)
+        step = read_step(checkpoint, identity_now, config.loop.max_train_steps)
+        MetricsLog(output_dir / METRICS, enabled=False, after=step)  # which refuses damaged lines
     return accelerator, config, checkpoint, samples_every
+
+
+def settle(config: TrainConfig, pictures: Pictures, num_processes: int) -> tuple[TrainConfig, int]:
+    """The flags with what follows from the number of pictures and processes, and steps between samples.
+
+    Raises:
+        ValueError: for too many steps, too few of the text encoders, or a schedule that can't be.
+    """
+    samples_per_step = config.loop.samples_per_step(num_processes)
+    epoch_steps = pictures.epoch_steps(samples_per_step)
+    total_steps = config.loop.total_steps(epoch_steps)
+    config.text.steps(total_steps)  # refuses a share that leaves none
+    samples_every = config.validation.sampling_steps(epoch_steps)  # asked before there is a prompt by default
+    config = config.replace(
+        max_train_steps=total_steps,
+        learning_rate=scaled_learning_rate(config.optimizer, samples_per_step),
+        validation_prompt=config.validation.validation_prompt or pictures.instance_prompts,
+    )
+    for warning in check_rates(config.optimizer, total_steps):
+        if is_first_process():
+            print(f"warning: {warning}", file=sys.stderr)
+    return config, samples_every
+
+
+def check_fits_base(config: TrainConfig, pictures: Pictures, pipeline: StableDiffusionXLPipeline | None = None) -> None:
+    """Refuse prompts, words, ranks and losses that this base can't have, before its weights are read.
+
+    Args:
+        config: as settled.
+        pipeline: the base itself, where a single file has no outline.
+
+    Raises:
+        ValueError: with the limit.
+    """
+    base = config.base
+    options = {"vae": base.pretrained_vae_model_name_or_path, **base.download_options()}
+    outline = pipeline or load_outline(base.pretrained_model_name_or_path, **options)
+    if outline is None:
+        return
+    Objective.from_options(outline.scheduler, config.loss)
+    models = {name: getattr(outline, name) for name in trained_names(config.text)}
+    check_fits(make_run_adapter(config), models, config.text)
+    words = reserve_new_tokens(outline, config.text)
+    check_prompt_lengths(outline, pictures, config.validation.validation_prompt or (), words)
+
+
+def end_dry_run(config: TrainConfig, pictures: Pictures, base: Base) -> None:
+    """Refuse what the run would have refused by now or before its first step, and say what it would train on."""
+    if Path(config.base.pretrained_model_name_or_path).is_file():
+        check_fits_base(config, pictures, base.load())
+    if (folder := Path(config.output.output_dir)).is_dir():
+        with FolderLock() as lock:
+            lock.take(folder)
+    if config.output.push_to_hub:
+        check_login(config.output.hub_token)
+    if is_first_process():
+        print(pictures.report(config.loop, config.prior, config.text.token_abstraction))
 
 
 def check_hub(output: OutputOptions) -> None:
