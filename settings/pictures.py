@@ -45,7 +45,7 @@ class DataOptions(Record):
     dataloader_num_workers: Annotated[int, within(least=0)] = option(
         0, "Processes that read pictures while others are encoded."
     )
-    dry_run: bool = option(False, "Say what would be trained on, and stop.")
+    dry_run: bool = option(False, "Refuse what the run would, say what would be trained on, and stop.")
 
     @property
     def varies(self) -> bool:

@@ -188,6 +188,11 @@ def test_intervals_are_between_trainings_where_there_are_several():
             [*JUDGES, "--methods", "lora", "--", *TRAIN, "--learning_rate", "-1"],
             "lora: --learning_rate -1.0 must be above 0",
         ),
+        (
+            [*JUDGES, "--methods", "nora", "lora=--method lora --rank 999", "--", *TRAIN],
+            "lora: unet: --rank 999 exceeds min(out, in)=32",
+        ),
+        ([*JUDGES, "--", *TRAIN, "--instance_prompt", "[V] robot" + " robot" * 40], "nora: the prompt"),
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, flags, words):

@@ -280,15 +280,18 @@ def train_all(runs: Sequence[Run], jobs: int) -> None:
 
 
 def check_flags(run: Run) -> None:
-    """What the trainer refuses before it loads the base.
+    """What the trainer refuses before it reads the base's weights.
 
     Raises:
         ValueError: with the trainer's own sentence.
     """
-    from trainer.preflight import preflight  # which imports PyTorch: --help and refused flags need none
+    # which imports PyTorch: --help and refused flags need none
+    from trainer.preflight import check_fits_base, preflight, settle
 
     try:
-        preflight(train_config(run))
+        config, pictures = preflight(train_config(run))
+        config, _ = settle(config, pictures, num_processes=1)
+        check_fits_base(config, pictures)
     except ValueError as error:
         raise ValueError(f"{run.method}: {error}") from error
 
