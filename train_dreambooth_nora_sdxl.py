@@ -159,7 +159,7 @@ def train_in_folder(config: TrainConfig, lock: FolderLock) -> Path:
     with metrics, GracefulStop() as stop:
         checkpoints = Checkpoints(accelerator, output_dir, config.loop, same_run)
         hooks: list[Hook] = [
-            ClearEarlier(accelerator, output_dir, first_step, total_steps, resumes=checkpoint is not None),
+            ClearEarlier(accelerator, output_dir, judge, first_step, total_steps, checkpoint),
             Log(accelerator, metrics, progress),
             Look(run, clock, memory, metrics, judge, sampler, samples_every),
             checkpoints,

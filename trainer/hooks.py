@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -41,24 +41,33 @@ class ClearEarlier:
     """Once a step is made, the run works: only then may the results of an earlier one go.
 
     Args:
+        judge: whose best adapter comes back, where the run goes on from an older checkpoint.
         first_step, total_steps: of the run; where nothing is left to do, they go at once.
-        resumes: the run goes on from a checkpoint, whose earlier samples stay.
+        checkpoint: that the run goes on from; its earlier samples stay.
     """
 
     def __init__(
-        self, accelerator: Accelerator, folder: Path, first_step: int, total_steps: int, resumes: bool
+        self,
+        accelerator: Accelerator,
+        folder: Path,
+        judge: RunJudge,
+        first_step: int,
+        total_steps: int,
+        checkpoint: Path | None,
     ) -> None:
-        names = [*RESULTS, *(samples_after(folder, first_step) if resumes else [SAMPLES, BEST])]
-        self.clear: Callable[[], None] | None = partial(
-            clear_earlier_run, accelerator, folder, names, keep_state=resumes
-        )
+        self.accelerator, self.judge, self.checkpoint, self.cleared = accelerator, judge, checkpoint, False
+        names = [*RESULTS, *(samples_after(folder, first_step) if checkpoint else [SAMPLES, BEST])]
+        self.clear = partial(clear_earlier_run, accelerator, folder, names, keep_state=checkpoint is not None)
         if first_step == total_steps:
             self.after_step()
 
     def after_step(self, step: Step | None = None) -> None:
-        if self.clear is not None:
-            self.clear()
-        self.clear = None
+        if self.cleared:
+            return
+        self.clear()
+        if self.checkpoint and self.accelerator.is_main_process:
+            self.judge.restore_best(self.checkpoint)
+        self.cleared = True
 
 
 class Log:
