@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, parse_flag_from_env
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, parse_flag_from_env
 from huggingface_hub import create_repo, upload_folder, whoami
 from PIL import Image
 from torch import nn
@@ -107,6 +108,47 @@ def start_trackers(accelerator: Accelerator, flags: Mapping[str, Any]) -> None:
     values = {name: value for name, value in flags.items() if isinstance(value, (int, float, str))}
     values.pop("hub_token", None)  # a secret
     accelerator.init_trackers("dreambooth", values)
+
+
+def check_one_folder(accelerator: Accelerator, folder: Path, flag: str) -> None:
+    """Refuse a folder that is another one to some of the processes, as on machines without a shared disk.
+
+    Raises:
+        ValueError: in every process.
+    """
+    if accelerator.num_processes == 1:
+        return
+    while not folder.is_dir():  # what will be made is made in the first that is there
+        folder = folder.parent
+    (name,) = broadcast_object_list([f".shared-{uuid.uuid4().hex}"])
+    if accelerator.is_main_process:
+        (folder / name).touch()
+    accelerator.wait_for_everyone()
+    seen = accelerator.gather(torch.tensor([(folder / name).exists()], device=accelerator.device))
+    if accelerator.is_main_process:
+        (folder / name).unlink()
+    if not bool(seen.all()):
+        raise ValueError(
+            f"{flag} is not the same folder for process {int(seen.int().argmin())} as for the first: name one on a "
+            "disk that all machines share"
+        )
+
+
+def check_same(accelerator: Accelerator, text: str, what: str) -> None:
+    """Refuse what differs between the processes.
+
+    Args:
+        text: such as a hash.
+
+    Raises:
+        ValueError: in every process.
+    """
+    (first,) = broadcast_object_list([text])
+    same = accelerator.gather(torch.tensor([text == first], device=accelerator.device))
+    if not bool(same.all()):
+        raise ValueError(
+            f"process {int(same.int().argmin())} has other {what} than the first: give all machines the same"
+        )
 
 
 def take_folder(lock: FolderLock, accelerator: Accelerator, folder: Path, output: OutputOptions) -> None:

@@ -12,6 +12,7 @@ from diffusers import StableDiffusionXLPipeline
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from dreambooth.data import source_flag
 from dreambooth.loss import Objective
 from dreambooth.prepare import Pictures, check_folders, check_prompt_lengths, read_pictures
 from inference.base import base_geometry, check_base, check_xformers, load_outline
@@ -23,7 +24,7 @@ from runs.record import METRICS, SAMPLES, MetricsLog
 from settings.training import TrainConfig, is_first_process
 from settings.watching import OutputOptions
 from storage.files import check_writable_target
-from trainer.accelerator import check_login, make_accelerator
+from trainer.accelerator import check_login, check_one_folder, check_same, make_accelerator
 from trainer.models import check_fits, make_run_adapter, reserve_new_tokens, trained_names
 from trainer.optimizer import check_optimizer, check_rates, scaled_learning_rate
 from trainer.samples import Base
@@ -75,6 +76,12 @@ def open_run(config: TrainConfig, pictures: Pictures) -> tuple[Accelerator, Trai
     )
     if config.hardware.enable_xformers_memory_efficient_attention:
         check_xformers(accelerator.device)
+    check_one_folder(accelerator, output_dir, f"--output_dir {output_dir}")
+    if config.prior.draws_class_images:
+        for number, concept in enumerate(pictures.concepts):
+            flag = source_flag(config.data.concepts_list, number, "class_data_dir")
+            check_one_folder(accelerator, Path(concept.class_data_dir), f"--{flag} {concept.class_data_dir}")
+    check_same(accelerator, pictures.hash(), "pictures or captions")
     config, samples_every = settle(config, pictures, accelerator.num_processes)
     config = config.replace(mixed_precision=accelerator.mixed_precision)
     check_fits_base(config, pictures)
