@@ -87,6 +87,8 @@ def _concept(entry: dict[str, Any], repeats: int, where: str) -> Concept:
         values["repeats"] = 0
     if not 1 <= values["repeats"] <= MOST:
         raise ValueError(f"{where} has repeats {entry['repeats']}: from 1 to {MOST} work")
+    for name in values.keys() - {"repeats"}:
+        check_text(values[name], f"{where} has {name}")
     for name in values.keys() & {"instance_data_dir", "class_data_dir"}:
         try:
             values[name] = expand_home(values[name])

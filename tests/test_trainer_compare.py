@@ -115,6 +115,11 @@ def test_a_hub_token_stands_in_no_file_and_on_no_command_line(tmp_path, training
         assert trainings(run)[0] == 1  # another way of saying the same
     assert trainings.tokens == ["hf_secret"] and "hf_secret" not in " ".join(trainings.commands[0])
     assert trainings.commands[0][2 : 2 + len(TRAIN)] == TRAIN and "a cat" in trainings.commands[0]
+    # a file of before, which had it
+    command_file = tmp_path / "out" / "lora" / "compare.json"
+    begun = json.loads(command_file.read_text())
+    command_file.write_text(json.dumps(begun | {"flags": [*begun["flags"], "--hub_token", "hf_secret"]}))
+    assert trainings(run)[0] == 1
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert written and not [path for path in written if b"hf_secret" in path.read_bytes()]
 

@@ -110,6 +110,9 @@ def train(run: Run, threads: int | None) -> None:
     flags, token = without_token(run.flags)
     wanted = {"flags": flags, "inputs": inputs(run)}
     begun = read_json(command_file) if command_file.is_file() else {}
+    if "flags" in begun and (cleaned := without_token(begun["flags"])[0]) != begun["flags"]:  # earlier ones had it
+        begun["flags"] = cleaned
+        write_atomic(command_file, json.dumps(begun) + "\n")
     if {name: begun.get(name) for name in wanted} != wanted:
         # an earlier run's record stays until this one has made a step: it must not be taken for this one's
         begun = wanted | {"replaces": local_state(str(record))}
