@@ -99,7 +99,7 @@ class TextOptions(Record):
 
     @property
     def fraction(self) -> float:
-        return getattr(self, self.fraction_flag)
+        return self.train_text_encoder_ti_frac if self.train_text_encoder_ti else self.train_text_encoder_frac
 
     def steps(self, total_steps: int) -> int:
         """The first so many steps teach the text encoders.

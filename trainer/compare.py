@@ -289,12 +289,15 @@ def check_flags(run: Run) -> None:
         ValueError: with the trainer's own sentence.
     """
     # which imports PyTorch: --help and refused flags need none
-    from trainer.preflight import check_fits_base, preflight, settle
+    from trainer.models import make_run_adapter
+    from trainer.preflight import check_fits_base, preflight, settled_flags
 
     try:
         config, pictures = preflight(train_config(run))
-        config, _ = settle(config, pictures, num_processes=1)
-        check_fits_base(config, pictures)
+        records = (config.loop, config.optimizer, config.text, config.validation)
+        config = config.replace(**settled_flags(*records, pictures, num_processes=1))
+        prompts = config.validation.validation_prompt or ()
+        check_fits_base(config.base, config.loss, config.text, make_run_adapter(config), pictures, prompts)
     except ValueError as error:
         raise ValueError(f"{run.method}: {error}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,21 @@ from dreambooth.data import source_flag
 from dreambooth.loss import Objective
 from dreambooth.prepare import Pictures, check_folders, check_prompt_lengths, read_pictures
 from inference.base import base_geometry, check_base, check_xformers, load_outline
+from methods.adapter import Adapter
 from methods.components import BEST, RUN_RECORD
 from methods.registry import METHODS
 from runs.checkpoints import FolderLock, check_earlier_run, find_checkpoint, identity, read_step
 from runs.exports import RESULTS
 from runs.record import METRICS, SAMPLES, MetricsLog
+from settings.base import BaseOptions
+from settings.learning import LoopOptions, LossOptions, OptimizerOptions
+from settings.method import TextOptions
 from settings.training import TrainConfig, is_first_process
-from settings.watching import OutputOptions
+from settings.watching import OutputOptions, ValidationOptions
 from storage.files import check_writable_target
 from trainer.accelerator import check_login, check_one_folder, check_same, make_accelerator
 from trainer.models import check_fits, make_run_adapter, reserve_new_tokens, trained_names
 from trainer.optimizer import check_optimizer, check_rates, scaled_learning_rate
-from trainer.samples import Base
 
 
 def preflight(config: TrainConfig) -> tuple[TrainConfig, Pictures]:
@@ -82,9 +86,15 @@ def open_run(config: TrainConfig, pictures: Pictures) -> tuple[Accelerator, Trai
             flag = source_flag(config.data.concepts_list, number, "class_data_dir")
             check_one_folder(accelerator, Path(concept.class_data_dir), f"--{flag} {concept.class_data_dir}")
     check_same(accelerator, pictures.hash(), "pictures or captions")
-    config, samples_every = settle(config, pictures, accelerator.num_processes)
-    config = config.replace(mixed_precision=accelerator.mixed_precision)
-    check_fits_base(config, pictures)
+    # asked before there is a prompt by default
+    samples_every = config.validation.sampling_steps(
+        pictures.epoch_steps(loop.samples_per_step(accelerator.num_processes))
+    )
+    records = (loop, config.optimizer, config.text, config.validation)
+    settled = settled_flags(*records, pictures, accelerator.num_processes)
+    config = config.replace(**settled, mixed_precision=accelerator.mixed_precision)
+    prompts = config.validation.validation_prompt or ()
+    check_fits_base(config.base, config.loss, config.text, make_run_adapter(config), pictures, prompts)
     if checkpoint:
         content: dict[str, Any] = {"number_of_processes": accelerator.num_processes}
         if not config.prior.draws_class_images:
@@ -95,61 +105,66 @@ def open_run(config: TrainConfig, pictures: Pictures) -> tuple[Accelerator, Trai
     return accelerator, config, checkpoint, samples_every
 
 
-def settle(config: TrainConfig, pictures: Pictures, num_processes: int) -> tuple[TrainConfig, int]:
-    """The flags with what follows from the number of pictures and processes, and steps between samples.
+def settled_flags(
+    loop: LoopOptions,
+    optimizer: OptimizerOptions,
+    text: TextOptions,
+    validation: ValidationOptions,
+    pictures: Pictures,
+    num_processes: int,
+) -> dict[str, Any]:
+    """Flags that follow from the number of pictures and processes; warns of rates at which nothing is learned.
 
     Raises:
         ValueError: for too many steps, too few of the text encoders, or a schedule that can't be.
     """
-    samples_per_step = config.loop.samples_per_step(num_processes)
-    epoch_steps = pictures.epoch_steps(samples_per_step)
-    total_steps = config.loop.total_steps(epoch_steps)
-    config.text.steps(total_steps)  # refuses a share that leaves none
-    samples_every = config.validation.sampling_steps(epoch_steps)  # asked before there is a prompt by default
-    config = config.replace(
-        max_train_steps=total_steps,
-        learning_rate=scaled_learning_rate(config.optimizer, samples_per_step),
-        validation_prompt=config.validation.validation_prompt or pictures.instance_prompts,
-    )
-    for warning in check_rates(config.optimizer, total_steps):
+    samples_per_step = loop.samples_per_step(num_processes)
+    total_steps = loop.total_steps(pictures.epoch_steps(samples_per_step))
+    text.steps(total_steps)  # refuses a share that leaves none
+    rate = scaled_learning_rate(optimizer, samples_per_step)
+    for warning in check_rates(optimizer.replace(learning_rate=rate), total_steps):
         if is_first_process():
             print(f"warning: {warning}", file=sys.stderr)
-    return config, samples_every
+    prompts = validation.validation_prompt or pictures.instance_prompts
+    return {"max_train_steps": total_steps, "learning_rate": rate, "validation_prompt": prompts}
 
 
-def check_fits_base(config: TrainConfig, pictures: Pictures, pipeline: StableDiffusionXLPipeline | None = None) -> None:
+def check_fits_base(
+    base: BaseOptions,
+    loss: LossOptions,
+    text: TextOptions,
+    adapter: Adapter,
+    pictures: Pictures,
+    prompts: Sequence[str],
+    pipeline: StableDiffusionXLPipeline | None = None,
+) -> None:
     """Refuse prompts, words, ranks and losses that this base can't have, before its weights are read.
 
     Args:
-        config: as settled.
-        pipeline: the base itself, where a single file has no outline.
+        prompts: that are drawn, beside those that are trained on.
+        pipeline: the base itself; None: its outline, which a single file has not.
 
     Raises:
         ValueError: with the limit.
     """
-    base = config.base
     options = {"vae": base.pretrained_vae_model_name_or_path, **base.download_options()}
     outline = pipeline or load_outline(base.pretrained_model_name_or_path, **options)
     if outline is None:
         return
-    Objective.from_options(outline.scheduler, config.loss)
-    models = {name: getattr(outline, name) for name in trained_names(config.text)}
-    check_fits(make_run_adapter(config), models, config.text)
-    words = reserve_new_tokens(outline, config.text)
-    check_prompt_lengths(outline, pictures, config.validation.validation_prompt or (), words)
+    Objective.from_options(outline.scheduler, loss)
+    check_fits(adapter, {name: getattr(outline, name) for name in trained_names(text)}, text)
+    check_prompt_lengths(outline, pictures, prompts, reserve_new_tokens(outline, text))
 
 
-def end_dry_run(config: TrainConfig, pictures: Pictures, base: Base) -> None:
-    """Refuse what the run would have refused by now or before its first step, and say what it would train on."""
-    if Path(config.base.pretrained_model_name_or_path).is_file():
-        check_fits_base(config, pictures, base.load())
-    if (folder := Path(config.output.output_dir)).is_dir():
+def end_dry_run(output: OutputOptions, report: str) -> None:
+    """Refuse what the run would have refused where it writes, and say what it would train on."""
+    if (folder := Path(output.output_dir)).is_dir():
         with FolderLock() as lock:
             lock.take(folder)
-    if config.output.push_to_hub:
-        check_login(config.output.hub_token)
+    if output.push_to_hub:
+        check_login(output.hub_token)
     if is_first_process():
-        print(pictures.report(config.loop, config.prior, config.text.token_abstraction))
+        print(report)
 
 
 def check_hub(output: OutputOptions) -> None:
