@@ -49,7 +49,7 @@ from trainer.models import (
     teach_by_base,
     trained_names,
 )
-from trainer.preflight import check_fits_base, end_dry_run, open_run, preflight
+from trainer.preflight import end_dry_run, open_run, preflight
 from trainer.run import Run, run_identity, start_run
 from trainer.samples import Base, Sampler, draw_class_images
 
@@ -112,13 +112,7 @@ def train_in_folder(config: TrainConfig, lock: FolderLock) -> Path:
     dtype = PRECISIONS[accelerator.mixed_precision]
     base = Base(config.base, accelerator.device, dtype, config.hardware.enable_xformers_memory_efficient_attention)
     if config.data.dry_run:
-        if Path(config.base.pretrained_model_name_or_path).is_file():  # which says nothing before it is loaded
-            prompts = config.validation.validation_prompt
-            check_fits_base(
-                config.base, config.loss, config.text, make_run_adapter(config), pictures, prompts, base.load()
-            )
-        end_dry_run(config.output, pictures.report(config.loop, config.prior, config.text.token_abstraction))
-        return output_dir
+        return end_dry_run(config.output, pictures.report(config.loop, config.prior, config.text.token_abstraction))
 
     # 2. The frozen base, and what will learn.
     pipeline = base.load()
@@ -179,12 +173,11 @@ def train_in_folder(config: TrainConfig, lock: FolderLock) -> Path:
                 break
     accelerator.wait_for_everyone()
     clock.lap("train_seconds")
-    peak_memory_mb = memory.megabytes  # before the files are checked and samples drawn
     clock.timings |= metrics.timings
 
     # 6. Adapter and record are saved before anything is drawn: running out of memory there must not lose the run.
     run.average.copy_to_parameters()
-    finish(run, total_steps, sampler, fingerprints, words, clock, peak_memory_mb, judge.best)
+    finish(run, total_steps, sampler, fingerprints, words, clock, memory.megabytes, judge.best)
     end_training(accelerator, run.prepared)
     return output_dir
 

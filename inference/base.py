@@ -175,7 +175,7 @@ def load_outline(
             parts |= {name: _ENCODERS[name](config) for name, config in configs.items()}
             for name, cls in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
                 parts[name] = cls.from_config(cls.load_config(str(base), subfolder=name, **options))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"base {base} could not be loaded: {_shortened(error)}") from error
     outline = StableDiffusionXLPipeline(**parts, add_watermarker=False)
     _check_loaded(base, outline, {})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from settings.record import AtLeast0, Count, FilePath, Record, option
 
 
@@ -61,5 +63,5 @@ class OutputOptions(Record):
     report_to: str = option("tensorboard", "Trackers of accelerate, such as tensorboard, wandb, all or none.")
     logging_dir: FilePath = option("logs", "Folder of the logs, inside --output_dir.")
     push_to_hub: bool = option(False, "Upload the adapter and its card, never the checkpoints.")
-    hub_token: str | None = option(None, "Token for that; better: hf auth login.")
+    hub_token: str | None = Field(default=None, description="Token for that; better: hf auth login.", repr=False)
     hub_model_id: str | None = option(None, "Repository for that. Default: the output folder's name.")

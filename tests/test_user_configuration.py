@@ -129,3 +129,8 @@ def test_a_token_is_not_shown_to_a_tracker_that_keeps_the_command_line(capsys):
         error = capsys.readouterr().err
         assert f"--hub_token with --report_to {tracker}" in error and "hf_x" not in error
     assert parse_config(TrainConfig, [*REQUIRED_FLAGS, "--push_to_hub", "--hub_token=hf_x"]).output.hub_token == "hf_x"
+
+
+def test_a_token_is_not_in_what_a_configuration_looks_like():
+    config = parse_config(TrainConfig, [*REQUIRED_FLAGS, "--push_to_hub", "--hub_token=hf_secret"])
+    assert "hf_secret" not in repr(config) and "hf_secret" not in str(config.output)

@@ -29,9 +29,10 @@ from settings.method import TextOptions
 from settings.training import TrainConfig, is_first_process
 from settings.watching import OutputOptions, ValidationOptions
 from storage.files import check_writable_target
-from trainer.accelerator import check_login, check_one_folder, check_same, make_accelerator
+from trainer.accelerator import PRECISIONS, check_login, check_one_folder, check_same, make_accelerator
 from trainer.models import check_fits, make_run_adapter, reserve_new_tokens, trained_names
 from trainer.optimizer import check_optimizer, check_rates, scaled_learning_rate
+from trainer.samples import Base
 
 
 def preflight(config: TrainConfig) -> tuple[TrainConfig, Pictures]:
@@ -94,7 +95,11 @@ def open_run(config: TrainConfig, pictures: Pictures) -> tuple[Accelerator, Trai
     settled = settled_flags(*records, pictures, accelerator.num_processes)
     config = config.replace(**settled, mixed_precision=accelerator.mixed_precision)
     prompts = config.validation.validation_prompt or ()
-    check_fits_base(config.base, config.loss, config.text, make_run_adapter(config), pictures, prompts)
+    whole = None
+    if config.data.dry_run and Path(config.base.pretrained_model_name_or_path).is_file():
+        # a single file says nothing before it is loaded, as the run will do next
+        whole = Base(config.base, accelerator.device, PRECISIONS[accelerator.mixed_precision]).load()
+    check_fits_base(config.base, config.loss, config.text, make_run_adapter(config), pictures, prompts, whole)
     if checkpoint:
         content: dict[str, Any] = {"number_of_processes": accelerator.num_processes}
         if not config.prior.draws_class_images:
@@ -156,8 +161,8 @@ def check_fits_base(
     check_prompt_lengths(outline, pictures, prompts, reserve_new_tokens(outline, text))
 
 
-def end_dry_run(output: OutputOptions, report: str) -> None:
-    """Refuse what the run would have refused where it writes, and say what it would train on."""
+def end_dry_run(output: OutputOptions, report: str) -> Path:
+    """Refuse what the run would have refused where it writes, and say what it would train on; returns its folder."""
     if (folder := Path(output.output_dir)).is_dir():
         with FolderLock() as lock:
             lock.take(folder)
@@ -165,6 +170,7 @@ def end_dry_run(output: OutputOptions, report: str) -> None:
         check_login(output.hub_token)
     if is_first_process():
         print(report)
+    return folder
 
 
 def check_hub(output: OutputOptions) -> None:
