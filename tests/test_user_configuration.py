@@ -1,15 +1,19 @@
 """Flags as users write them: in YAML, with ``~``, in other encodings."""
 
+import contextlib
+import io
 import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_flags import REQUIRED_FLAGS
 
 from settings.columns import CompareConfig, EvaluateConfig, GalleryConfig, parse_named_paths
 from settings.command_line import dataclass_flags, parse_config, record_flags
 from settings.sampling import GenerateConfig
-from settings.training import RECORDS, TrainConfig
+from settings.training import FLAGS, RECORDS, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -134,3 +138,34 @@ def test_a_token_is_not_shown_to_a_tracker_that_keeps_the_command_line(capsys):
 def test_a_token_is_not_in_what_a_configuration_looks_like():
     config = parse_config(TrainConfig, [*REQUIRED_FLAGS, "--push_to_hub", "--hub_token=hf_secret"])
     assert "hf_secret" not in repr(config) and "hf_secret" not in str(config.output)
+
+
+WORDS = (
+    "no",
+    "010",
+    "1:30",
+    "1e-4",
+    "-1",
+    "~",
+    "null",
+    "[a, b]",
+    "{a: b}",
+    "'x'",
+    "0x1F",
+    "2024-01-01",
+    "!!int 3",
+    "&a",
+)
+WORDS += ("*a", "true", ".inf", "nan", "1_000", "9" * 400, "|\n  a\n  b", "~no-such-user/x", '"\\ud83d"', '"\\0"', "")
+
+
+@settings(max_examples=100, deadline=None)
+@given(pairs=st.lists(st.tuples(st.sampled_from([*FLAGS, "config", "x y", "--rank", "<<"]), st.sampled_from(WORDS))))
+def test_no_config_file_ends_in_a_traceback(tmp_path_factory, pairs):
+    path = tmp_path_factory.mktemp("config") / "run.yaml"
+    path.write_text("".join(f"{name}: {value}\n" for name, value in pairs))
+    stderr = io.StringIO()
+    with contextlib.suppress(SystemExit), contextlib.redirect_stderr(stderr):
+        parse_config(TrainConfig, [*REQUIRED_FLAGS, f"--config={path}"])
+    errors = [line for line in stderr.getvalue().split("\n") if line and not line.startswith("warning: ")]
+    assert len(errors) <= 1 and all(line.startswith("error: ") for line in errors)
