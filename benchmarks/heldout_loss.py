@@ -33,6 +33,7 @@ from inference.base import load_pipeline
 from inference.load import load_adapter, unload_adapters
 from settings.command_line import quiet_libraries
 from settings.training import TrainConfig
+from storage.text import expand_home
 from train_dreambooth_nora_sdxl import train
 
 BATCH = 32
@@ -55,7 +56,7 @@ def heldout_loss(pipeline: StableDiffusionXLPipeline, folder: Path, prompt: str,
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--base", default="assets/tiny-sdxl")
+    parser.add_argument("--base", type=expand_home, default="assets/tiny-sdxl")
     parser.add_argument("--subject", default="cat", help="a folder of assets/subjects")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--learning_rate", type=float, default=1e-3)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -21,6 +23,9 @@ from storage.pictures import open_image
 
 Tokens = Mapping[str, torch.Tensor]  # input_ids and attention_mask, each (P, tokens)
 DEFAULT_VARIANTS = 4
+PIXELS = 2  # one more whenever the same file is read as other pixels; 2: colours are converted to sRGB
+# Of a model's configuration: what says nothing of what it computes.
+_NOT_COMPUTED = ("transformers_version", "dtype", "torch_dtype", "architectures")
 MASK_STRETCH = 0.02  # how much a mask's width / height may differ from its picture's: sides are whole pixels
 
 
@@ -160,7 +165,7 @@ def encode_pictures(
     """
     keys = {
         (cut.picture.digest, crop): content_hash(
-            "picture", fingerprint, cut.picture.digest, settings.interpolation, tuple(crop)
+            "picture", PIXELS, fingerprint, configuration(vae), cut.picture.digest, settings.interpolation, tuple(crop)
         )
         for cut in cuts
         for crop in cut.crops
@@ -213,6 +218,13 @@ def encode_pictures(
             )
         )
     return encoded
+
+
+def configuration(model: nn.Module) -> list[tuple[str, Any]]:
+    """What a model computes beside its weights, for a hash: scaling factor, activations, which token is pooled."""
+    config = model.config
+    values = config if isinstance(config, Mapping) else config.to_dict()  # diffusers', transformers'
+    return sorted((name, value) for name, value in values.items() if name[0] != "_" and name not in _NOT_COMPUTED)
 
 
 def scale_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
@@ -302,16 +314,24 @@ def encode_prompts_cached(
     Prompts are encoded one by one, so that an entry does not depend on the prompts that it was encoded beside.
     """
     count = len(tokens[0]["input_ids"])
+    made_by = [fingerprint, *map(configuration, text_encoders)]
     keys = [
-        content_hash("prompt", fingerprint, *(one["input_ids"][row].tolist() for one in tokens)) for row in range(count)
+        content_hash("prompt", *made_by, *(one["input_ids"][row].tolist() for one in tokens)) for row in range(count)
     ]
     device = next(text_encoders[0].parameters()).device
-    for row, key in enumerate(keys):
-        if is_main_process and cache.read(key) is None:
+
+    def entry(row: int, key: str) -> dict[str, torch.Tensor]:
+        found = cache.read(key)
+        if found is None:
             one = encode_prompts(text_encoders, [{"input_ids": part["input_ids"][row : row + 1]} for part in tokens])
-            cache.write(key, {name: embeds[0] for name, embeds in one._asdict().items()})
+            found = {name: embeds[0].cpu() for name, embeds in one._asdict().items()}
+            cache.write(key, found)
+        return found
+
+    if is_main_process:
+        for row, key in enumerate(keys):
+            entry(row, key)
     wait()
-    entries = [cache.read(key) for key in keys]
-    return EncodedPrompts(
-        *(torch.stack([entry[name] for entry in entries]).to(device) for name in EncodedPrompts._fields)
-    )
+    # a process whose disk is not the main one's encodes them itself
+    entries = [entry(row, key) for row, key in enumerate(keys)]
+    return EncodedPrompts(*(torch.stack([one[name] for one in entries]).to(device) for name in EncodedPrompts._fields))

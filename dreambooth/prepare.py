@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from dreambooth.encode import (
     Tokens,
     check_masks,
     check_prompts,
+    configuration,
     cut_picture,
     encode_pictures,
     encode_prompts_cached,
@@ -39,7 +40,7 @@ from settings.pictures import DataOptions, PriorOptions
 from storage.files import check_writable_target
 from storage.pictures import find_images
 from storage.tensors import module_fingerprint
-from storage.text import spell
+from storage.text import has_word, spell
 
 ENCODED = "encoded"  # folder of the cache inside --output_dir
 PROMPTS_AT_ONCE = 64  # a few hundred MB in SDXL's second text encoder
@@ -91,13 +92,19 @@ class Pictures:
         ]
         if small:
             lines.append(f"smaller than what is trained on, so they are enlarged: {', '.join(small)}")
-        if word not in " ".join(captions):
-            lines.append(f"no prompt has {word}: the subject has no word of its own")
+        if not self._names_subject(captions, word):
+            lines.append(f"no prompt has {word} or a word that the class's has not: the subject has no word of its own")
         if prior.draws_class_images:
             for concept in self.concepts:
                 missing = missing_seeds(concept.class_data_dir, concept.class_prompt, prior.num_class_images)
                 lines.append(f"class images of {concept.class_prompt!r}: {len(missing)} have to be drawn")
         return "\n".join(lines)
+
+    def _names_subject(self, prompts: Iterable[str], word: str) -> bool:
+        """Whether prompts may have a word for the subject alone; any may be one, such as sks, that no class's has."""
+        classes = {one for concept in self.concepts for one in (concept.class_prompt or "").lower().split()}
+        used = " ".join(prompts)
+        return not classes or has_word(used, word) or bool(set(used.lower().split()) - classes)
 
 
 @dataclass(frozen=True)
@@ -185,7 +192,7 @@ def read_pictures(
     instance = [inspect_picture(example) for example in find_examples(data, cache_dir, concepts)]
     check_masks(instance, settings)
     prompts = {picture.example.prompt for picture in instance}
-    if new_word is not None and not any(new_word in prompt for prompt in prompts):
+    if new_word is not None and not any(has_word(prompt, new_word) for prompt in prompts):
         raise ValueError(
             f"--token_abstraction {new_word} is in no prompt, such as {min(prompts)!r}: its new tokens would learn "
             "nothing; write it into --instance_prompt or the captions"
@@ -309,6 +316,6 @@ def encode_run(
         table.class_rows,
         tokens,
         tokenize(tokenizers, [*texts, *GENERIC_PROMPTS]),
-        torch.tensor([not words or any(word in text for word in words) for text in table.texts]),
-        content_hash(vae_fingerprint, fingerprint),
+        torch.tensor([not words or any(has_word(text, word) for word in words) for text in table.texts]),
+        content_hash(vae_fingerprint, fingerprint, *map(configuration, [pipeline.vae, *text_encoders])),
     )

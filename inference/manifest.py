@@ -15,6 +15,7 @@ from PIL import Image
 from settings.sampling import SamplingConfig
 from storage.files import write_atomic
 from storage.pictures import png_bytes
+from storage.text import parse_json, read_text
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
@@ -45,7 +46,7 @@ def read_manifest(folder: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        records = [parse_json(line) for line in read_text(path).split("\n") if line]
         types = {"file": str, "prompt": str, "seed": int}
         if all(isinstance(record[name], kind) for record in records for name, kind in types.items()):
             return records

@@ -18,6 +18,8 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
+from storage.text import first_line
+
 BATCH_SIZE = 32
 
 
@@ -39,7 +41,7 @@ class ImageEncoder:
             self.model = AutoModel.from_pretrained(path, use_safetensors=True).to(device).eval()
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             where = "" if Path(path).exists() else ", which is no folder here either,"
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise ValueError(f"{flag} {path}{where} could not be loaded: {reason}") from error
 
     @torch.no_grad()

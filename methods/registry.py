@@ -201,6 +201,7 @@ _METHODS = (
         ),
         "E = 0",
         adapter="methods.adalora:AdaLora",
+        plans_ahead=True,
     ),
     Method(
         "lokr",

@@ -39,7 +39,8 @@ FREE_TO_CHANGE = {
     "class_data_dir", "dataset_name", "dataset_config_name", "concepts_list", "mask_data_dir",
 }  # fmt: skip
 
-NEWER = {"method_args"}  # flags that checkpoints of before lack, which said the same with others
+# Flags that are compared where both have them: earlier checkpoints said the same with others, or not at all.
+IN_BOTH = {"method_args", "max_train_steps"}
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -144,15 +145,18 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def identity(config: Mapping[str, Any], **content: Any) -> dict[str, Any]:
+def identity(config: Mapping[str, Any], plans_ahead: Sequence[str] = (), **content: Any) -> dict[str, Any]:
     """What makes two runs the same: the flags that matter, and fingerprints of what they name.
 
     Args:
         config: the resolved flags.
+        plans_ahead: those by which every step depends on ``max_train_steps``; without one, a run may be made longer.
         content: such as the base's fingerprints and the pictures' hash; JSON values.
     """
     flags = {name: value for name, value in config.items() if name not in FREE_TO_CHANGE}
-    return {"flags": flags, "content": content}
+    if plans_ahead:
+        flags["max_train_steps"] = config["max_train_steps"]
+    return {"flags": flags, "content": content, "plans_ahead": list(plans_ahead)}
 
 
 def read_step(checkpoint: Path, identity: Mapping[str, Any], max_train_steps: int) -> int:
@@ -175,10 +179,12 @@ def read_step(checkpoint: Path, identity: Mapping[str, Any], max_train_steps: in
             f"checkpoint {checkpoint} is damaged (file {damaged[0]}): go on from an older one, or start anew"
         )
     wanted = json.loads(json.dumps(identity))  # tuples are lists there
+    before, now = saved["flags"], wanted["flags"]
     differences = [
-        f"--{name} was {saved['flags'].get(name)} and is {wanted['flags'].get(name)}"
-        for name in sorted({*saved["flags"], *wanted["flags"]} - NEWER.difference(saved["flags"]))
-        if saved["flags"].get(name) != wanted["flags"].get(name)
+        f"--{name} was {before.get(name)} and is {now.get(name)}"
+        + (f", and {' and '.join(wanted['plans_ahead'])} depends on it" if name == "max_train_steps" else "")
+        for name in sorted({*before, *now} - IN_BOTH | IN_BOTH & before.keys() & now.keys())
+        if before.get(name) != now.get(name)
     ]
     differences += [
         f"the {name.replace('_', ' ')} changed"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -11,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
+from storage.text import parse_json, read_text
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> Path:
@@ -83,26 +82,16 @@ def check_writable_target(path: str | Path, flag: str, folder: bool) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds a JSON object.
+
+    Raises:
+        ValueError: if it holds none.
+    """
+    text = read_text(path)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
+        record = parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(record, dict):
         raise ValueError(f"{path} holds a JSON {type(record).__name__}, and an object is expected")
     return record
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML in which no key is there twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{name} is there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def load_yaml(path: Path) -> Any:
-    """A YAML or JSON file; a key that is there twice is an error of YAML's."""
-    return yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)

@@ -43,6 +43,8 @@ def trainings(monkeypatch):
 
     def start(command, **options):
         started.append(command)
+        trainings.commands.append(command)
+        trainings.tokens.append(options["env"].get("HF_TOKEN"))
         folder = Path(command[command.index("--output_dir") + 1])
         if len(started) in trainings.cut_off:
             raise KeyboardInterrupt
@@ -57,6 +59,7 @@ def trainings(monkeypatch):
         return len(started), "--resume_from_checkpoint" in started[-1]
 
     trainings.cut_off, trainings.cut_off_late = (), ()
+    trainings.commands, trainings.tokens = [], []
     monkeypatch.setattr(subprocess, "run", start)
     return trainings
 
@@ -74,6 +77,51 @@ def test_a_run_is_trained_again_if_what_it_was_trained_on_changed(tmp_path, trai
     assert trainings(run) == (2, False) and trainings(run)[0] == 2
     (base / "unet.safetensors").write_bytes(b"other")
     assert trainings(run) == (3, False) and trainings(run)[0] == 3
+
+
+def test_a_changed_picture_of_a_concept_and_in_a_sub_folder_is_seen(tmp_path, trainings):
+    folders = {name: tmp_path / name for name in ("cat", "dog", "classes", "held", "masks")}
+    for folder in folders.values():
+        (folder / "sub").mkdir(parents=True)
+        (folder / "a.png").write_bytes(b"one")
+    entries = [
+        {"instance_data_dir": str(folders["cat"]), "instance_prompt": "a [V] cat"},
+        {
+            "instance_data_dir": str(folders["dog"]),
+            "instance_prompt": "a dog",
+            "class_data_dir": str(folders["classes"]),
+        },
+    ]
+    (tmp_path / "concepts.json").write_text(json.dumps(entries))
+    flags = [f"--concepts_list={tmp_path / 'concepts.json'}", "--pretrained_model_name_or_path", "base"]
+    flags += ["--validation_data_dir", str(folders["held"])]
+    (run,) = plan(CompareConfig(methods=["lora"], output_dir=str(tmp_path / "out")), flags)
+    count = trainings(run)[0]
+    for changed in ("cat/a.png", "dog/b.png", "dog/a.txt", "classes/own.png", "held/a.txt", "cat/sub/c.png"):
+        (tmp_path / changed).write_bytes(b"another")
+        assert trainings(run)[0] == count + 1, changed
+        count += 1
+        assert trainings(run)[0] == count
+    (tmp_path / "cat/sub/c.png").rename(tmp_path / "cat/c.png")  # of the same name, in another folder
+    assert trainings(run)[0] == count + 1
+    (folders["classes"] / "class-01234567-seed000001.png").write_bytes(b"drawn by the run")
+    assert trainings(run)[0] == count + 1
+
+
+def test_a_hub_token_stands_in_no_file_and_on_no_command_line(tmp_path, trainings):
+    for said in (["--hub_token", "hf_secret"], ["--hub_token=hf_secret"], ["--hub-token=hf_secret"]):
+        flags = [*TRAIN, *said, "--push_to_hub", "--validation_prompt", "a cat"]
+        (run,) = plan(CompareConfig(methods=["lora=--method lora --rank 2"], output_dir=str(tmp_path / "out")), flags)
+        assert trainings(run)[0] == 1  # another way of saying the same
+    assert trainings.tokens == ["hf_secret"] and "hf_secret" not in " ".join(trainings.commands[0])
+    assert trainings.commands[0][2 : 2 + len(TRAIN)] == TRAIN and "a cat" in trainings.commands[0]
+    # a file of before, which had it
+    command_file = tmp_path / "out" / "lora" / "compare.json"
+    begun = json.loads(command_file.read_text())
+    command_file.write_text(json.dumps(begun | {"flags": [*begun["flags"], "--hub_token", "hf_secret"]}))
+    assert trainings(run)[0] == 1
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert written and not [path for path in written if b"hf_secret" in path.read_bytes()]
 
 
 def test_a_run_that_was_cut_off_goes_on(tmp_path, trainings):
@@ -145,6 +193,11 @@ def test_intervals_are_between_trainings_where_there_are_several():
             [*JUDGES, "--methods", "lora", "--", *TRAIN, "--learning_rate", "-1"],
             "lora: --learning_rate -1.0 must be above 0",
         ),
+        (
+            [*JUDGES, "--methods", "nora", "lora=--method lora --rank 999", "--", *TRAIN],
+            "lora: unet: --rank 999 exceeds min(out, in)=32",
+        ),
+        ([*JUDGES, "--", *TRAIN, "--instance_prompt", "[V] robot" + " robot" * 40], "nora: the prompt"),
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, flags, words):

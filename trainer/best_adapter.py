@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from judging.tables import warn_of_memorisation
 from methods.components import BEST, BEST_SCORES
 from settings.columns import CLIP, DINO
 from settings.watching import EvaluationOptions
-from storage.files import replacing_folder, write_atomic
+from storage.files import read_json, replacing_folder, write_atomic
 from storage.pictures import open_image
 
 
@@ -97,6 +98,31 @@ class RunJudge:
         with replacing_folder(self.output_dir / BEST) as fresh:
             save_adapter(fresh)
             write_atomic(fresh / BEST_SCORES, json.dumps(self.best, indent=1) + "\n")
+
+    def save_best(self, checkpoint: Path) -> None:
+        """Put a copy of best/ into a checkpoint: a run that goes on from it may find a later one in the folder."""
+        if self.best is not None:
+            shutil.make_archive(str(checkpoint / BEST), "zip", self.output_dir / BEST)
+
+    def restore_best(self, checkpoint: Path) -> None:
+        """Make best/ what it was when the checkpoint was saved: a later one is of steps that are made anew."""
+        folder = self.output_dir / BEST
+        found = read_json(folder / BEST_SCORES) if (folder / BEST_SCORES).is_file() else None
+        if found == self.best:
+            return
+        if self.best is None:
+            shutil.rmtree(folder)
+            return
+        copy = checkpoint / f"{BEST}.zip"
+        if not copy.is_file():  # a checkpoint of before they had one
+            print(
+                f"warning: {checkpoint} has no copy of the best adapter, of step {self.best['step']}", file=sys.stderr
+            )
+            self.best = None
+            shutil.rmtree(folder, ignore_errors=True)
+            return
+        with replacing_folder(folder) as fresh:
+            shutil.unpack_archive(copy, fresh)
 
     def gives_up(self) -> bool:
         """Whether ``--early_stopping_patience`` is used up; every process gets the main one's answer."""

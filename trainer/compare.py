@@ -10,6 +10,7 @@ have changed, and a run that was cut off is resumed: the command may be repeated
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from dreambooth.prior import is_drawn
 from inference import gallery
 from inference.score_labels import SCORE_LABELS
 from judging import evaluate
@@ -35,9 +37,11 @@ from settings.sampling import SamplingConfig
 from settings.training import TrainConfig
 from storage.files import check_writable_target, read_json, write_atomic
 from storage.state import local_state
+from storage.text import expand_home, load_yaml
 
 SCRIPT = Path(__file__).parent.parent / "train_dreambooth_nora_sdxl.py"
 COMMAND = "compare.json"  # in each run's folder: what it is trained with, and the record that it replaces
+# Flags that name what a training reads.
 INPUTS = (
     "pretrained_model_name_or_path",
     "pretrained_vae_model_name_or_path",
@@ -45,7 +49,13 @@ INPUTS = (
     "dataset_name",
     "concepts_list",
     "mask_data_dir",
+    "class_data_dir",
+    "validation_data_dir",
+    "eval_protocol",
+    "clip",
+    "dino",
 )
+CONCEPT_INPUTS = ("instance_data_dir", "class_data_dir")  # the same of an entry of --concepts_list
 OWN_FLAGS = ("--output_dir", "--seed", "--resume_from_checkpoint", "--dry_run", "--config")
 RESERVED = ("base", "pictures")  # what else is in the folder or on the page
 
@@ -97,8 +107,12 @@ def train(run: Run, threads: int | None) -> None:
         ValueError: if it fails, with the last line that it printed.
     """
     record, command_file = run.folder / RUN_RECORD, run.folder / COMMAND
-    wanted = {"flags": run.flags, "inputs": inputs(run)}
+    flags, token = without_token(run.flags)
+    wanted = {"flags": flags, "inputs": inputs(run)}
     begun = read_json(command_file) if command_file.is_file() else {}
+    if "flags" in begun and (cleaned := without_token(begun["flags"])[0]) != begun["flags"]:  # earlier ones had it
+        begun["flags"] = cleaned
+        write_atomic(command_file, json.dumps(begun) + "\n")
     if {name: begun.get(name) for name in wanted} != wanted:
         # an earlier run's record stays until this one has made a step: it must not be taken for this one's
         begun = wanted | {"replaces": local_state(str(record))}
@@ -108,10 +122,11 @@ def train(run: Run, threads: int | None) -> None:
     print(f"{run.folder}: training", flush=True)
     run.folder.mkdir(parents=True, exist_ok=True)
     write_atomic(command_file, json.dumps(begun) + "\n")
-    command = [sys.executable, str(SCRIPT), *run.flags, "--output_dir", str(run.folder)]
+    command = [sys.executable, str(SCRIPT), *flags, "--output_dir", str(run.folder)]
     if not record.is_file():
         command += ["--resume_from_checkpoint", "latest"]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    environment |= {"HF_TOKEN": token} if token else {}  # on a command line every user of the machine reads it
     log = run.folder.with_name(f"{run.folder.name}.log")
     with log.open("w") as file:
         done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
@@ -137,10 +152,27 @@ def given_flags(run: Run) -> dict[str, Any]:
     return parse_flags(TrainConfig, [*run.flags, "--output_dir", str(run.folder)])
 
 
+def without_token(flags: Sequence[str]) -> tuple[list[str], str | None]:
+    """The flags, and the Hub token that was among them, which no file shall hold."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--hub_token", "--hub-token")
+    known, others = parser.parse_known_args(flags)
+    return others, known.hub_token
+
+
 def inputs(run: Run) -> dict[str, Any]:
-    """The state of the base and of the pictures where they lie on this disk."""
+    """The state of what a run reads, where it lies on this disk."""
     flags = given_flags(run)
-    return {name: local_state(flags.get(name)) for name in INPUTS}
+    paths = {name: flags.get(name) for name in INPUTS}
+    if listed := paths["concepts_list"]:
+        # a list that can't be used is refused before the first training
+        for number, entry in enumerate(load_yaml(expand_home(listed), "--concepts_list"), start=1):
+            paths |= {f"concepts_list, entry {number}: {name}": entry.get(name) for name in CONCEPT_INPUTS}
+    states = {name: local_state(expand_home(path)) if path else [] for name, path in paths.items()}
+    for name in states:
+        if name.endswith("class_data_dir"):  # the run itself draws what is missing
+            states[name] = [file for file in states[name] if not is_drawn(Path(str(file[0])).name)]
+    return states
 
 
 def summarise(scores: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, dict[str, dict[str, float]]]:
@@ -251,15 +283,21 @@ def train_all(runs: Sequence[Run], jobs: int) -> None:
 
 
 def check_flags(run: Run) -> None:
-    """What the trainer refuses before it loads the base.
+    """What the trainer refuses before it reads the base's weights.
 
     Raises:
         ValueError: with the trainer's own sentence.
     """
-    from trainer.preflight import preflight  # which imports PyTorch: --help and refused flags need none
+    # which imports PyTorch: --help and refused flags need none
+    from trainer.models import make_run_adapter
+    from trainer.preflight import check_fits_base, preflight, settled_flags
 
     try:
-        preflight(train_config(run))
+        config, pictures = preflight(train_config(run))
+        records = (config.loop, config.optimizer, config.text, config.validation)
+        config = config.replace(**settled_flags(*records, pictures, num_processes=1))
+        prompts = config.validation.validation_prompt or ()
+        check_fits_base(config.base, config.loss, config.text, make_run_adapter(config), pictures, prompts)
     except ValueError as error:
         raise ValueError(f"{run.method}: {error}") from error
 
