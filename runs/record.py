@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
+from runs.interval import Interval, format_interval
 from runs.plot import loss_plot
 from storage.files import write_atomic
 
@@ -200,6 +201,16 @@ def write_card(folder: Path, record: Mapping[str, Any], samples: Sequence[tuple[
         widget=[{"text": prompt, "output": {"url": file}} for prompt, file in samples],
     )
     options = {"template_path": str(_CARD_TEMPLATE), "record": record, "samples": samples, "loss_plot": LOSS_PLOT}
-    options["prompt"] = instance_prompt
+    options |= {"prompt": instance_prompt, "best_score": _best_score(record.get("best"))}
     write_atomic(folder / LOSS_PLOT, loss_plot(folder / METRICS))
     write_atomic(folder / MODEL_CARD, str(ModelCard.from_template(data, **options)))
+
+
+def _best_score(best: Mapping[str, Any] | None) -> str | None:
+    """The score by which an adapter was the best one, with its interval over what was drawn."""
+    if best is None:
+        return None
+    if "interval" not in best:  # a loss is no score of pictures
+        return format_interval(Interval(best[best["by"]]))
+    found = Interval.read(best["interval"])
+    return f"{format_interval(found)} ({found.level:.0%} interval, {found.units}; of this training alone)"

@@ -80,7 +80,7 @@ def judge(tmp_path):
 
 def test_an_adapter_that_copies_is_never_the_best(judge, tmp_path, capsys):
     cats = [open_image(path) for path in find_images(CAT, "instance_data_dir")]
-    blank = [GeneratedImage("a [V] cat", seed, Image.new("RGB", (64, 64), "teal")) for seed in range(2)]
+    blank = [GeneratedImage("a [V] cat", seed, Image.new("RGB", (64, 64), "teal")) for seed in range(6)]
     copies = [GeneratedImage("a [V] cat", seed, image) for seed, image in enumerate(cats)]
     kept = []
     first = judge.look(1, blank, 0.5, kept.append)
