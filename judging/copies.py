@@ -1,5 +1,4 @@
-"""Copies of training images among drawn ones: parts of a picture that lie as they lie in a training image.
-image.
+"""Copies of training images among drawn ones: pictures whose parts lie as they lie in a training image.
 
 Pictures are compared as fields of edge directions: the structure tensor of all three colours (Di Zenzo, Computer
 Vision, Graphics, and Image Processing 33, 1986), its contrast evened out, its angle doubled, because an edge has a
@@ -138,7 +137,7 @@ def limits(instances: Sequence[Image.Image], templates: Sequence[torch.Tensor]) 
 
 
 def crops(image: Image.Image, size: tuple[int, int]) -> list[Image.Image]:
-    """What training sees of a picture: crops of the shape at the centre and at both ends; one where it has the shape."""
+    """What training sees of a picture: crops of the shape, at the centre and both ends; one if it has that shape."""
     whole = abs(image.width * size[1] / (image.height * size[0]) - 1) < 0.05
     return [ImageOps.fit(image, size, centering=(place, place)) for place in ((0.5,) if whole else (0.5, 0.0, 1.0))]
 

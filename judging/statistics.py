@@ -144,7 +144,7 @@ def detectable(values: np.ndarray, alpha: float) -> float | None:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's step-down correction (Scandinavian Journal of Statistics 6, 1979); None stays None and counts for nothing."""
+    """Holm's step-down correction (Scandinavian Journal of Statistics 6, 1979); None stays None and is not counted."""
     order = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
     corrected: list[float | None] = [None] * len(p_values)
     largest = 0.0

@@ -44,8 +44,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def warn_of_copies(name: str, found: Mapping[str, Any]) -> None:
     if found["alarm"]:
         print(
-            f"warning: {name} draws its training images: {found['count']} of its {found['pictures']} pictures are copies "
-            f"of one (p {found['p_value']:.2g} if the detector were wrong in {found['false_alarm_rate']:.0%} of them); "
+            f"warning: {name} draws its training images: {found['count']} of its {found['pictures']} pictures are "
+            f"copies of one (p {found['p_value']:.2g}, were the detector wrong in {found['false_alarm_rate']:.0%}); "
             "train for fewer steps, at a lower learning rate, or with --with_prior_preservation",
             file=sys.stderr,
         )

@@ -189,7 +189,8 @@ def test_scores_are_written_in_one_way():
     assert format_difference(difference) == "-0.007 [-0.028, +0.014], p 0.291"
     assert Difference.read(difference.fields()) == difference
     assert describe_difference("nora", "lora", "DINO", difference) == (
-        "nora and lora in DINO: no difference shown at 3 trainings; one of 0.030 would have been (with a chance of 80 %)."
+        "nora and lora in DINO: no difference shown at 3 trainings; "
+        "one of 0.030 would have been (with a chance of 80 %)."
     )
     shown = Difference(Interval(0.031, 0.012, 0.05, 0.95, ("trainings",), (3,)), 0.0004, 0.02)
     assert describe_difference("nora", "lora", "DINO", shown) == (
