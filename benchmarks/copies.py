@@ -3,9 +3,8 @@
     python -m benchmarks.copies --base assets/tiny-sdxl --subjects assets/subjects
 
 A folder of --subjects has a folder for each subject, and held-out pictures of it in heldout/NAME, there or beside.
-Without held-out pictures each is held out in turn. Compared are the detector (judging/copies.py), the thumbnails that it
-took the place of, and patch features of an image encoder. All pictures are looked at in the base's size, as drawn ones
-are.
+Without held-out pictures each is held out in turn. Compared are the detector (judging/copies.py), the thumbnails that
+it took the place of, and patch features of an image encoder. All is looked at in the base's size, as drawn ones are.
 """
 
 from __future__ import annotations
@@ -160,7 +159,7 @@ def _cut_out(image: Image.Image, background: Image.Image) -> Image.Image:
     return Image.composite(image, background.resize(image.size, Image.Resampling.BICUBIC), mask)
 
 
-def _redrawn(folder: Path) -> list[Image.Image] | None:
+def redrawn(folder: Path) -> list[Image.Image] | None:
     """A sample subject's figures, each before a held-out picture's background; None for other subjects."""
     from tools import make_subjects
 
@@ -181,14 +180,14 @@ def square_pictures(folder: Path) -> list[Image.Image]:
     return [ImageOps.fit(image, (256, 256), Image.Resampling.LANCZOS) for image in images]
 
 
-def base_pictures(base: str, classes: Sequence[str]) -> dict[str, list[Image.Image]]:
+def base_pictures(
+    base: str, classes: Sequence[str], seeds: Sequence[int] = SEEDS, steps: int = 20
+) -> dict[str, list[Image.Image]]:
     """Class -> the base's own pictures of it."""
     pipeline = load_pipeline(base, torch.float32, "cpu")
+    options = {"num_inference_steps": steps, "progress": False}
     return {
-        name: [
-            drawn.image
-            for drawn in generate_images(pipeline, [scene.format(name) for scene in SCENES], SEEDS, progress=False)
-        ]
+        name: [one.image for one in generate_images(pipeline, [s.format(name) for s in SCENES], seeds, **options)]
         for name in classes
     }
 
@@ -220,11 +219,11 @@ def measure(
         counts[name][f"{column} of"] += len(found)
 
     for folder in folders:
-        train, heldout, redrawn = square_pictures(folder), held_out(folder), _redrawn(folder)
+        train, heldout, figures = square_pictures(folder), held_out(folder), redrawn(folder)
         others = [image for name, images in drawn.items() if name != folder.name for image in images]
         kinds: dict[str, list[Image.Image]] = {}
         for number, image in enumerate(train):
-            before = redrawn[number] if redrawn else _cut_out(image, others[number])
+            before = figures[number] if figures else _cut_out(image, others[number])
             for kind, copy in copies(image, number, before).items():
                 kinds.setdefault(kind, []).append(copy)
         alone = twins(train)

@@ -7,8 +7,9 @@ is laid over the picture at every shift, by normalised cross-correlation (Lewis,
 measured at the best places:
 
 - `whole`: the correlation of all that overlaps. A copy has a high one however it was moved, recoloured or softened.
-- `part`: the highest correlation in a window of half the picture's width with at least a fifth of the training
-  image's edges. A copy before another background has a high one where the subject is.
+- `part`: how much of the training image lies in the picture exactly: the mean over its edges of r^12, r the correlation
+  in a window of a seventh of its width. A copy before another background has it where the subject is, while other
+  pictures of the subject are alike nearly everywhere and the same almost nowhere.
 
 How alike other pictures of a subject are depends on the subject: drawings repeat their parts, photographs never do. So
 the limits of both come from the run's own training images, each compared with the others; see `limits`. docs/judging.md
@@ -30,23 +31,24 @@ GRID = 48  # cells across a picture
 SCALES = (0.64, 0.72, 0.8, 0.9, 1.0, 1.11, 1.25, 1.39, 1.56)
 SHIFT = 14  # cells that a training image is moved at most, from centre on centre
 PEAKS = 3  # places of each size that are looked at in parts
-WINDOW, SHARE = 23, 0.2  # cells across a part, and the share of the training image's edges that it must hold
+WINDOW, EXACT = 7, 12  # cells across a part, and the power by which only what is the same counts: 0.95 is 0.54
 OVERLAP, COVERED = 0.45, 0.3  # shares of the training image's and of the picture's edges that must lie on each other
-SAME = 0.9  # correlation from which two training images are one that is there twice
+SAME = 0.87  # correlation from which two training images are one that is there twice
 FALSE_ALARM_RATE = 0.05  # of the pictures of a run that copies nothing, at most; docs/judging.md has what was measured
 LEVEL = 0.05
 
 
 class Likeness(NamedTuple):
-    """Correlations of a picture with the training image that is most like it."""
+    """Of a picture with the training image that is most like it; both from 0 to 1."""
 
     whole: float
     part: float
 
 
-# Where training images say nothing of each other, as drawings of one figure were: the strictest that was needed.
-FLOOR = Likeness(0.84, 0.9)
-LONE = Likeness(0.86, 0.96)
+WAY = Likeness(0.5, 0.2)  # from the training images' own likeness to 1: where the limit lies
+FLOOR = Likeness(0.84, 0.25)
+# The likeness that stands in for a lone training image's, as high as that of drawings of one figure; a choice.
+LONE = Likeness(0.8, 0.7)
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,12 @@ class CopyDetector:
 
     def copied(self, images: Sequence[Image.Image]) -> list[bool]:
         """Of each picture, whether it is a copy."""
-        found = []
-        for image in images:
-            templates, limits = self.shape(image.size)
-            like = likeness(edges([image], GRID)[0], templates).amax(dim=0)
-            found.append(bool((like > torch.tensor(limits)).any()))
-        return found
+        limits = torch.tensor([self.shape(image.size)[1] for image in images])
+        return (self.likenesses(images).amax(dim=1) > limits).any(dim=1).tolist()
+
+    def likenesses(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """(N, M, 2) `Likeness` of each picture with each training image."""
+        return torch.stack([likeness(edges([one], GRID)[0], self.shape(one.size)[0]) for one in images])
 
     def shape(self, size: tuple[int, int]) -> tuple[list[torch.Tensor], Likeness]:
         """Templates and limits for pictures of a shape; training images are cropped to it, as training crops them."""
@@ -121,7 +123,7 @@ def limits(instances: Sequence[Image.Image], templates: Sequence[torch.Tensor]) 
     """What a picture must exceed to be a copy, from how alike the training images are.
 
     With L the likeness of the two training images that are most like each other, and 1 that of a picture with itself,
-    the limit is halfway from L to 1 (`whole`), or two fifths of the way (`part`), but never below `FLOOR`.
+    the limit lies `WAY` from L to 1, and never below `FLOOR`. What is there twice counts once.
     """
     found = torch.stack([likeness(field, templates) for field in edges(instances, GRID)])  # (M, M, 2)
     kept: list[int] = []
@@ -133,7 +135,7 @@ def limits(instances: Sequence[Image.Image], templates: Sequence[torch.Tensor]) 
         between = found[kept][:, kept]
         between[range(len(kept)), range(len(kept))] = 0
         alike = between.amax(dim=(0, 1)).tolist()
-    return Likeness(*(max(floor, one + way * (1 - one)) for floor, one, way in zip(FLOOR, alike, (0.5, 0.4))))
+    return Likeness(*(max(floor, one + way * (1 - one)) for floor, one, way in zip(FLOOR, alike, WAY)))
 
 
 def crops(image: Image.Image, size: tuple[int, int]) -> list[Image.Image]:
@@ -189,7 +191,8 @@ def likeness(picture: torch.Tensor, templates: Sequence[torch.Tensor]) -> torch.
 def _overlay(picture: torch.Tensor, templates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(T,) correlations of the whole and of the best part, over all shifts of templates (T, 2, n, n)."""
     count, _, size, _ = templates.shape
-    period, centre = size + GRID, (GRID - size) // 2
+    # a product of small factors: other lengths take several times as long
+    period, centre = -(-(size + GRID) // 16) * 16, (GRID - size) // 2
     strength, own = picture.square().sum(dim=0), templates.square().sum(dim=1)  # (GRID, GRID), (T, n, n)
 
     def correlate(field: torch.Tensor, template: torch.Tensor) -> torch.Tensor:
@@ -205,10 +208,8 @@ def _overlay(picture: torch.Tensor, templates: torch.Tensor) -> tuple[torch.Tens
     whole = torch.where(enough, whole, 0.0)
     peaks = torch.where(whole == functional.max_pool2d(whole[:, None], 5, 1, 2)[:, 0], whole, 0.0)
     places = peaks.flatten(1).topk(PEAKS, dim=1).indices.flatten()  # (T · PEAKS)
-    rows, columns = (
-        (places // whole.shape[-1] - SHIFT + centre).tolist(),
-        (places % whole.shape[-1] - SHIFT + centre).tolist(),
-    )
+    span = 2 * SHIFT + 1
+    rows, columns = ((one - SHIFT + centre).tolist() for one in (places // span, places % span))
     # two fields of directions and one of ones, to know where the picture is
     padded = functional.pad(torch.cat([picture, torch.ones(1, GRID, GRID)]), (size,) * 4)
     under_it = torch.stack([padded[:, size + y : 2 * size + y, size + x : 2 * size + x] for y, x in zip(rows, columns)])
@@ -216,15 +217,19 @@ def _overlay(picture: torch.Tensor, templates: torch.Tensor) -> tuple[torch.Tens
     sums = torch.stack(
         [(under_it[:, :2] * template).sum(dim=1), under_it[:, :2].square().sum(dim=1), energy * under_it[:, 2]], dim=1
     )
-    product, under, over = _windows(sums, min(size, round(WINDOW * size / GRID))).unbind(dim=1)
-    part = product / (under * over).clamp(min=1e-6).sqrt()
-    part = torch.where(over > SHARE * energy.sum(dim=(1, 2))[:, None, None], part, 0.0)
-    return whole.amax(dim=(1, 2)), part.flatten(1).amax(dim=1).unflatten(0, (count, PEAKS)).amax(dim=1)
+    product, under, over = _windows(sums, round(WINDOW * size / GRID) // 2 * 2 + 1).unbind(dim=1)
+    agreement = (product / (under * over).clamp(min=1e-4).sqrt()).clamp(0, 1)
+    weight = energy.sqrt()
+    part = (weight * agreement**EXACT).sum(dim=(1, 2)) / weight.sum(dim=(1, 2)).clamp(min=1e-6)
+    return whole.amax(dim=(1, 2)), part.unflatten(0, (count, PEAKS)).amax(dim=1)
 
 
 def _windows(fields: torch.Tensor, width: int) -> torch.Tensor:
-    """Sums over all square windows, also those that reach over an edge; (N, C, H, W) by summed-area tables."""
+    """Sums over the square window of an odd width around each place, by running sums; (N, C, H, W)."""
     half = width // 2
-    table = functional.pad(fields, (half + 1, half, half + 1, half)).double().cumsum(dim=2).cumsum(dim=3)
-    table = table[:, :, width:] - table[:, :, :-width]
-    return (table[..., width:] - table[..., :-width]).float().clamp(min=0)
+    for dim in (2, 3):
+        sides = (0, 0, half + 1, half) if dim == 2 else (half + 1, half, 0, 0)
+        running = functional.pad(fields, sides).cumsum(dim=dim)
+        size = running.shape[dim] - width
+        fields = running.narrow(dim, width, size) - running.narrow(dim, 0, size)
+    return fields.clamp(min=0)  # rounding takes a sum of nothing below 0
