@@ -96,7 +96,7 @@ class CopyDetector:
 
     def __init__(self, instances: Sequence[Image.Image]) -> None:
         self.instances = [image.convert("RGB") for image in instances]
-        self._shapes: dict[tuple[int, int], tuple[list[torch.Tensor], Likeness]] = {}
+        self._shapes: dict[tuple[int, int], tuple[list[Templates], Likeness]] = {}
 
     def count(self, images: Sequence[Image.Image]) -> Copies:
         return Copies.of(sum(self.copied(images)), len(images))
@@ -110,16 +110,16 @@ class CopyDetector:
         """(N, M, 2) `Likeness` of each picture with each training image."""
         return torch.stack([likeness(edges([one], GRID)[0], self.shape(one.size)[0]) for one in images])
 
-    def shape(self, size: tuple[int, int]) -> tuple[list[torch.Tensor], Likeness]:
+    def shape(self, size: tuple[int, int]) -> tuple[list[Templates], Likeness]:
         """Templates and limits for pictures of a shape; training images are cropped to it, as training crops them."""
         if size not in self._shapes:
             views = [crops(image, size) for image in self.instances]
-            templates = [torch.stack([_both_ways(view, round(GRID * scale)) for view in views]) for scale in SCALES]
+            templates = [Templates.of(views, round(GRID * scale)) for scale in SCALES]
             self._shapes[size] = templates, limits([view[0] for view in views], templates)
         return self._shapes[size]
 
 
-def limits(instances: Sequence[Image.Image], templates: Sequence[torch.Tensor]) -> Likeness:
+def limits(instances: Sequence[Image.Image], templates: Sequence[Templates]) -> Likeness:
     """What a picture must exceed to be a copy, from how alike the training images are.
 
     With L the likeness of the two training images that are most like each other, and 1 that of a picture with itself,
@@ -174,54 +174,71 @@ def _blur(fields: torch.Tensor, sigma: float) -> torch.Tensor:
     return fields
 
 
-def _both_ways(views: Sequence[Image.Image], size: int) -> torch.Tensor:
-    """(2 · views, 2, size, size) edges of each and of its mirror image."""
-    return edges([*views, *map(ImageOps.mirror, views)], size)
+class Templates(NamedTuple):
+    """All training images at one size, each in several views: T = M · views."""
+
+    fields: torch.Tensor  # (T, 2, n, n), see `edges`
+    views: int
+    spectrum: torch.Tensor  # of the fields
+    covered: torch.Tensor  # (T, S, S) energy that lies on a picture, at each of S × S shifts
+
+    @classmethod
+    def of(cls, views: Sequence[Sequence[Image.Image]], size: int) -> Templates:
+        """Of each training image's views and of their mirror images."""
+        both = [[*own, *map(ImageOps.mirror, own)] for own in views]
+        fields = torch.cat([edges(own, size) for own in both])
+        spectrum = _spectrum(fields, size)
+        energies = _spectrum(fields.square().sum(dim=1), size)
+        return cls(fields, len(both[0]), spectrum, _correlate(torch.ones(GRID, GRID), energies, size))
 
 
-def likeness(picture: torch.Tensor, templates: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(M, 2) `Likeness` of a picture (2, GRID, GRID) with each training image, (M, V, 2, n, n) for each size n."""
-    found = []
-    for views in templates:
-        like = torch.stack(_overlay(picture, views.flatten(0, 1)), dim=1)  # (M · V, 2)
-        found.append(like.unflatten(0, views.shape[:2]).amax(dim=1))
+def _spectrum(fields: torch.Tensor, size: int) -> torch.Tensor:
+    # a multiple of 16: other lengths take several times as long
+    period = -(-(size + GRID) // 16) * 16
+    return torch.fft.rfft2(fields, s=(period, period))
+
+
+def _correlate(picture: torch.Tensor, spectrum: torch.Tensor, size: int) -> torch.Tensor:
+    """Σ_p picture(p + d) · template(p) at each shift d from centre on centre; (…, 2 · SHIFT + 1, 2 · SHIFT + 1).
+
+    Args:
+        picture: (…, GRID, GRID)
+        spectrum: of templates (…, size, size).
+    """
+    correlation = torch.fft.irfft2(_spectrum(picture, size) * spectrum.conj())
+    shifts = torch.arange(-SHIFT, SHIFT + 1) + (GRID - size) // 2
+    return correlation[..., shifts % correlation.shape[-2], :][..., shifts % correlation.shape[-1]]
+
+
+def likeness(picture: torch.Tensor, templates: Sequence[Templates]) -> torch.Tensor:
+    """(M, 2) `Likeness` of a picture (2, GRID, GRID) with each training image, the highest of all sizes and views."""
+    found = [_overlay(picture, one).unflatten(0, (-1, one.views)).amax(dim=1) for one in templates]
     return torch.stack(found).amax(dim=0)
 
 
-def _overlay(picture: torch.Tensor, templates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(T,) correlations of the whole and of the best part, over all shifts of templates (T, 2, n, n)."""
-    count, _, size, _ = templates.shape
-    # a product of small factors: other lengths take several times as long
-    period, centre = -(-(size + GRID) // 16) * 16, (GRID - size) // 2
-    strength, own = picture.square().sum(dim=0), templates.square().sum(dim=1)  # (GRID, GRID), (T, n, n)
-
-    def correlate(field: torch.Tensor, template: torch.Tensor) -> torch.Tensor:
-        """Σ_p field(p + d) · template(p) at each shift d: (…, 2 · SHIFT + 1, 2 · SHIFT + 1)."""
-        product = torch.fft.rfft2(field, s=(period, period)) * torch.fft.rfft2(template, s=(period, period)).conj()
-        shifts = torch.arange(centre - SHIFT, centre + SHIFT + 1) % period
-        return torch.fft.irfft2(product, s=(period, period))[..., shifts, :][..., shifts]
-
-    product = correlate(picture[None], templates).sum(dim=1)
-    under, over = correlate(strength, torch.ones(size, size)), correlate(torch.ones(GRID, GRID), own)
-    whole = product / (under * over).clamp(min=1e-6).sqrt()
-    enough = (over > OVERLAP * own.sum(dim=(1, 2), keepdim=True)) & (under > COVERED * strength.sum())
-    whole = torch.where(enough, whole, 0.0)
+def _overlay(picture: torch.Tensor, templates: Templates) -> torch.Tensor:
+    """(T, 2) `Likeness` with each template at the shift that is best for it."""
+    fields, size = templates.fields, templates.fields.shape[-1]
+    strength, energy = picture.square().sum(dim=0), fields.square().sum(dim=1)  # (GRID, GRID), (T, n, n)
+    under = _correlate(strength, _spectrum(torch.ones(size, size), size), size)
+    whole = _correlate(picture, templates.spectrum, size).sum(dim=1)
+    whole = whole / (under * templates.covered).clamp(min=1e-6).sqrt()
+    enough = templates.covered > OVERLAP * energy.sum(dim=(1, 2))[:, None, None]
+    whole = torch.where(enough & (under > COVERED * strength.sum()), whole, 0.0)
     peaks = torch.where(whole == functional.max_pool2d(whole[:, None], 5, 1, 2)[:, 0], whole, 0.0)
     places = peaks.flatten(1).topk(PEAKS, dim=1).indices.flatten()  # (T · PEAKS)
-    span = 2 * SHIFT + 1
-    rows, columns = ((one - SHIFT + centre).tolist() for one in (places // span, places % span))
-    # two fields of directions and one of ones, to know where the picture is
+    span, first = 2 * SHIFT + 1, (GRID - size) // 2 - SHIFT
+    # two fields of edges and one of ones, which says where the picture is
     padded = functional.pad(torch.cat([picture, torch.ones(1, GRID, GRID)]), (size,) * 4)
-    under_it = torch.stack([padded[:, size + y : 2 * size + y, size + x : 2 * size + x] for y, x in zip(rows, columns)])
-    template, energy = templates.repeat_interleave(PEAKS, dim=0), own.repeat_interleave(PEAKS, dim=0)
-    sums = torch.stack(
-        [(under_it[:, :2] * template).sum(dim=1), under_it[:, :2].square().sum(dim=1), energy * under_it[:, 2]], dim=1
-    )
-    product, under, over = _windows(sums, round(WINDOW * size / GRID) // 2 * 2 + 1).unbind(dim=1)
+    corners = zip((places // span + first + size).tolist(), (places % span + first + size).tolist())
+    below = torch.stack([padded[:, top : top + size, left : left + size] for top, left in corners])
+    fields, energy = fields.repeat_interleave(PEAKS, dim=0), energy.repeat_interleave(PEAKS, dim=0)
+    sums = [(below[:, :2] * fields).sum(dim=1), below[:, :2].square().sum(dim=1), energy * below[:, 2]]
+    product, under, over = _windows(torch.stack(sums, dim=1), round(WINDOW * size / GRID) // 2 * 2 + 1).unbind(dim=1)
     agreement = (product / (under * over).clamp(min=1e-4).sqrt()).clamp(0, 1)
     weight = energy.sqrt()
     part = (weight * agreement**EXACT).sum(dim=(1, 2)) / weight.sum(dim=(1, 2)).clamp(min=1e-6)
-    return whole.amax(dim=(1, 2)), part.unflatten(0, (count, PEAKS)).amax(dim=1)
+    return torch.stack([whole.amax(dim=(1, 2)), part.unflatten(0, (-1, PEAKS)).amax(dim=1)], dim=1)
 
 
 def _windows(fields: torch.Tensor, width: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from benchmarks.copies import base_pictures, copies, held_out, square_pictures
-from judging.copies import GRID, SCALES, Copies, CopyDetector, edges, likeness
+from judging.copies import GRID, SCALES, Copies, CopyDetector, Templates, edges, likeness
 from storage.pictures import open_image
 
 ROOT = Path(__file__).parent.parent
@@ -160,7 +160,7 @@ def test_edges_know_neither_hue_nor_the_sign_of_contrast():
 
 def test_likeness_is_one_for_the_picture_itself_and_the_same_every_time():
     images = square_pictures(SUBJECTS / "robot")[:2]
-    templates = [torch.stack([edges([one], round(GRID * scale)) for one in images]) for scale in SCALES]
+    templates = [Templates.of([[one] for one in images], round(GRID * scale)) for scale in SCALES]
     (field,) = edges(images[:1], GRID)
     found = likeness(field, templates)
     assert found.shape == (2, 2) and found[0].tolist() == pytest.approx([1, 1], abs=1e-3)
