@@ -185,7 +185,7 @@ def base_pictures(
 ) -> dict[str, list[Image.Image]]:
     """Class -> the base's own pictures of it."""
     pipeline = load_pipeline(base, torch.float32, "cpu")
-    options = {"num_inference_steps": steps, "progress": False}
+    options = {"num_inference_steps": steps, "batch_size": 4, "progress": False}
     return {
         name: [one.image for one in generate_images(pipeline, [s.format(name) for s in SCENES], seeds, **options)]
         for name in classes
