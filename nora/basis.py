@@ -25,6 +25,7 @@ from .functional import (
     sketch_distance,
 )
 
+COMPUTING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _STATISTICS_ATTRIBUTE = "_nora_statistics"
 
 
@@ -47,9 +48,12 @@ def base_weight(base_layer: nn.Module) -> torch.Tensor:
 
 
 def is_plain(weight: torch.Tensor) -> bool:
-    """Whether it is a floating-point matrix of torch's own: torchao and bitsandbytes have tensors of theirs."""
+    """Whether it is a matrix of torch's own in a dtype that computes: torchao and bitsandbytes have tensors of theirs.
+
+    A float8 weight only stores; diffusers' layerwise casting has such.
+    """
     own = type(weight).__module__.partition(".")[0] == "torch"
-    return own and weight.is_floating_point() and weight.ndim == 2
+    return own and weight.dtype in COMPUTING_DTYPES and weight.ndim == 2
 
 
 def oriented_weight(base_layer: nn.Module) -> torch.Tensor:
@@ -136,9 +140,22 @@ def rebuild_basis(
     return basis
 
 
-def fingerprints_agree(one: torch.Tensor | None, other: torch.Tensor) -> bool:
-    """Whether two fingerprints (3, k) are of the same base weight and pair, up to FINGERPRINT_TOLERANCE."""
-    return one is not None and all(sketch_distance(a, b) <= FINGERPRINT_TOLERANCE for a, b in zip(other, one))
+def fingerprints_agree(
+    one: torch.Tensor | None, other: torch.Tensor, pair_tolerance: float = FINGERPRINT_TOLERANCE
+) -> bool:
+    """Whether two fingerprints (3, k) are of the same base weight (up to FINGERPRINT_TOLERANCE) and the same pair."""
+    limits = (FINGERPRINT_TOLERANCE, pair_tolerance, pair_tolerance)
+    return one is not None and all(sketch_distance(a, b) <= limit for a, b, limit in zip(other, one, limits))
+
+
+def pair_fits(base_layer: nn.Module, outer: OuterFactors, expected: torch.Tensor) -> bool:
+    """Whether this very pair, as it lies in memory beside the base weight, is the one of the fingerprint (3, k).
+
+    The fingerprint was taken before the pair was rounded to the base's dtype, which is further off in bfloat16 than
+    FINGERPRINT_TOLERANCE.
+    """
+    rounding = max(FINGERPRINT_TOLERANCE, torch.finfo(outer.A.dtype).eps)
+    return fingerprints_agree(fingerprint(oriented_weight(base_layer), outer), expected, rounding)
 
 
 def check_base(name: str, base_layer: nn.Module, expected: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from .basis import attach_statistic, oriented_weight
 from .config import NoraConfig
 from .functional import where_float64_is
+from .layer import check_unmerged
 from .model import check_targets, find_targets
 
 _token_mask: ContextVar[torch.Tensor | None] = ContextVar("token_mask", default=None)
@@ -69,8 +70,8 @@ def preprocess_nora(
 
     Raises:
         ValueError: if a targeted module never fires, is missing from ``stats`` or has another width there, if the ranks
-            don't fit a module, if neither or both of ``run_model`` and ``stats`` are given, or if the config was
-            injected before without calibration.
+            don't fit a module, if neither or both of ``run_model`` and ``stats`` are given, if the config was injected
+            before without calibration, or if adapters are merged into a targeted module.
     """
     if isinstance(model, PeftModel):
         model = model.get_base_model()
@@ -87,6 +88,8 @@ def preprocess_nora(
         raise ValueError(f"preprocess_nora got {given} of run_model and stats: pass one of them")
     check_targets(model, config)
     targets = find_targets(model, config)
+    for name in targets:
+        check_unmerged(model.get_submodule(name), name, "calibrating")
     if run_model is not None:
         measured = _measure(targets, model if hooked_model is None else hooked_model, config.awsvd_stat, run_model)
     elif stats is not None:

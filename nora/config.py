@@ -183,9 +183,12 @@ class NoraConfig(PeftConfig):
         return LayerRanks(r, outer_r, r if alpha is None else alpha, cut)
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """Write adapter_config.json, in which ``saved`` is set; this object stays as it is."""
+        """Write adapter_config.json, in which ``saved`` is set; this object stays as it is.
+
+        Not where outer_init is still None: no adapter was made of such a config, so there are no weights beside it.
+        """
         marked = copy.copy(self)
-        marked.saved = True
+        marked.saved = self.outer_init is not None
         super(NoraConfig, marked).save_pretrained(save_directory, **kwargs)
 
 

@@ -17,10 +17,10 @@ from .basis import (
     Basis,
     base_weight,
     check_base,
-    fingerprints_agree,
     is_plain,
     is_transposed,
     oriented_weight,
+    pair_fits,
     rebuild_basis,
 )
 from .config import LayerRanks, NoraConfig
@@ -97,7 +97,6 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         self.nora_stats = ExactBuffers(self._record_set)
         self.nora_fingerprint = ExactBuffers(self._record_set)
         self._origins: dict[str, Origin] = {}
-        self._made_from: dict[str, tuple[torch.Tensor | None, torch.Tensor | None]] = {}  # of the pair in use
         self.r: dict[str, int] = {}
         self.nora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
@@ -131,12 +130,11 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         # The pair takes the base's dtype: in fp32 it would double the frozen memory of a half-precision base.
         self.nora_outer_A[adapter_name] = basis.outer.A.to(weight)
         self.nora_outer_B[adapter_name] = basis.outer.B.to(weight)
-        # Copies: load_state_dict writes into the buffers in place, and then they are compared with what the pair is of.
+        # Copies: load_state_dict writes into the buffers in place, and the basis may be another layer's too.
         if basis.fingerprint is not None:
             self.nora_fingerprint[adapter_name] = basis.fingerprint.to(weight.device, copy=True)
         if basis.statistic is not None:
             self.nora_stats[adapter_name] = basis.statistic.to(weight.device, copy=True)
-        self._made_from[adapter_name] = (_copied(basis.fingerprint), _copied(basis.statistic))
 
     def await_basis(self, adapter_name: str) -> None:
         """Make room for a saved adapter: its fingerprint and statistic come with its weights, and then its basis."""
@@ -149,16 +147,11 @@ class NoraLinear(nn.Module, BaseTunerLayer):
 
     # ------------------------------------------------------------------ loading
 
-    def pair_fits(self, adapter_name: str, fingerprint: torch.Tensor, statistic: torch.Tensor | None) -> bool:
-        """Whether the pair in use is the one that this fingerprint (3, k) and statistic (n,) are of."""
-        if adapter_name not in self._made_from:
+    def pair_fits(self, adapter_name: str, fingerprint: torch.Tensor) -> bool:
+        """Whether the pair in use is the one that this fingerprint (3, k) is of; measured, whatever was done to it."""
+        if adapter_name not in self.nora_outer_A:
             return False
-        made_fingerprint, made_statistic = self._made_from[adapter_name]
-        if made_statistic is None or statistic is None:
-            same = made_statistic is statistic
-        else:
-            same = torch.equal(made_statistic, statistic.to(made_statistic))
-        return same and fingerprints_agree(made_fingerprint, fingerprint)
+        return pair_fits(self.get_base_layer(), self._pair(adapter_name), fingerprint)
 
     def rebuilt_basis(self, adapter_name: str, fingerprint: torch.Tensor, statistic: torch.Tensor | None) -> Basis:
         """The basis that this fingerprint and statistic are of, from the base weight; changes nothing.
@@ -183,10 +176,10 @@ class NoraLinear(nn.Module, BaseTunerLayer):
             if base_loaded:
                 self.check_base_is_plain()
                 check_base(self.name, self.get_base_layer(), fingerprint)
-            if not self.pair_fits(adapter_name, fingerprint, statistic):
+            if not self.pair_fits(adapter_name, fingerprint):
                 self.set_basis(adapter_name, self.rebuilt_basis(adapter_name, fingerprint, statistic))
         except ValueError:
-            for held in (self.nora_outer_A, self.nora_outer_B, self._made_from):
+            for held in (self.nora_outer_A, self.nora_outer_B):
                 if adapter_name in held:
                     del held[adapter_name]
             self.nora_fingerprint[adapter_name] = torch.full_like(fingerprint, math.nan)  # waits for its weights again
@@ -203,7 +196,7 @@ class NoraLinear(nn.Module, BaseTunerLayer):
 
     def is_on_meta(self, adapter_name: str) -> bool:
         """Whether the adapter was put into a model on the meta device, so that its pair has no content."""
-        return adapter_name in self._made_from and self._made_from[adapter_name][0] is None
+        return adapter_name in self.nora_outer_A and adapter_name not in self.nora_fingerprint
 
     def check_unmerged(self, before: str) -> None:
         """Raise ValueError if adapters are merged into the base weight, here or in a layer around the same base."""
@@ -240,13 +233,18 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         return self.inner(adapter_name)[0].shape[1]
 
     def basis(self, adapter_name: str) -> Basis:
-        """The adapter's basis as it is in use."""
+        """The adapter's basis as it is in use.
+
+        Raises:
+            ValueError: if the adapter waits for its weights or is offloaded.
+        """
+        self.check_adapter_is_here(adapter_name)
         outer = self.outer(adapter_name)
         return Basis(outer, self.nora_fingerprint[adapter_name], self.nora_stats.get(adapter_name))
 
     def delete_adapter(self, adapter_name: str) -> None:
         # not in other_param_names, because PEFT casts the buffers named there to the base's dtype
-        for held in (self.nora_stats, self.nora_fingerprint, self._origins, self._made_from):
+        for held in (self.nora_stats, self.nora_fingerprint, self._origins):
             if adapter_name in held:
                 del held[adapter_name]
         super().delete_adapter(adapter_name)
@@ -289,7 +287,24 @@ class NoraLinear(nn.Module, BaseTunerLayer):
                 "config was saved and they come with its saved weights: load those with load_adapter or "
                 "set_peft_model_state_dict, or inject with config.saved=False to start a new adapter"
             )
+        if self.is_on_meta(adapter_name) and not self.base_weight.is_meta:
+            raise ValueError(
+                f"adapter {adapter_name!r} at {self.name} was put into a model on the meta device, so its outer "
+                "factors have no content: inject it once the base is loaded"
+            )
+        return self._pair(adapter_name)
+
+    def _pair(self, adapter_name: str) -> OuterFactors:
         return OuterFactors(self.nora_outer_A[adapter_name], self.nora_outer_B[adapter_name])
+
+    def check_adapter_is_here(self, adapter_name: str) -> None:
+        """Raise ValueError if the adapter's numbers can't be read: it waits for them, or they are offloaded."""
+        outer = self.outer(adapter_name)
+        if any(tensor.is_meta for tensor in (*outer, *self.inner(adapter_name))):
+            raise ValueError(
+                f"adapter {adapter_name!r} at {self.name} is not in memory (meta device), as after accelerate's "
+                "offloading: take it off first with accelerate.hooks.remove_hook_from_submodules"
+            )
 
     # ------------------------------------------------------------------ scale, as diffusers sets it
 
@@ -320,7 +335,11 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         """``lora_A`` (r', n) and ``lora_B`` (m, r') in float32 at the adapter's own s, whatever `set_scale` says.
 
         On the CPU: what a file holds must not depend on how a GPU rounds its products (TF32: to 3 digits).
+
+        Raises:
+            ValueError: if the adapter waits for its weights or is offloaded.
         """
+        self.check_adapter_is_here(adapter_name)
         inner_A, inner_B = self.inner(adapter_name)
         return fold(
             inner_A.detach().cpu(),
@@ -338,10 +357,14 @@ class NoraLinear(nn.Module, BaseTunerLayer):
             inner_B.detach(),
             self.outer(adapter_name),
             self.scaling[adapter_name],
-            torch.float64 if self.base_weight.dtype == torch.float64 else torch.float32,
+            self._merging_dtype,
         )
         delta = lora_B @ lora_A  # (m, n)
         return delta.T if is_transposed(self.get_base_layer()) else delta
+
+    @property
+    def _merging_dtype(self) -> torch.dtype:
+        return torch.float64 if self.base_weight.dtype == torch.float64 else torch.float32
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """``ΔW = s B B' A' A`` at the current scale, in the base weight's layout and dtype."""
@@ -350,33 +373,40 @@ class NoraLinear(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add ΔW of the adapters to the base weight; `unmerge` puts back the very bits that were there.
 
-        The sum is formed in float32, or float64 for a float64 base, and rounded once. A copy of the base weight is kept
-        until `unmerge`, because subtracting ΔW again would leave rounding behind, in bfloat16 most of it.
+        All of them or none. Their sum is formed in float32, or float64 for a float64 base, and rounded once. A copy of
+        the base weight is kept until `unmerge`, because subtracting ΔW again would leave rounding behind, in bfloat16
+        most of it.
 
         Args:
             safe_merge: check that the merged weight is finite before it is written.
             adapter_names: which; None means the active ones.
 
         Raises:
-            ValueError: if the base weight is offloaded or quantised, or with ``safe_merge`` if the merged weight would
-                not be finite.
+            ValueError: if the base weight is offloaded, quantised or computed from other parameters, or with
+                ``safe_merge`` if the merged weight would not be finite.
         """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.nora_inner_A:
-                continue
-            weight = self.base_weight
-            self.check_base_is_plain()
-            delta = self._delta_weight(name)
-            merged = (weight.data.to(delta) + delta).to(weight.dtype)
-            if safe_merge and not torch.isfinite(merged).all():
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.nora_inner_A]
+        if not names:
+            return
+        weight = self.base_weight
+        self.check_base_is_plain()
+        if "weight" not in self.get_base_layer()._parameters:
+            raise ValueError(
+                f"{self.name} computes its weight from other parameters, as weight_norm does, and a merged one would "
+                "be lost at the next pass: make it a plain weight first"
+            )
+        total = weight.data.to(self._merging_dtype)
+        for name in names:
+            total = total + self._delta_weight(name)
+            if safe_merge and not torch.isfinite(total.to(weight.dtype)).all():
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken: "
                     f"{self.name} would get NaN or infinity, so load a sound one"
                 )
-            if self._weight_before_merge is None:
-                self._weight_before_merge = weight.data
-            weight.data = merged
-            self.merged_adapters.append(name)
+        if self._weight_before_merge is None:
+            self._weight_before_merge = weight.data
+        weight.data = total.to(weight.dtype)
+        self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Restore the base weight exactly."""
@@ -436,10 +466,6 @@ class NoraLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "nora." + super().__repr__()
-
-
-def _copied(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.clone()
 
 
 def check_unmerged(layer: nn.Module, name: str, before: str) -> None:

@@ -111,7 +111,8 @@ def check_layer(name: str, base_layer: nn.Module, config: NoraConfig) -> None:
     """
     leave_out = "leave that module out of target_modules"
     if not isinstance(base_layer, (nn.Linear, Conv1D)):
-        raise ValueError(f"{name} is a {type(base_layer).__name__}, and NoRA adapts nn.Linear and Conv1D: {leave_out}")
+        kind = f"{type(base_layer).__name__} of {type(base_layer).__module__}"
+        raise ValueError(f"{name} is a {kind}, and NoRA adapts nn.Linear and Conv1D: {leave_out}")
     if isinstance(base_layer, NonDynamicallyQuantizableLinear):
         raise ValueError(f"{name} belongs to nn.MultiheadAttention, which never calls it as a module: {leave_out}")
     weight = base_weight(base_layer)
@@ -136,8 +137,8 @@ def check_targets(model: nn.Module, config: NoraConfig) -> None:
     if not targets:
         raise ValueError(f"target_modules={config.target_modules!r} matches no module of {type(model).__name__}")
     for name, layer in targets.items():
-        check_in_memory(model, name, layer)
         check_layer(name, layer, config)
+        check_in_memory(model, name, layer)
 
 
 def check_in_memory(model: nn.Module, name: str, base_layer: nn.Module) -> None:
@@ -191,8 +192,8 @@ class NoraModel(BaseTuner):
         cut = []
         for name, layer in find_targets(model, config).items():
             check_unmerged(model.get_submodule(name), name, "adding another")
-            check_in_memory(model, name, layer)
             check_layer(name, layer, config)
+            check_in_memory(model, name, layer)
             weight = base_weight(layer)
             if weight.is_meta:
                 continue
@@ -386,6 +387,17 @@ class NoraModel(BaseTuner):
     # ------------------------------------------------------------------ files, as PEFT reads and writes them
 
     @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        """The adapter's entries of the state dict, as a file holds them.
+
+        Raises:
+            ValueError: if the adapter still waits for its weights or is offloaded, so that the file would hold nothing.
+        """
+        for layer in nora_layers(model, adapter_name).values():
+            layer.check_adapter_is_here(adapter_name)
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         """Rebuild each layer's outer pair from the file's statistic and refuse the file if it isn't the saved one.
 
@@ -412,7 +424,7 @@ class NoraModel(BaseTuner):
         bases = {}
         for name, layer in loaded.items():
             record = saved[f"{name}.nora_fingerprint"], saved.get(f"{name}.nora_stats")
-            if not layer.pair_fits(adapter_name, *record):
+            if not layer.pair_fits(adapter_name, record[0]):
                 bases[name] = layer.rebuilt_basis(adapter_name, *record)
         for name, basis in bases.items():
             loaded[name].set_basis(adapter_name, basis)

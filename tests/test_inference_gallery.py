@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, OFTConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_sdxl import build_pipeline, randomise_adapter, saved_base, saved_lora, saved_nora
@@ -374,12 +374,7 @@ def test_figures_are_those_of_the_files_that_the_run_recorded(tmp_path):
     assert figures["LoRA file"] != figures["NoRA file (inner only)"] and "PEFT folders" not in figures
 
 
-WITHOUT_SCALE = pytest.mark.xfail(strict=False, reason="inference.load knows no scale of these methods yet")
-
-
-@pytest.mark.parametrize(
-    "adapter", ["lora", "nora", "loha", *(pytest.param(name, marks=WITHOUT_SCALE) for name in ("ia3", "oft"))]
-)
+@pytest.mark.parametrize("adapter", ["lora", "nora", "loha", "ia3", "oft", "pissa"])
 def test_a_base_column_is_drawn_with_nothing_on_the_pipeline(adapter, tmp_path):
     """Base, adapter, base, on one pipeline: the base's pictures are the same to the bit."""
     path = {"lora": saved_lora, "nora": saved_nora}.get(adapter, lambda: saved_peft(adapter, tmp_path / adapter))()
@@ -393,11 +388,12 @@ def test_a_base_column_is_drawn_with_nothing_on_the_pipeline(adapter, tmp_path):
 
 
 def saved_peft(method: str, folder: Path) -> Path:
-    """A PEFT folder of a method that no LoRA file can hold, with a random update."""
+    """A PEFT folder with a random update: of a method that no LoRA file holds, or of PiSSA, which changes the base."""
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
     config = {
         "loha": lambda: LoHaConfig(r=2, target_modules=targets),
         "ia3": lambda: IA3Config(target_modules=targets, feedforward_modules=[]),
+        "pissa": lambda: LoraConfig(r=2, target_modules=targets, init_lora_weights="pissa"),
         "oft": lambda: OFTConfig(oft_block_size=4, target_modules=targets, module_dropout=0.0),
     }[method]()
     model = get_peft_model(build_pipeline().unet, config)

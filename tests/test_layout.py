@@ -98,7 +98,6 @@ def test_circles_are_found():
 COMMANDS = ("inference.generate", "inference.gallery", "judging.evaluate", "inference.evaluate", "trainer.compare")
 
 
-@pytest.mark.xfail(strict=False, reason="settings.command_line, settings.training and storage.files import torch")
 @pytest.mark.parametrize("flags", [["--help"], ["--no_such_flag"], ["--num_inference_steps", "0"]], ids=" ".join)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_and_refusals_of_flags_import_no_torch(command, flags):

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import math
 from pathlib import Path
 
 import accelerate
@@ -33,7 +34,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
 
 import nora.model
-from nora import NoraConfig, NoraLinear, load_inner, preprocess_nora, save_inner
+from nora import NoraConfig, NoraLinear, fold_nora, load_inner, preprocess_nora, save_inner
 
 
 def no_decomposition(*_, **__):
@@ -568,6 +569,121 @@ def test_a_broken_adapter_is_refused_in_pefts_words(base, broken):
     with pytest.raises(ValueError, match=message):
         model.merge_adapter(safe_merge=True)
     assert torch.equal(base.lin1.base_layer.weight, weight)
+
+
+# ---------------------------------------------------------------------- bases in unusual states
+
+
+def test_adding_to_a_float8_base_is_refused(base):
+    base.lin0.weight.data = base.lin0.weight.data.to(torch.float8_e4m3fn)  # as diffusers' layerwise casting stores it
+    for config in (config_for(["lin0"], outer_init="svd"), config_for(["lin0"], outer_init="svd", saved=True)):
+        with pytest.raises(ValueError, match="lin0 has a weight that is no plain matrix .*float8_e4m3fn"):
+            get_peft_model(base, config)
+
+
+def test_adding_to_a_dynamically_quantised_layer_is_refused(base):
+    quantised = torch.ao.quantization.quantize_dynamic(base, {nn.Linear})
+    with pytest.raises(ValueError, match="lin0 is a Linear of torch.ao.nn.quantized.dynamic"):
+        get_peft_model(quantised, config_for(["lin0"], outer_init="svd"))
+
+
+def test_a_model_that_was_made_on_the_meta_device_refuses_to_run_or_save_without_weights(base, tmp_path):
+    with torch.device("meta"):
+        model = get_peft_model(MLP(), config_for(["lin0"], outer_init="svd"))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) > 0  # what the meta device is for
+    model.to_empty(device="cpu")
+    layer = model.base_model.model.lin0
+    for action in (
+        lambda: model(X),
+        lambda: layer.fold("default"),
+        lambda: model.save_pretrained(tmp_path / "folder"),
+        lambda: save_inner(tmp_path / "inner.safetensors", {"model": model.base_model.model}),
+    ):
+        with pytest.raises(ValueError, match="lin0.* meta device"):
+            action()
+    assert not (tmp_path / "inner.safetensors").exists()
+
+
+def test_emptying_a_live_model_and_loading_its_state_again_gives_its_outputs(pair):
+    live, other = pair
+    expected, state = other(X), copy.deepcopy(other.state_dict())
+    live.to_empty(device="cpu")
+    for buffer in (live.base_model.model.lin0.nora_outer_A, live.base_model.model.lin0.nora_outer_B):
+        buffer["default"].fill_(math.nan)  # what memory happens to hold
+    live.load_state_dict(state)
+    assert_close(live(X), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loading_the_same_half_precision_state_again_decomposes_nothing(base, dtype, monkeypatch):
+    model = get_peft_model(base.to(dtype), config_for(["lin0"], outer_init="svd"))
+    monkeypatch.setattr(nora.layer, "rebuild_basis", no_decomposition)
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+
+
+def test_an_offloaded_adapter_is_refused_where_its_numbers_are_needed(pair, tmp_path):
+    live, _ = pair
+    inside = live.base_model.model
+    accelerate.cpu_offload(inside, execution_device="cpu")
+    for action in (
+        lambda: inside.lin0.fold("default"),
+        lambda: fold_nora(live),
+        lambda: live.save_pretrained(tmp_path / "folder"),
+        lambda: save_inner(tmp_path / "inner.safetensors", {"model": inside}),
+    ):
+        with pytest.raises(ValueError, match="lin0.*offloading"):
+            action()
+    assert not (tmp_path / "folder" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("normalise", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_merging_into_a_weight_that_is_computed_anew_is_refused(base, normalise):
+    normalise(base.lin0)
+    model = get_peft_model(base, config_for(["lin0"], outer_init="svd", init_weights=False)).eval()
+    before = model(X)
+    with pytest.raises(ValueError, match="lin0 computes its weight from other parameters"):
+        model.merge_adapter()
+    assert torch.equal(model(X), before)
+
+
+def test_several_adapters_are_merged_with_one_rounding_and_all_or_none(base):
+    model = get_peft_model(base.bfloat16(), config_for(["lin0"], outer_init="svd", init_weights=False))
+    model.add_adapter("other", config_for(["lin0"], outer_init="svd", init_weights=False))
+    layer = model.base_model.model.lin0
+    weight = layer.base_layer.weight.detach().clone()
+    exact = weight.float() + sum(layer._delta_weight(name) for name in ("default", "other"))
+    layer.merge(adapter_names=["default", "other"])
+    assert torch.equal(layer.base_layer.weight, exact.bfloat16())
+    layer.unmerge()
+    with torch.no_grad():
+        layer.nora_inner_A["other"].weight[0] = math.nan
+    with pytest.raises(ValueError, match="NaNs detected.* adapter other "):
+        layer.merge(safe_merge=True, adapter_names=["default", "other"])
+    assert not layer.merged
+    assert torch.equal(layer.base_layer.weight, weight)
+
+
+def test_calibrating_a_model_with_merged_adapters_is_refused(pair):
+    live, _ = pair
+    live.merge_adapter()
+    with pytest.raises(ValueError, match="lin0 has merged adapters .*unmerge them before calibrating"):
+        preprocess_nora(live, config_for(["lin0"]), lambda: live(X))
+
+
+def test_saving_an_adapter_that_still_waits_for_its_weights_is_refused(base, tmp_path):
+    model = get_peft_model(base, config_for(["lin0"], outer_init="svd", saved=True))
+    with pytest.raises(ValueError, match="adapter 'default' has no outer factors at lin0"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_config_that_was_saved_before_any_injection_still_chooses_its_factors(base, tmp_path):
+    NoraConfig(target_modules=["lin0"]).save_pretrained(tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert config.outer_init is None
+    with pytest.warns(UserWarning, match="plain SVD"):
+        get_peft_model(base, config)(X)
 
 
 def test_the_library_asks_no_environment_and_knows_no_home():
