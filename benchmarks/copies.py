@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
+from diffusers import StableDiffusionXLPipeline
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from torch.nn import functional
 
@@ -180,11 +181,18 @@ def square_pictures(folder: Path) -> list[Image.Image]:
     return [ImageOps.fit(image, (256, 256), Image.Resampling.LANCZOS) for image in images]
 
 
+@torch.no_grad()
+def through_autoencoder(pipeline: StableDiffusionXLPipeline, images: Sequence[Image.Image]) -> list[Image.Image]:
+    """As well as the base could draw them: encoded and decoded."""
+    pixels = pipeline.image_processor.preprocess(list(images))
+    decoded = pipeline.vae.decode(pipeline.vae.encode(pixels).latent_dist.mode()).sample
+    return pipeline.image_processor.postprocess(decoded)
+
+
 def base_pictures(
-    base: str, classes: Sequence[str], seeds: Sequence[int] = SEEDS, steps: int = 20
+    pipeline: StableDiffusionXLPipeline, classes: Sequence[str], seeds: Sequence[int] = SEEDS, steps: int = 20
 ) -> dict[str, list[Image.Image]]:
     """Class -> the base's own pictures of it."""
-    pipeline = load_pipeline(base, torch.float32, "cpu")
     options = {"num_inference_steps": steps, "batch_size": 4, "progress": False}
     return {
         name: [one.image for one in generate_images(pipeline, [s.format(name) for s in SCENES], seeds, **options)]
@@ -206,9 +214,13 @@ def twins(images: Sequence[Image.Image]) -> set[int]:
 
 
 def measure(
-    make: Mapping[str, type], folders: Sequence[Path], drawn: Mapping[str, Sequence[Image.Image]], size: tuple[int, int]
+    make: Mapping[str, Callable[[Sequence[Image.Image]], Detector]],
+    folders: Sequence[Path],
+    pipeline: StableDiffusionXLPipeline,
 ) -> dict[str, Counter[str]]:
     """Candidate -> counts: a column's "name" and, of how many, "name of"."""
+    drawn = base_pictures(pipeline, ("robot", "cat", "dog", "teapot"))
+    size = drawn["robot"][0].size
     counts: dict[str, Counter[str]] = {name: Counter() for name in make}
 
     def small(images: Sequence[Image.Image]) -> list[Image.Image]:
@@ -226,6 +238,7 @@ def measure(
             before = figures[number] if figures else _cut_out(image, others[number])
             for kind, copy in copies(image, number, before).items():
                 kinds.setdefault(kind, []).append(copy)
+        kinds["through the base's autoencoder"] = through_autoencoder(pipeline, small(train))
         alone = twins(train)
         for name, maker in make.items():
             detector: Detector = maker(train)
@@ -255,9 +268,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     folders = [one for place in args.subjects for one in sorted(Path(place).iterdir()) if one.is_dir()]
     folders = [folder for folder in folders if folder.name != "heldout"]
     encoder = ImageEncoder(args.dino, torch.device("cpu"))
-    drawn = base_pictures(args.base, ("robot", "cat", "dog", "teapot"))
+    pipeline = load_pipeline(args.base, torch.float32, "cpu")
     make = {"thumbnails": Thumbnails, "patches": lambda instances: Patches(encoder, instances), "parts": CopyDetector}
-    counts = measure(make, folders, drawn, drawn["robot"][0].size)
+    counts = measure(make, folders, pipeline)
     columns = [column for column in counts["parts"] if f"{column} of" in counts["parts"]]
     print("| | " + " | ".join(make) + " |\n" + "|---" * (len(make) + 1) + "|")
     for column in columns:

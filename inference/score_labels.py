@@ -48,6 +48,4 @@ def difference_sentences(differences: Mapping[str, Any]) -> list[str]:
 
 def format_copies(found: Mapping[str, Any]) -> str:
     """ "3 of 24", and a word where that is more than the detector's own errors would give."""
-    if found["count"] is None:
-        return "unknown"
     return f"{found['count']} of {found['pictures']}" + (" **COPIES**" if found["alarm"] else "")

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-from benchmarks.copies import base_pictures, copies, held_out, square_pictures
+from benchmarks.copies import base_pictures, copies, held_out, redrawn, square_pictures, through_autoencoder
+from inference.base import load_pipeline
 from judging.copies import GRID, SCALES, Copies, CopyDetector, Templates, edges, likeness
 from storage.pictures import open_image
 
@@ -28,6 +29,11 @@ def drawn(images):
 @pytest.fixture(scope="module")
 def detectors():
     return {name: CopyDetector(square_pictures(SUBJECTS / name)) for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return load_pipeline(str(ROOT / "assets" / "tiny-sdxl"), torch.float32, "cpu")
 
 
 # --- false alarms -----------------------------------------------------------------------------------------------------
@@ -63,9 +69,9 @@ def test_photographs_held_out_in_turn_are_no_copies():
     assert total >= 9 and flagged == 0
 
 
-def test_the_base_s_own_pictures_are_no_copies(detectors):
+def test_the_base_s_own_pictures_are_no_copies(detectors, pipeline):
     """Of the subjects' classes, as the base draws them without any adapter."""
-    own = base_pictures(str(ROOT / "assets" / "tiny-sdxl"), NAMES, seeds=(11,), steps=8)
+    own = base_pictures(pipeline, NAMES, seeds=(11,), steps=8)
     assert sum(map(len, own.values())) == 16
     for name, detector in detectors.items():
         assert not any(detector.copied(own[name])), name
@@ -89,8 +95,6 @@ FLOORS = {  # of 8 pictures of the sample subjects
 
 
 def test_copies_are_found_by_kind(detectors):
-    from benchmarks.copies import redrawn
-
     pytest.importorskip("resvg_py", reason="resvg_py draws the figures before other backgrounds")
     hits, total = dict.fromkeys(FLOORS, 0), 0
     for name, detector in detectors.items():
@@ -101,6 +105,14 @@ def test_copies_are_found_by_kind(detectors):
             for kind, found in zip(FLOORS, detector.copied(drawn([kinds[kind] for kind in FLOORS]))):
                 hits[kind] += found
     assert total == 8 and all(hits[kind] / total >= floor for kind, floor in FLOORS.items()), hits
+
+
+def test_copies_as_well_as_the_base_can_draw_them_are_found(detectors, pipeline):
+    hits = total = 0
+    for name, detector in detectors.items():
+        found = detector.copied(through_autoencoder(pipeline, drawn(square_pictures(SUBJECTS / name))))
+        hits, total = hits + sum(found), total + len(found)
+    assert total == 23 and hits >= 20, hits
 
 
 def photographs(count, width, height):
