@@ -45,7 +45,7 @@ class Likeness(NamedTuple):
     part: float
 
 
-WAY = Likeness(0.5, 0.25)  # from the training images' own likeness to 1: where the limit lies
+WAY = Likeness(0.5, 0.22)  # from the training images' own likeness to 1: where the limit lies
 FLOOR = Likeness(0.84, 0.25)
 # The likeness that stands in for a lone training image's, as high as that of drawings of one figure; a choice.
 LONE = Likeness(0.8, 0.7)
