@@ -6,7 +6,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from inference.score_labels import difference_cells, difference_sentences, score_cells
+from inference.score_labels import (
+    COPIES_LABEL,
+    SCORE_LABELS,
+    difference_cells,
+    difference_sentences,
+    score_cells,
+)
 from runs.interval import LEVEL
 
 UNKNOWN = "–"
@@ -22,16 +28,17 @@ def score_table(result: Mapping[str, Any]) -> str:
         others = {
             f"{name} − {differences['first']}": difference_cells(own) for name, own in differences["others"].items()
         }
-        level = 1 - (1 - LEVEL) / len(others)
-        together = "" if len(others) == 1 else f" ({level:.1%} each, 95 % together)"
-        parts.append(f"Paired differences{together}, p by Holm for {len(others)}:")
+        several = f", 95 % intervals together ({1 - (1 - LEVEL) / len(others):.1%} each), p by Holm for {len(others)}"
+        parts.append(f"Paired differences{several if len(others) > 1 else ''}:")
         parts += [table_of(others), "\n".join(f"- {sentence}" for sentence in difference_sentences(differences))]
     return "\n\n".join(parts)
 
 
 def table_of(rows: Mapping[str, Mapping[str, str]]) -> str:
-    """Markdown, one row a name; a cell that a row lacks is a dash."""
-    labels = list(dict.fromkeys(label for cells in rows.values() for label in cells))
+    """Markdown, one row a name, scores last and in their order; a cell that a row lacks is a dash."""
+    found = dict.fromkeys(label for cells in rows.values() for label in cells)
+    order = [*SCORE_LABELS.values(), COPIES_LABEL]
+    labels = [label for label in found if label not in order] + [label for label in order if label in found]
     return markdown_table(
         ["", *labels], [[name, *(cells.get(label, UNKNOWN) for label in labels)] for name, cells in rows.items()]
     )

@@ -156,6 +156,7 @@ def test_trainings_are_what_varies_and_are_paired_by_their_seed(compared):
 def test_the_table_says_costs_scores_and_what_follows(compared):
     text = score_table(compared)
     assert "| lora | 1,000 | 5 kB | 0.25 s | 77 MB | 3.5 s | 0.200 [" in text and "| 9 of 12 **COPIES** |" in text
+    assert text.splitlines()[0].endswith("| Start-up | DINO ↑ | Copies of training images ↓ |")
     assert "| nora − lora | +0.060 [" in text and "- nora is 0.060 higher than lora in DINO: " in text
 
 
