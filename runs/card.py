@@ -10,6 +10,9 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from methods.components import FOLDED_WEIGHTS
+from methods.registry import METHODS
+from runs.interval import Interval, format_interval
 from runs.plot import loss_plot
 from runs.record import METRICS
 from storage.files import write_atomic
@@ -44,7 +47,19 @@ def card_text(record: Mapping[str, Any], samples: Sequence[tuple[str, str]] = ()
     )
     options = {"template_path": str(_TEMPLATE), "record": record, "samples": samples, "loss_plot": LOSS_PLOT}
     options |= {"prompt": instance_prompt, "plain": plain, "code": code, "literal": literal}
+    options |= {"best_score": _best_score(record.get("best")), "method": METHODS[record["method"]].title}
+    options["lora_file"] = FOLDED_WEIGHTS if FOLDED_WEIGHTS in record["files"] else None
     return str(ModelCard.from_template(data, **options))
+
+
+def _best_score(best: Mapping[str, Any] | None) -> str | None:
+    """The score by which an adapter was the best one, with its interval over what was drawn."""
+    if best is None:
+        return None
+    if "interval" not in best:  # a loss is no score of pictures
+        return format_interval(Interval(best[best["by"]]))
+    found = Interval.read(best["interval"])
+    return f"{format_interval(found)} ({found.level:.0%} interval, {found.units}; of this training alone)"
 
 
 def one_line(text: str) -> str:

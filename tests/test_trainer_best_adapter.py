@@ -113,7 +113,7 @@ def judge(tmp_path):
 
 def test_an_adapter_that_copies_is_never_the_best(judge, tmp_path, capsys):
     cats = [open_image(path) for path in find_images(CAT, "instance_data_dir")]
-    blank = [GeneratedImage("a [V] cat", seed, Image.new("RGB", (64, 64), "teal")) for seed in range(2)]
+    blank = [GeneratedImage("a [V] cat", seed, Image.new("RGB", (64, 64), "teal")) for seed in range(6)]
     copies = [GeneratedImage("a [V] cat", seed, image) for seed, image in enumerate(cats)]
     kept = []
     first = judge.look(1, blank, 0.5, kept.append)
@@ -123,6 +123,17 @@ def test_an_adapter_that_copies_is_never_the_best(judge, tmp_path, capsys):
     printed = capsys.readouterr().err
     assert "step 2 draws its training images" in printed and "fidelity rises only by memorising" in printed
     assert judge.waited == 1
+
+
+def test_one_copy_of_a_dozen_is_within_the_detector_s_error(judge):
+    """--best_by leaves an evaluation out for more copies than the detector's own errors would give, for no fewer."""
+    cats = [open_image(path) for path in find_images(CAT, "instance_data_dir")]
+    blank = [GeneratedImage("a [V] cat", seed, Image.new("RGB", (64, 64), "teal")) for seed in range(12)]
+    for copies, best in ((1, 1), (3, 1)):
+        mixed = [GeneratedImage("a [V] cat", seed, image) for seed, image in enumerate(cats[:copies])]
+        found = judge.look(copies, [*mixed, *blank[copies:]], 0.5, lambda folder: None)
+        assert found["copies"] == copies / 12 and judge.best["step"] == best
+    assert judge.waited == 1 and judge.best["interval"]["varies"] == ("seeds",)
 
 
 def test_prompts_are_the_protocol_s_with_the_subject_in_them(judge):

@@ -17,7 +17,8 @@ from dreambooth.prepare import Pictures
 from inference.sampling import GeneratedImage
 from judging.prompts import FIRST_SEED, Protocol, subject_of_prompt, with_article
 from judging.scorer import Scorer
-from judging.tables import warn_of_memorisation
+from judging.statistics import interval
+from judging.tables import warn_of_copies
 from methods.components import BEST, BEST_SCORES
 from settings.columns import CLIP, DINO
 from settings.watching import EvaluationOptions
@@ -29,7 +30,8 @@ class RunJudge:
     """Looks at the run every ``--eval_steps``; nothing where the flag is not given.
 
     The best adapter has the highest score of ``--best_by`` (the lowest, for val_loss) among the evaluations in which
-    the memorisation alarm is silent. An equal one later is no better.
+    no alarm says that it draws copies of training images: more of them than the detector's own errors would give. An
+    equal one later is no better.
 
     Raises:
         ValueError: if an encoder or the protocol can't be had.
@@ -69,12 +71,12 @@ class RunJudge:
         Args:
             save_adapter: writes the adapter's files into a folder.
         """
-        scores = self.scorer.score(drawn)
-        copied = scores["memorisation"]
-        found = {name: scores[name].mean for name in ("dino", "clip_i", "clip_t")}
-        found |= {"val_loss": val_loss, "nearest_training_image": copied.nearest}
+        scores, copied = self.scorer.score(drawn), self.scorer.copies(drawn)
+        intervals = {name: interval([scores[name]]) for name in ("dino", "clip_i", "clip_t")}
+        found = {name: one.estimate for name, one in intervals.items()}
+        found |= {"val_loss": val_loss, "copies": copied.share}
         if copied.alarm:
-            warn_of_memorisation(f"step {step}", copied._asdict())
+            warn_of_copies(f"step {step}", copied.fields())
             if self.before and found["dino"] > self.before["dino"]:
                 print(
                     f"warning: step {step}: fidelity rises only by memorising, it is not kept as the best",
@@ -85,6 +87,8 @@ class RunJudge:
         if not copied.alarm and self._is_better(found):
             self.waited = 0
             self.best = {"step": step, "by": self.options.best_by, **found}
+            if (by := intervals.get(self.options.best_by)) is not None:
+                self.best["interval"] = by.fields()
             self._keep(save_adapter)
         return found
 

@@ -25,13 +25,12 @@ from typing import Any
 
 from dreambooth.prior import is_drawn
 from inference import gallery
-from inference.score_labels import SCORE_LABELS
+from inference.score_labels import SCORES_VERSION
 from judging import evaluate
 from judging.plan import instance_folder
-from judging.statistics import confidence_interval
-from judging.tables import markdown_table, warn_of_memorisation
+from judging.tables import score_table, warn_of_copies
 from methods.components import RUN_RECORD
-from settings.columns import CompareConfig, EvaluateConfig, GalleryConfig
+from settings.columns import BASE_COLUMN, CompareConfig, EvaluateConfig, GalleryConfig
 from settings.command_line import parse_config, parse_flags, run_command
 from settings.sampling import SamplingConfig
 from settings.training import TrainConfig
@@ -57,6 +56,10 @@ INPUTS = (
 )
 CONCEPT_INPUTS = ("instance_data_dir", "class_data_dir")  # the same of an entry of --concepts_list
 OWN_FLAGS = ("--output_dir", "--seed", "--resume_from_checkpoint", "--dry_run", "--config")
+CAPTION = (
+    "Scores with 95 % intervals over all that there are several of: trainings, prompts and seeds of the pictures. "
+    "Of one training they say nothing about another. Differences are paired; docs/judging.md says how all is computed."
+)
 RESERVED = ("base", "pictures")  # what else is in the folder or on the page
 
 
@@ -175,43 +178,40 @@ def inputs(run: Run) -> dict[str, Any]:
     return states
 
 
-def summarise(scores: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, dict[str, dict[str, float]]]:
-    """Method -> score -> mean and the half of its 95 % interval.
+def summarise(result: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
+    """A file of scores with a column a method: over its trainings, with what they cost and the paired differences.
 
-    Of several trainings the interval is Student's, between trainings; of one it is the bootstrap's, between pictures.
+    Trainings are paired by their seed, pictures by prompt and seed.
     """
-    summary: dict[str, dict[str, dict[str, float]]] = {}
-    for method in dict.fromkeys(run.method for run in runs):
-        own = [scores[run.name] for run in runs if run.method == method]
-        summary[method] = {}
-        for key in SCORE_LABELS:
-            found = [one[key] for one in own if key in one]
-            if len(found) > 1:
-                mean, half = confidence_interval([one["mean"] for one in found])
-            elif found:
-                mean, half = found[0]["mean"], (found[0]["high"] - found[0]["low"]) / 2
-            else:
-                continue
-            summary[method][key] = {"mean": mean, "half": half}
-        alarms = [one["memorisation"]["alarm"] for one in own]
-        nearest = [one["memorisation"]["nearest"] for one in own]
-        summary[method]["memorisation"] = {"nearest": sum(nearest) / len(nearest), "alarms": sum(alarms)}
-    return summary
+    from inference.figures import cost_figures  # these import PyTorch
+    from judging.comparison import method_differences, score_summary
+
+    methods: dict[str, dict[int, dict[str, Any]]] = {}
+    for run in runs:
+        copies = {"copies": result["scores"][run.name]["copies"]}
+        methods.setdefault(run.method, {})[run.seed] = result["draws"][run.name] | copies
+    records = {
+        method: [read_json(one.folder / RUN_RECORD) for one in runs if one.method == method] for method in methods
+    }
+    return {
+        "version": SCORES_VERSION,
+        "scores": {BASE_COLUMN: result["scores"][BASE_COLUMN]}
+        | {method: score_summary(list(trainings.values())) for method, trainings in methods.items()},
+        "differences": method_differences(methods),
+        "costs": {method: cost_figures(own) for method, own in records.items()},
+    }
 
 
-def table(summary: Mapping[str, Mapping[str, Mapping[str, float]]], records: Mapping[str, Mapping[str, Any]]) -> str:
-    """One row a method: what it trains and costs, its scores with 95 % intervals."""
-    known = [key for key in SCORE_LABELS if any(key in scores for scores in summary.values())]
-    header = ["method", "trained", "s/step", *(SCORE_LABELS[key] for key in known), "nearest training image"]
-    rows = []
-    for method, scores in summary.items():
-        record = records[method]
-        cells = [method, f"{record['trainable_parameters']:,}", f"{record['timings']['seconds_per_step']:.3g}"]
-        cells += [f"{scores[key]['mean']:.3f} ± {scores[key]['half']:.3f}" if key in scores else "–" for key in known]
-        found = scores["memorisation"]
-        cells.append(f"{found['nearest']:.2f}" + (f" ({found['alarms']} memorised)" if found["alarms"] else ""))
-        rows.append(cells)
-    return markdown_table(header, rows)
+def of_columns(summary: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The summary under other names: method -> column of the page."""
+
+    def renamed(found: Mapping[str, Any]) -> dict[str, Any]:
+        return {columns.get(name, name): own for name, own in found.items()}
+
+    named = {**summary, "scores": renamed(summary["scores"]), "costs": renamed(summary["costs"])}
+    if found := summary["differences"]:
+        named["differences"] = {"first": columns[found["first"]], "others": renamed(found["others"])}
+    return named
 
 
 def run(config: CompareConfig, train_flags: Sequence[str]) -> Path:
@@ -234,13 +234,15 @@ def run(config: CompareConfig, train_flags: Sequence[str]) -> Path:
 
     result = evaluate.run(scoring)
     for name, scores in result["scores"].items():
-        warn_of_memorisation(name, scores["memorisation"])
-    records = {one.method: read_json(one.folder / RUN_RECORD) for one in reversed(runs)}
-    text = table(summarise(result["scores"], runs), records)
-    count = len(config.train_seeds or [0])
-    between = f"between {count} trainings of each" if count > 1 else "between pictures, of one training of each"
-    write_atomic(output_dir / "table.md", f"{text}\n\nMean ± half of the 95 % interval, {between}.\n")
+        warn_of_copies(name, scores["copies"])
+    summary = summarise(result, runs)
+    text = score_table(summary)
+    write_atomic(output_dir / "table.md", f"{text}\n\n{CAPTION}\n")
     print(text)
+    shown = {one.method: one for one in reversed(runs)}  # of several trainings the first
+    columns = {method: one.name for method, one in shown.items()}
+    summary_file = output_dir / "summary.json"
+    write_atomic(summary_file, json.dumps(of_columns(summary, columns), indent=1, ensure_ascii=False) + "\n")
     page, _ = gallery.run(
         GalleryConfig(
             **sampling_flags(config),
@@ -248,7 +250,7 @@ def run(config: CompareConfig, train_flags: Sequence[str]) -> Path:
             prompts=result["prompts"],
             seeds=result["seeds"],
             instance_images=instance_folder(config.instance_images, trained),
-            scores=scoring.output,
+            scores=str(summary_file),
             output=str(output_dir / "gallery.html"),
         )
     )
