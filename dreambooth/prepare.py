@@ -202,8 +202,11 @@ def read_pictures(
     return Pictures(concepts, instance, classes, held_out, settings)
 
 
-def check_folders(output_dir: str, data: DataOptions, prior: PriorOptions) -> None:
+def check_folders(output_dir: str, data: DataOptions, prior: PriorOptions, held_out_dir: str | None = None) -> None:
     """Refuse folders that would be written to while they hold something else.
+
+    Args:
+        held_out_dir: pictures for the validation loss.
 
     Raises:
         ValueError: naming the two flags.
@@ -220,6 +223,11 @@ def check_folders(output_dir: str, data: DataOptions, prior: PriorOptions) -> No
         for path in folders.keys() & taken.keys():
             raise ValueError(f"--{folders[path]} and --{taken[path]} are the same folder {path}: name another one")
         taken |= folders
+    only_read = {"mask_data_dir": data.mask_data_dir, "validation_data_dir": held_out_dir}
+    written = {path: name for path, name in taken.items() if "instance_data_dir" not in name}
+    for name, folder in only_read.items():
+        if folder is not None and (path := Path(folder).resolve()) in written:
+            raise ValueError(f"--{name} and --{written[path]} are the same folder {path}: name another one")
 
 
 def read_class_pictures(prior: PriorOptions, concepts: Sequence[Concept]) -> list[Inspected]:

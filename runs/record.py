@@ -18,8 +18,10 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
+from methods.components import BEST, BEST_SCORES, RUN_RECORD
 from runs.plot import loss_plot
-from storage.files import write_atomic
+from storage.files import read_json, write_atomic
+from storage.pictures import drawn_here
 
 RECORD_VERSION = 1
 METRICS = "metrics.jsonl"
@@ -28,6 +30,40 @@ LOSS_PLOT = "loss.png"
 SAMPLES = "samples"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 _CARD_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+
+
+def is_metrics(path: Path) -> bool:
+    """Whether a file is a run's metrics, from its first line; an empty one is of a run that was cut off."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            line = file.readline()
+        return not line or "step" in json.loads(line)
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def recorded_files(folder: Path) -> list[Path]:
+    """The files in a run's folder that runs have written and recorded there, checkpoints apart.
+
+    That is what ``run.json`` and the best adapter's scores list, with the size that they list, and samples, which say
+    themselves what made them. Nothing else may be cleared.
+    """
+    found = [path for path in (folder / SAMPLES).rglob("*.png") if drawn_here(path)]
+    for inside, record_name, own in ((folder, RUN_RECORD, (MODEL_CARD, LOSS_PLOT)), (folder / BEST, BEST_SCORES, ())):
+        try:
+            files = read_json(inside / record_name).get("files", {})
+        except (OSError, ValueError):
+            continue
+        named = [inside / record_name, *(inside / name for name in own)]
+        found += [path for path in named if path.is_file()]
+        sized = [(inside / name, size) for name, size in files.items()] if isinstance(files, dict) else []
+        found += [path for path, size in sized if path.is_file() and path.stat().st_size == size]
+    return found
+
+
+def file_sizes(folder: Path, files: Sequence[str]) -> dict[str, int]:
+    """Name -> bytes of the files that were written: what a record has of them."""
+    return {name: (folder / name).stat().st_size for name in files}
 
 
 def step_samples(step: int) -> str:
@@ -171,7 +207,7 @@ def run_record(
         "timings": {name: round(seconds, 4) for name, seconds in clock.timings.items()}
         | {"total_seconds": round(clock.total, 4)},
         "peak_memory_mb": round(peak_memory_mb(device), 1),
-        "files": {name: (folder / name).stat().st_size for name in files},
+        "files": file_sizes(folder, files),
         **({"approximation_error": round(approximation_error, 4)} if approximation_error is not None else {}),
         "best": best,
         "new_words": dict(new_words),

@@ -145,14 +145,32 @@ def _warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
+SOFTWARE = "NoRA training suite"  # what a PNG of ours says that it was made by; an editor puts its own name there
+
+
+def png_text(path: Path) -> dict[str, str]:
+    """The metadata of a PNG by keyword; {} where it has none, or is none."""
+    try:
+        with Image.open(path) as file:
+            return {name: str(value) for name, value in getattr(file, "text", {}).items()}
+    except Exception:  # damaged, or something else
+        return {}
+
+
+def drawn_here(path: Path) -> bool:
+    """Whether a picture was written by this suite and by nothing else since: only then it may be replaced."""
+    text = png_text(path)
+    return text.get("Software") == SOFTWARE or text.get("command", "").startswith("python -m inference.generate")
+
+
 def png_bytes(image: Image.Image, text: Mapping[str, str] | None = None) -> bytes:
-    """A PNG file's bytes.
+    """A PNG file's bytes, which say that this suite made it.
 
     Args:
         text: metadata, by keyword; what tools show as the picture's parameters.
     """
     info = PngInfo()
-    for keyword, value in (text or {}).items():
+    for keyword, value in ({"Software": SOFTWARE} | dict(text or {})).items():
         info.add_itxt(keyword, value)
     stream = io.BytesIO()
     image.save(stream, format="PNG", pnginfo=info)

@@ -15,9 +15,14 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 from dreambooth.data import find_examples, held_out_examples, read_concepts
 from dreambooth.prepare import read_pictures
+from inference.manifest import image_names, text_digest, write_image
+from settings.columns import CompareConfig
+from settings.sampling import MAX_SEED
 from settings.training import TrainConfig
 from storage.decoding import exif_orientation
+from storage.files import write_atomic
 from storage.pictures import find_images, open_image, open_mask
+from trainer.compare import plan
 
 FAULTS = Path(__file__).parent.parent.parent / "shared" / "faults" / "inputs"
 needs_faults = pytest.mark.skipif(not FAULTS.is_dir(), reason="the faults' inputs lie beside the repository")
@@ -526,3 +531,39 @@ def test_held_out_pictures_without_masks_are_said(tmp_path, capsys):
     one = config(instance_data_dir=str(tmp_path / "cat"), mask_data_dir=str(tmp_path / "masks"))
     read_pictures(one.data, one.prior, 8, held_out_dir=str(save(tmp_path / "held", "h.png")))
     assert "the validation loss counts everywhere" in capsys.readouterr().err
+
+
+# --- names of drawn pictures ------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=120), min_size=1, max_size=4, unique=True
+    )
+)
+def test_names_of_drawn_pictures_fit_every_file_system(prompts):
+    """Fancy letters take four bytes each, and a lower case may be longer than its capital."""
+    names = image_names(prompts)
+    assert len(set(names.values())) == len(prompts)
+    for name in names.values():
+        longest = f"{name}-seed{MAX_SEED}-scale-0.30000000000000004-{text_digest(name)}.png"
+        assert len(longest.encode()) < 143 and name and not set(name) & set("/\\:\0")
+
+
+def test_pictures_of_fancy_and_japanese_prompts_are_written(tmp_path):
+    for prompt in ("\U0001d4d0" * 80, "猫" * 80, "ﷺ" * 60, "é" * 100, "İ" * 60):
+        write_image(
+            tmp_path, {"file": f"{image_names([prompt])[prompt]}-seed0.png", "adapter": None}, Image.new("RGB", (4, 4))
+        )
+    assert len(list(tmp_path.glob("*.png"))) == 5
+
+
+def test_a_file_whose_name_is_as_long_as_names_can_be(tmp_path):
+    for name in ("g" * 250 + ".html", "猫" * 83 + ".json"):
+        assert write_atomic(tmp_path / name, "x").read_text() == "x"
+
+
+def test_a_method_with_an_endless_name_is_refused_before_training():
+    with pytest.raises(ValueError, match="is longer than 200 bytes: give it a shorter name"):
+        plan(CompareConfig(methods=["n" * 201 + "=--method nora"], output_dir="x"), [])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from judging.prompts import FIRST_SEED, Protocol, subject_of_prompt, with_articl
 from judging.scorer import Scorer
 from judging.tables import warn_of_memorisation
 from methods.components import BEST, BEST_SCORES
+from runs.record import file_sizes
 from settings.columns import CLIP, DINO
 from settings.watching import EvaluationOptions
 from storage.files import replacing_folder, write_atomic
@@ -61,12 +62,12 @@ class RunJudge:
         return every is not None and (step % every == 0 or step == self.total_steps)
 
     def look(
-        self, step: int, drawn: list[GeneratedImage], val_loss: float, save_adapter: Callable[[Path], Any]
+        self, step: int, drawn: list[GeneratedImage], val_loss: float, save_adapter: Callable[[Path], Sequence[str]]
     ) -> dict[str, float]:
         """Score the pictures, keep the adapter if it is the best so far; returns what is to be logged. Main process.
 
         Args:
-            save_adapter: writes the adapter's files into a folder.
+            save_adapter: writes the adapter's files into a folder, and returns their names.
         """
         scores = self.scorer.score(drawn)
         copied = scores["memorisation"]
@@ -93,9 +94,10 @@ class RunJudge:
             return True
         return found[name] < self.best[name] if name == "val_loss" else found[name] > self.best[name]
 
-    def _keep(self, save_adapter: Callable[[Path], Any]) -> None:
+    def _keep(self, save_adapter: Callable[[Path], Sequence[str]]) -> None:
+        assert self.best is not None
         with replacing_folder(self.output_dir / BEST) as fresh:
-            save_adapter(fresh)
+            self.best["files"] = file_sizes(fresh, save_adapter(fresh))
             write_atomic(fresh / BEST_SCORES, json.dumps(self.best, indent=1) + "\n")
 
     def gives_up(self) -> bool:

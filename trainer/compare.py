@@ -47,6 +47,7 @@ INPUTS = (
     "mask_data_dir",
 )
 OWN_FLAGS = ("--output_dir", "--seed", "--resume_from_checkpoint", "--dry_run", "--config")
+NAME_BYTES = 200  # a file's name takes 255
 RESERVED = ("base", "pictures")  # what else is in the folder or on the page
 
 
@@ -78,6 +79,10 @@ def plan(config: CompareConfig, train_flags: Sequence[str]) -> list[Run]:
         for flag in OWN_FLAGS:
             if any(given == flag or given.startswith(f"{flag}=") for given in [*train_flags, *own]):
                 raise ValueError(f"{flag} is this command's own: use --methods, --train_seeds or --output_dir")
+        if len(name.encode()) > NAME_BYTES:
+            raise ValueError(
+                f"--methods {name} is longer than {NAME_BYTES} bytes: give it a shorter name, as in short=…"
+            )
         if name in names:
             raise ValueError(f"--methods has {name} twice: give one of them another name, such as {name}2={flags!r}")
         names.append(name)
