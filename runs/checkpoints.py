@@ -243,7 +243,7 @@ def check_earlier_run(folder: Path, results: Sequence[str], record: str, metrics
             "run would replace it; choose another folder"
         )
     linked = [name for name in results if (folder / name).is_symlink()]
-    recorded = set(recorded_files(folder))
+    recorded = set(recorded_files(folder, results))
     places = [] if resumes else [folder / name for name in results]  # a resumed run's own may be half written
     weights = [path for place in places for path in place.rglob("*.safetensors")]
     replaced = [*(place for place in places if place.is_file()), *weights]
@@ -271,7 +271,7 @@ def clear_earlier_run(accelerator: Accelerator, folder: Path, results: Sequence[
     for partial in folder.glob(".checkpoint-*.partial"):
         shutil.rmtree(partial)
     places = [folder / name for name in results]
-    for file in recorded_files(folder):
+    for file in recorded_files(folder, results):
         if any(file == place or place in file.parents for place in places):
             file.unlink(missing_ok=True)
     for place in places:

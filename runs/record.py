@@ -42,22 +42,30 @@ def is_metrics(path: Path) -> bool:
         return False
 
 
-def recorded_files(folder: Path) -> list[Path]:
+def recorded_files(folder: Path, results: Sequence[str] = ()) -> list[Path]:
     """The files in a run's folder that runs have written and recorded there, checkpoints apart.
 
     That is what ``run.json`` and the best adapter's scores list, with the size that they list, and samples, which say
-    themselves what made them. Nothing else may be cleared.
+    themselves what made them. Nothing else may be cleared, but for empty samples, which hold nothing.
+
+    Args:
+        results: what a run leaves, for a ``run.json`` of before, which listed no files.
     """
-    found = [path for path in (folder / SAMPLES).rglob("*.png") if drawn_here(path)]
-    for inside, record_name, own in ((folder, RUN_RECORD, (MODEL_CARD, LOSS_PLOT)), (folder / BEST, BEST_SCORES, ())):
+    samples = [path for path in (folder / SAMPLES).rglob("*.png") if path.is_file()]
+    found = [path for path in samples if path.stat().st_size == 0 or drawn_here(path)]
+    for inside, name in ((folder, RUN_RECORD), (folder / BEST, BEST_SCORES)):
         try:
-            files = read_json(inside / record_name).get("files", {})
+            files = read_json(inside / name).get("files")
         except (OSError, ValueError):
             continue
-        named = [inside / record_name, *(inside / name for name in own)]
-        found += [path for path in named if path.is_file()]
-        sized = [(inside / name, size) for name, size in files.items()] if isinstance(files, dict) else []
-        found += [path for path, size in sized if path.is_file() and path.stat().st_size == size]
+        found.append(inside / name)
+        if isinstance(files, dict):
+            listed = {inside / file: size for file, size in files.items()}
+            found += [path for path, size in listed.items() if path.is_file() and path.stat().st_size == size]
+        if inside == folder:
+            own = [MODEL_CARD, LOSS_PLOT, *(results if files is None else ())]
+            places = [folder / file for file in own if Path(file).parts[0] not in (SAMPLES, BEST)]
+            found += [path for place in places for path in (place, *place.rglob("*")) if path.is_file()]
     return found
 
 
