@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,20 @@ def check_kept(inputs: Iterable[tuple[str, str | Path]], written: Iterable[str |
                 f"{flag} {path} is an input, and {place} is written or cleared here: it would be lost; move it, or "
                 "choose another place for what is written"
             )
+
+
+def check_own_output(path: str | Path, flag: str, kind: str, own: Callable[[Path], bool]) -> None:
+    """Raise ValueError for a file that is there and isn't what will be written: it is the user's.
+
+    Args:
+        kind: what this command writes there, for the message.
+        own: says whether a file is that.
+    """
+    path = Path(path)
+    if path.is_file() and path.stat().st_size and not own(path):
+        raise ValueError(
+            f"{flag}: {path} is there and is no {kind}, which would take its place: move it, or name another"
+        )
 
 
 def check_writable_target(path: str | Path, flag: str, folder: bool) -> None:

@@ -33,7 +33,7 @@ from settings.columns import CompareConfig, EvaluateConfig, GalleryConfig
 from settings.command_line import parse_config, parse_flags, run_command
 from settings.sampling import SamplingConfig
 from settings.training import TrainConfig
-from storage.files import check_writable_target, read_json, write_atomic
+from storage.files import check_kept, check_own_output, check_writable_target, read_json, write_atomic
 from storage.state import local_state
 
 SCRIPT = Path(__file__).parent.parent / "train_dreambooth_nora_sdxl.py"
@@ -117,7 +117,7 @@ def train(run: Run, threads: int | None) -> None:
     if not record.is_file():
         command += ["--resume_from_checkpoint", "latest"]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    log = run.folder.with_name(f"{run.folder.name}.log")
+    log = log_file(run)
     with log.open("w") as file:
         done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
     if done.returncode:
@@ -200,6 +200,7 @@ def run(config: CompareConfig, train_flags: Sequence[str]) -> Path:
     scoring = scoring_flags(config, runs)
     trained = [given_flags(one) for one in runs]
     evaluate.check(scoring, trained)
+    check_places(output_dir, runs, trained, config.instance_images)
     # A mistake in one method's flags is found before another has trained for an hour.
     for one in {run.method: run for run in runs}.values():
         check_flags(one)
@@ -226,6 +227,40 @@ def run(config: CompareConfig, train_flags: Sequence[str]) -> Path:
         )
     )
     return page
+
+
+def check_places(
+    output_dir: Path, runs: Sequence[Run], trained: Sequence[Mapping[str, Any]], instance_images: str | None
+) -> None:
+    """Refuse to write where an input lies, or where something else than a comparison is.
+
+    Args:
+        trained: the flags of the runs.
+
+    Raises:
+        ValueError: naming the input, or the file that is there.
+    """
+    page, table = output_dir / "gallery.html", output_dir / "table.md"
+    names = (*INPUTS, "class_data_dir", "validation_data_dir")
+    inputs = {(f"--{name}", str(path)) for flags in trained for name in names if (path := flags.get(name))}
+    inputs |= {("--instance_images", instance_images)} if instance_images else set()
+    inputs = {(flag, path) for flag, path in inputs if Path(path).exists()}
+    if same := [flag for flag, path in inputs if Path(path).resolve() == output_dir.resolve()]:
+        raise ValueError(f"{same[0]} and --output_dir are the same folder {output_dir}: name another one")
+    logs = [log_file(run) for run in runs]
+    written = [page, page.with_suffix(".png"), table, output_dir / "scores.json", *logs]
+    check_kept(inputs, [*written, *(run.folder for run in runs)])
+    gallery.check_own_page(page)
+    check_own_output(output_dir / "scores.json", "--output_dir", "file of scores", evaluate.is_scores)
+    check_own_output(table, "--output_dir", "table of this command", lambda path: path.read_bytes()[:1] == b"|")
+    for run, log in zip(runs, logs):
+        begun = (run.folder / COMMAND).is_file()
+        check_own_output(log, "--output_dir", f"log of {run.folder}", lambda _, begun=begun: begun)
+
+
+def log_file(run: Run) -> Path:
+    """What its training says."""
+    return run.folder.with_name(f"{run.folder.name}.log")
 
 
 def sampling_flags(config: CompareConfig) -> dict[str, Any]:
