@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from settings.pictures import DataOptions, PriorOptions
 from settings.record import MOST
-from storage.pictures import CAPTION_SUFFIXES, METADATA, find_images
+from storage.pictures import CAPTION_SUFFIXES, METADATA, composed, find_images
 from storage.text import check_text, expand_home, first_line, load_yaml, parse_json, read_text
 
 
@@ -143,27 +143,32 @@ def folder_examples(
     """The pictures of a folder. A caption beside a picture, or in ``metadata.jsonl``, goes before the prompt."""
     paths = find_images(folder, flag)
     captions = read_metadata(Path(folder) / METADATA, {path.name for path in paths}, caption_column)
-    beside = by_stem([path for path in Path(folder).iterdir() if path.suffix.lower() in CAPTION_SUFFIXES], paths)
+    beside = by_picture([path for path in Path(folder).iterdir() if path.suffix.lower() in CAPTION_SUFFIXES], paths)
     masks = masks_for(paths, mask_data_dir) if mask_data_dir else {}
     examples = []
     for path in paths:
-        caption = captions.get(path.name) or (read_caption(beside[path.stem]) if path.stem in beside else prompt)
+        caption = captions.get(path.name) or (read_caption(beside[path]) if path in beside else prompt)
         examples.append(Example(path, str(path), caption, concept, repeats, masks.get(path)))
     return examples
 
 
-def by_stem(files: Sequence[Path], pictures: Sequence[Path]) -> dict[str, Path]:
-    """The caption or mask ``cat.*`` that stands for ``cat.png``, by stem.
+def by_picture(files: Sequence[Path], pictures: Sequence[Path]) -> dict[Path, Path]:
+    """Picture -> the caption or mask ``cat.*`` that stands for ``cat.png``.
 
     Raises:
         ValueError: if a picture has two of them.
     """
-    found: dict[str, Path] = {}
-    stems = {path.stem for path in pictures}
-    for path in sorted(file for file in files if file.is_file() and file.stem in stems):
-        if path.stem in found:
-            raise ValueError(f"{found[path.stem]} and {path} are for the same picture: delete one")
-        found[path.stem] = path
+    found: dict[Path, Path] = {}
+    named: dict[str, list[Path]] = {}
+    for file in sorted(files):
+        named.setdefault(composed(file.stem), []).extend([file] if file.is_file() else [])
+    for picture in pictures:
+        own = named.get(composed(picture.stem), [])
+        own = [file for file in own if file.stem == picture.stem] or own
+        if len(own) > 1:
+            raise ValueError(f"{own[0]} and {own[1]} are for the same picture: delete one")
+        if own:
+            found[picture] = own[0]
     return found
 
 
@@ -179,6 +184,7 @@ def read_metadata(path: Path, names: set[str], caption_column: str | None) -> di
     if not path.is_file():
         return {}
     column, captions = caption_column or "text", {}
+    known = {composed(name): name for name in names}
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -189,6 +195,8 @@ def read_metadata(path: Path, names: set[str], caption_column: str | None) -> di
             raise ValueError(
                 f"{path}, line {number}: each line needs file_name and {column} (--caption_column)"
             ) from error
+        if isinstance(name, str) and name not in names:
+            name = known.get(composed(name), name)
         if not isinstance(name, str) or name not in names:
             raise ValueError(f"{path}, line {number}: there is no picture {name} in the folder")
         if name in captions:
@@ -213,11 +221,45 @@ def check_caption(caption: Any, what: str) -> str:
 
 def masks_for(paths: Sequence[Path], folder: str | Path) -> dict[Path, Path]:
     """The mask of each picture: the file of the same stem in the mask folder."""
-    masks = by_stem(find_images(folder, "mask_data_dir"), paths)
-    missing = [path.name for path in paths if path.stem not in masks]
+    masks = by_picture(find_images(folder, "mask_data_dir"), paths)
+    missing = [path.name for path in paths if path not in masks]
     if missing:
         raise ValueError(f"--mask_data_dir {folder} has no mask for {missing[0]}: every picture needs one of its name")
-    return {path: masks[path.stem] for path in paths}
+    return masks
+
+
+def held_out_examples(
+    folder: str | Path,
+    prompt: str,
+    *,
+    caption_column: str | None = None,
+    mask_data_dir: str | None = None,
+    trained: Sequence[Example] = (),
+) -> list[Example]:
+    """Pictures for the validation loss, with their own captions; and their masks, where the folder of masks has them.
+
+    Args:
+        prompt: of those without a caption.
+        trained: the pictures that are trained on, which masks are told from by name.
+
+    Raises:
+        ValueError: as for `folder_examples`; also if a mask may belong to a trained picture, or only some have one.
+    """
+    flag = "validation_data_dir"
+    examples = folder_examples(folder, prompt, caption_column=caption_column, flag=flag)
+    paths = find_images(folder, flag)
+    if mask_data_dir is None or not by_picture(find_images(mask_data_dir, "mask_data_dir"), paths):
+        return examples
+    masks = masks_for(paths, mask_data_dir)
+    owners = {one.mask: one.image for one in trained}
+    for path in paths:
+        owner = owners.get(masks[path])
+        if isinstance(owner, Path) and owner.resolve() != path.resolve():
+            raise ValueError(
+                f"--{flag} has {path.name}, and {owner} has the same name: which of them --mask_data_dir's "
+                f"{masks[path].name} belongs to isn't said; rename one"
+            )
+    return [replace(one, mask=masks[path]) for one, path in zip(examples, paths)]
 
 
 def dataset_examples(data: DataOptions, cache_dir: str | None) -> list[Example]:

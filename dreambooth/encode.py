@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,11 @@ from dreambooth.data import Crop, Example, content_hash, crops
 from dreambooth.draws import CROPS, generator_for
 from dreambooth.encoded import EncodedPicture, EncodedPrompts
 from dreambooth.encoded_cache import EncodedCache
-from storage.pictures import open_image
+from storage.pictures import open_image, open_mask
 
 Tokens = Mapping[str, torch.Tensor]  # input_ids and attention_mask, each (P, tokens)
 DEFAULT_VARIANTS = 4
-PIXELS = 2  # one more whenever the same file is read as other pixels; 2: colours are converted to sRGB
+PIXELS = 2  # raise it when `open_image` makes other pixels of a file: encodings of before are then made anew
 # Of a model's configuration: what says nothing of what it computes.
 _NOT_COMPUTED = ("transformers_version", "dtype", "torch_dtype", "architectures")
 MASK_STRETCH = 0.02  # how much a mask's width / height may differ from its picture's: sides are whole pixels
@@ -78,7 +78,7 @@ def inspect_picture(example: Example) -> Inspected:
     image = open_image(data, example.name)
     mask_digest = None
     if example.mask is not None:
-        mask, mask_digest = open_image(example.mask), content_hash(example.mask.read_bytes())
+        mask, mask_digest = open_mask(example.mask), content_hash(example.mask.read_bytes())
         if abs(mask.width * image.height / (mask.height * image.width) - 1) > MASK_STRETCH:
             raise ValueError(
                 f"mask {example.mask} is {mask.width} x {mask.height} and its picture {image.width} x {image.height}: "
@@ -87,11 +87,26 @@ def inspect_picture(example: Example) -> Inspected:
     return Inspected(example, content_hash(data), (image.height, image.width), mask_digest)
 
 
-def check_masks(pictures: Sequence[Inspected], settings: CropSettings) -> None:
+def check_masks(pictures: Sequence[Inspected], settings: CropSettings, held_out: Sequence[Inspected] = ()) -> None:
     """Refuse masks that leave nothing of a crop to train on, and transparency that is asked for and not there.
+
+    Args:
+        held_out: of which one crop each is measured.
 
     Raises:
         ValueError: naming the mask or the picture.
+    """
+    darkest = _darkest(pictures, settings)
+    _darkest(held_out, replace(settings, variants=1))
+    if settings.alpha_mask and darkest == 255:
+        raise ValueError("--alpha_mask finds no picture that is transparent anywhere: leave it out")
+
+
+def _darkest(pictures: Sequence[Inspected], settings: CropSettings) -> int:
+    """The darkest pixel of the masks of all crops.
+
+    Raises:
+        ValueError: naming a mask that leaves nothing of a crop.
     """
     darkest = 255
     for picture in pictures:
@@ -105,8 +120,7 @@ def check_masks(pictures: Sequence[Inspected], settings: CropSettings) -> None:
                     f"{name} masks out all of the {crop.width} x {crop.height} pixels cut at {crop.left}, {crop.top}: "
                     "the loss would count nowhere; change the mask, or take the picture out"
                 )
-    if settings.alpha_mask and darkest == 255:
-        raise ValueError("--alpha_mask finds no picture that is transparent anywhere: leave it out")
+    return darkest
 
 
 def cut_picture(picture: Inspected, settings: CropSettings, bucket: tuple[int, int] | None = None) -> Cut:
@@ -242,7 +256,7 @@ def crop_mask(picture: Inspected, crop: Crop, settings: CropSettings) -> Image.I
     if settings.alpha_mask:
         mask = open_image(example.read(), example.name, keep_alpha=True).getchannel("A")
     elif example.mask is not None:
-        mask = open_image(example.mask).convert("L").resize((width, height), Image.Resampling.BOX)
+        mask = open_mask(example.mask).resize((width, height), Image.Resampling.BOX)
     else:
         return None
     return crop.of(mask, "bilinear")

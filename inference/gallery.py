@@ -19,8 +19,10 @@ from inference.score_labels import SCORES_VERSION, difference_cells, difference_
 from inference.sheet import draw_sheet
 from settings.columns import BASE_COLUMN, SAMPLING, GalleryConfig
 from settings.command_line import parse_config, quiet_libraries, run_command
-from storage.files import check_writable_target, read_json, write_atomic
-from storage.pictures import find_images, open_image, png_bytes
+from storage.files import check_kept, check_own_output, check_writable_target, read_json, write_atomic
+from storage.pictures import drawn_here, find_images, open_image, png_bytes
+
+TITLE = "Side by side: "
 
 
 class Scores(NamedTuple):
@@ -63,6 +65,20 @@ def read_scores(path: str | None) -> Scores:
         raise ValueError(f"--scores {path} is not a file of judging.evaluate ({error!r})") from error
 
 
+def check_own_page(page: Path) -> None:
+    """Raise ValueError if the page or its sheet would take the place of a file that is neither."""
+    check_own_output(page, "--output", "page of this command", is_page)
+    beside = page.is_file() and is_page(page)  # sheets of before didn't say who drew them
+    check_own_output(
+        page.with_suffix(".png"), "--output", "sheet of this command", lambda path: beside or drawn_here(path)
+    )
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that `run` wrote."""
+    return TITLE in path.read_text(encoding="utf-8", errors="replace")[:2000]
+
+
 def run(config: GalleryConfig) -> tuple[Path, Path]:
     """Draw the comparison; returns the page and the sheet. Everything is checked before the pipeline is loaded."""
     adapters, folders = config.named_columns((*SAMPLING, "checkpoints"))
@@ -84,6 +100,9 @@ def run(config: GalleryConfig) -> tuple[Path, Path]:
     for path in (page_path, sheet_path):
         check_writable_target(path, "--output", folder=False)
     paths = find_images(config.instance_images, "instance_images") if config.instance_images else []
+    shown = [file for files in listed.values() for file in files.values()]
+    check_kept([("the picture", file) for file in [*paths, *shown]], [page_path, sheet_path])
+    check_own_page(page_path)
     instances = [(path.name, open_image(path)) for path in paths]
 
     # PyTorch and diffusers take seconds to import: wrong flags have been refused by now
@@ -115,7 +134,7 @@ def run(config: GalleryConfig) -> tuple[Path, Path]:
     columns = [
         PageColumn(name, subtitles.get(name, ""), figures.get(name, {}), scores.cells.get(name, {})) for name in names
     ]
-    title = "Side by side: " + ", ".join(names)
+    title = TITLE + ", ".join(names)
     page = Page(title, settings, columns, prompts, seeds, pictures, instances, scores.sentences)
     last = {place: several[-1].image for place, several in pictures.items()}
     sheet = draw_sheet(columns, last, prompts, seeds, instances)

@@ -18,7 +18,7 @@ from judging.plan import Plan, instance_folder, instance_pictures, plan_images, 
 from judging.tables import score_table, warn_of_copies
 from settings.columns import BASE_COLUMN, EVALUATE_DRAWING, EvaluateConfig
 from settings.command_line import parse_config, quiet_libraries, run_command
-from storage.files import check_writable_target, write_atomic
+from storage.files import check_own_output, check_writable_target, read_json, write_atomic
 
 if TYPE_CHECKING:
     from judging.scorer import Scorer
@@ -38,6 +38,14 @@ def check(config: EvaluateConfig, recorded: Sequence[Mapping[str, Any]]) -> None
     Scorer(config.clip, config.dino, instances, torch.device("cpu"))
 
 
+def is_scores(path: Path) -> bool:
+    """Whether a file is one that `run` wrote."""
+    try:
+        return isinstance(read_json(path).get("scores"), dict)
+    except ValueError:
+        return False
+
+
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Draw what is missing, score it, write the scores and return them. Flags are checked before anything is loaded."""
     adapters, folders = config.named_columns(EVALUATE_DRAWING)
@@ -50,6 +58,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             )
     output = Path(config.output)
     check_writable_target(output, "--output", folder=False)
+    check_own_output(output, "--output", "file of scores", is_scores)
     if len(config.scales) > 1:
         raise ValueError("--scale: scores are of one scale; run the command once for each, with another --output")
     if adapters:

@@ -14,12 +14,10 @@ from methods.components import FOLDED_WEIGHTS
 from methods.registry import METHODS
 from runs.interval import Interval, format_interval
 from runs.plot import loss_plot
-from runs.record import METRICS
+from runs.record import LOSS_PLOT, METRICS, MODEL_CARD
 from storage.files import write_atomic
 from storage.text import spell
 
-MODEL_CARD = "README.md"
-LOSS_PLOT = "loss.png"
 _TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 
 

@@ -14,7 +14,7 @@ from methods.components import EMBEDDINGS, ENCODERS, FOLDED_WEIGHTS, INNER_WEIGH
 from methods.files import KOHYA_WEIGHTS, PEFT_FOLDER, save_files
 from methods.reading import read_adapter
 from methods.update import Update
-from runs.card import LOSS_PLOT, MODEL_CARD
+from runs.record import LOSS_PLOT, MODEL_CARD
 from storage.tensors import write_safetensors
 
 TOLERANCE = 1e-4  # relative; files hold what is live in fp32, and differ by how a product is rounded

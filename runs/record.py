@@ -17,13 +17,59 @@ import psutil
 import torch
 from torch import nn
 
-from storage.files import write_atomic
+from methods.components import BEST, BEST_SCORES, RUN_RECORD
+from storage.files import read_json, write_atomic
+from storage.pictures import drawn_here
 from storage.text import read_text
 
 RECORD_VERSION = 1
 METRICS = "metrics.jsonl"
+MODEL_CARD = "README.md"
+LOSS_PLOT = "loss.png"
 SAMPLES = "samples"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
+
+
+def is_metrics(path: Path) -> bool:
+    """Whether a file is a run's metrics, from its first line; an empty one is of a run that was cut off."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            line = file.readline()
+        return not line or "step" in json.loads(line)
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def recorded_files(folder: Path, results: Sequence[str] = ()) -> list[Path]:
+    """The files in a run's folder that runs have written and recorded there, checkpoints apart.
+
+    That is what ``run.json`` and the best adapter's scores list, with the size that they list, and samples, which say
+    themselves what made them. Nothing else may be cleared, but for empty samples, which hold nothing.
+
+    Args:
+        results: what a run leaves, for a ``run.json`` of before, which listed no files.
+    """
+    samples = [path for path in (folder / SAMPLES).rglob("*.png") if path.is_file()]
+    found = [path for path in samples if path.stat().st_size == 0 or drawn_here(path)]
+    for inside, name in ((folder, RUN_RECORD), (folder / BEST, BEST_SCORES)):
+        try:
+            files = read_json(inside / name).get("files")
+        except (OSError, ValueError):
+            continue
+        found.append(inside / name)
+        if isinstance(files, dict):
+            listed = {inside / file: size for file, size in files.items()}
+            found += [path for path, size in listed.items() if path.is_file() and path.stat().st_size == size]
+        if inside == folder:
+            own = [MODEL_CARD, LOSS_PLOT, *(results if files is None else ())]
+            places = [folder / file for file in own if Path(file).parts[0] not in (SAMPLES, BEST)]
+            found += [path for place in places for path in (place, *place.rglob("*")) if path.is_file()]
+    return found
+
+
+def file_sizes(folder: Path, files: Sequence[str]) -> dict[str, int]:
+    """Name -> bytes of the files that were written: what a record has of them."""
+    return {name: (folder / name).stat().st_size for name in files}
 
 
 def step_samples(step: int) -> str:
@@ -193,7 +239,7 @@ def run_record(
         "timings": {name: round(seconds, 4) for name, seconds in clock.timings.items()}
         | {"total_seconds": round(clock.total, 4)},
         "peak_memory_mb": round(peak_memory_mb, 1),
-        "files": {name: (folder / name).stat().st_size for name in files},
+        "files": file_sizes(folder, files),
         **({"approximation_error": round(approximation_error, 4)} if approximation_error is not None else {}),
         "best": best,
         "new_words": dict(new_words),

@@ -20,9 +20,9 @@ from inference.load import load_adapter, unload_adapters
 from inference.sampling import encode_prompts
 from methods.components import EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS
 from methods.files import KOHYA_WEIGHTS, PEFT_FOLDER
+from runs.card import write_card
 from runs.exports import check_files
 from runs.interval import Interval, format_interval
-from runs.card import write_card
 
 FORMATS = {"output_kohya_format": True, "output_peft_format": True, "train_text_encoder": True}
 METHODS = {

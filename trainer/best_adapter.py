@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from judging.scorer import Scorer
 from judging.statistics import interval
 from judging.tables import warn_of_copies
 from methods.components import BEST, BEST_SCORES
+from runs.record import file_sizes
 from settings.columns import CLIP, DINO
 from settings.watching import EvaluationOptions
 from storage.files import read_json, replacing_folder, write_atomic
@@ -64,12 +65,12 @@ class RunJudge:
         return every is not None and (step % every == 0 or step == self.total_steps)
 
     def look(
-        self, step: int, drawn: list[GeneratedImage], val_loss: float, save_adapter: Callable[[Path], Any]
+        self, step: int, drawn: list[GeneratedImage], val_loss: float, save_adapter: Callable[[Path], Sequence[str]]
     ) -> dict[str, float]:
         """Score the pictures, keep the adapter if it is the best so far; returns what is to be logged. Main process.
 
         Args:
-            save_adapter: writes the adapter's files into a folder.
+            save_adapter: writes the adapter's files into a folder, and returns their names.
         """
         scores, copied = self.scorer.score(drawn), self.scorer.copies(drawn)
         intervals = {name: interval([scores[name]]) for name in ("dino", "clip_i", "clip_t")}
@@ -98,9 +99,10 @@ class RunJudge:
             return True
         return found[name] < self.best[name] if name == "val_loss" else found[name] > self.best[name]
 
-    def _keep(self, save_adapter: Callable[[Path], Any]) -> None:
+    def _keep(self, save_adapter: Callable[[Path], Sequence[str]]) -> None:
+        assert self.best is not None
         with replacing_folder(self.output_dir / BEST) as fresh:
-            save_adapter(fresh)
+            self.best["files"] = file_sizes(fresh, save_adapter(fresh))
             write_atomic(fresh / BEST_SCORES, json.dumps(self.best, indent=1) + "\n")
 
     def save_best(self, checkpoint: Path) -> None:

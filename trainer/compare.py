@@ -34,7 +34,7 @@ from settings.columns import BASE_COLUMN, CompareConfig, EvaluateConfig, Gallery
 from settings.command_line import parse_config, parse_flags, run_command
 from settings.sampling import SamplingConfig
 from settings.training import TrainConfig
-from storage.files import check_writable_target, read_json, write_atomic
+from storage.files import check_kept, check_own_output, check_writable_target, read_json, write_atomic
 from storage.state import local_state
 from storage.text import expand_home, load_yaml
 
@@ -60,6 +60,7 @@ CAPTION = (
     "Scores with 95 % intervals over all that there are several of: trainings, prompts and seeds of the pictures. "
     "Of one training they say nothing about another. Differences are paired; docs/judging.md says how all is computed."
 )
+NAME_BYTES = 200  # a file's name takes 255
 RESERVED = ("base", "pictures")  # what else is in the folder or on the page
 
 
@@ -91,6 +92,10 @@ def plan(config: CompareConfig, train_flags: Sequence[str]) -> list[Run]:
         for flag in OWN_FLAGS:
             if any(given == flag or given.startswith(f"{flag}=") for given in [*train_flags, *own]):
                 raise ValueError(f"{flag} is this command's own: use --methods, --train_seeds or --output_dir")
+        if len(name.encode()) > NAME_BYTES:
+            raise ValueError(
+                f"--methods {name} is longer than {NAME_BYTES} bytes: give it a shorter name, as in short=…"
+            )
         if name in names:
             raise ValueError(f"--methods has {name} twice: give one of them another name, such as {name}2={flags!r}")
         names.append(name)
@@ -130,7 +135,7 @@ def train(run: Run, threads: int | None) -> None:
         command += ["--resume_from_checkpoint", "latest"]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     environment |= {"HF_TOKEN": token} if token else {}  # on a command line every user of the machine reads it
-    log = run.folder.with_name(f"{run.folder.name}.log")
+    log = log_file(run)
     with log.open("w") as file:
         done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
     if done.returncode:
@@ -227,6 +232,7 @@ def run(config: CompareConfig, train_flags: Sequence[str]) -> Path:
     scoring = scoring_flags(config, runs)
     trained = [given_flags(one) for one in runs]
     evaluate.check(scoring, trained)
+    check_places(output_dir, runs, trained, config.instance_images)
     # A mistake in one method's flags is found before another has trained for an hour.
     for one in {run.method: run for run in runs}.values():
         check_flags(one)
@@ -255,6 +261,40 @@ def run(config: CompareConfig, train_flags: Sequence[str]) -> Path:
         )
     )
     return page
+
+
+def check_places(
+    output_dir: Path, runs: Sequence[Run], trained: Sequence[Mapping[str, Any]], instance_images: str | None
+) -> None:
+    """Refuse to write where an input lies, or where something else than a comparison is.
+
+    Args:
+        trained: the flags of the runs.
+
+    Raises:
+        ValueError: naming the input, or the file that is there.
+    """
+    page, table = output_dir / "gallery.html", output_dir / "table.md"
+    names = (*INPUTS, "class_data_dir", "validation_data_dir")
+    inputs = {(f"--{name}", str(path)) for flags in trained for name in names if (path := flags.get(name))}
+    inputs |= {("--instance_images", instance_images)} if instance_images else set()
+    inputs = {(flag, path) for flag, path in inputs if Path(path).exists()}
+    if same := [flag for flag, path in inputs if Path(path).resolve() == output_dir.resolve()]:
+        raise ValueError(f"{same[0]} and --output_dir are the same folder {output_dir}: name another one")
+    logs = [log_file(run) for run in runs]
+    written = [page, page.with_suffix(".png"), table, output_dir / "scores.json", *logs]
+    check_kept(inputs, [*written, *(run.folder for run in runs)])
+    gallery.check_own_page(page)
+    check_own_output(output_dir / "scores.json", "--output_dir", "file of scores", evaluate.is_scores)
+    check_own_output(table, "--output_dir", "table of this command", lambda path: path.read_bytes()[:1] == b"|")
+    for run, log in zip(runs, logs):
+        begun = (run.folder / COMMAND).is_file()
+        check_own_output(log, "--output_dir", f"log of {run.folder}", lambda _, begun=begun: begun)
+
+
+def log_file(run: Run) -> Path:
+    """What its training says."""
+    return run.folder.with_name(f"{run.folder.name}.log")
 
 
 def sampling_flags(config: CompareConfig) -> dict[str, Any]:

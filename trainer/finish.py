@@ -67,7 +67,7 @@ def finish(
         write_card(folder, record)
     seeds = range(loop.seed, loop.seed + validation.num_validation_images)
     samples = sampler.samples(validation.validation_prompt, seeds)
-    keep_samples(accelerator, samples, folder / SAMPLES, total_steps)
+    samples = keep_samples(accelerator, samples, folder / SAMPLES, total_steps)
     if accelerator.is_main_process:
         write_card(folder, record, [(sample.prompt, f"{SAMPLES}/{sample.file}") for sample in samples])
         if output.push_to_hub:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from dreambooth.validation import validation_loss
 from methods.components import BEST
-from runs.checkpoints import GracefulStop, clear_earlier_run, save_checkpoint
+from runs.checkpoints import GracefulStop, clear_earlier_run, find_checkpoint, save_checkpoint
 from runs.exports import RESULTS
 from runs.record import SAMPLES, Clock, MetricsLog, PeakMemory, samples_after, step_samples
 from settings.learning import LoopOptions
@@ -145,7 +145,9 @@ class Checkpoints:
 
     def __init__(self, accelerator: Accelerator, folder: Path, loop: LoopOptions, identity: Mapping[str, Any]) -> None:
         self.every, limit = loop.checkpointing_steps, loop.checkpoints_total_limit
-        self.save = partial(save_checkpoint, accelerator, folder, identity=identity, total_limit=limit)
+        named = None if loop.resume_from_checkpoint == "latest" else loop.resume_from_checkpoint
+        keep = find_checkpoint(named, folder)
+        self.save = partial(save_checkpoint, accelerator, folder, identity=identity, total_limit=limit, keep=keep)
 
     def after_step(self, step: Step) -> None:
         if step.number % self.every == 0:

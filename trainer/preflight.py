@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from huggingface_hub.utils import validate_repo_id
 
 from dreambooth.data import source_flag
 from dreambooth.loss import Objective
-from dreambooth.prepare import Pictures, check_folders, check_prompt_lengths, read_pictures
+from dreambooth.prepare import ENCODED, Pictures, check_folders, check_prompt_lengths, read_pictures
 from inference.base import base_geometry, check_base, check_xformers, load_outline
 from methods.adapter import Adapter
 from methods.components import BEST, RUN_RECORD
+from methods.files import approximate_file
 from methods.registry import METHODS
 from runs.checkpoints import FolderLock, check_earlier_run, find_checkpoint, identity, read_step
 from runs.exports import RESULTS
@@ -28,11 +29,17 @@ from settings.learning import LoopOptions, LossOptions, OptimizerOptions
 from settings.method import TextOptions
 from settings.training import TrainConfig, is_first_process
 from settings.watching import OutputOptions, ValidationOptions
-from storage.files import check_writable_target
+from storage.files import check_kept, check_writable_target
 from trainer.accelerator import PRECISIONS, check_login, check_one_folder, check_same, make_accelerator
 from trainer.models import check_fits, make_run_adapter, reserve_new_tokens, trained_names
 from trainer.optimizer import check_optimizer, check_rates, scaled_learning_rate
 from trainer.samples import Base
+
+FOLDERS = ("instance_data_dir", "class_data_dir")  # of a subject
+INPUTS = (
+    "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name", "concepts_list",
+    "mask_data_dir", "validation_data_dir", "eval_protocol", "clip", "dino",
+)  # fmt: skip
 
 
 def preflight(config: TrainConfig) -> tuple[TrainConfig, Pictures]:
@@ -50,7 +57,9 @@ def preflight(config: TrainConfig) -> tuple[TrainConfig, Pictures]:
     base = config.base.pretrained_model_name_or_path
     check_base(base)
     check_writable_target(Path(config.output.output_dir), "--output_dir", folder=True)
-    check_folders(config.output.output_dir, config.data, config.prior)
+    check_folders(
+        config.output.output_dir, config.data, config.prior, held_out_dir=config.validation.validation_data_dir
+    )
     resolution, granularity = base_geometry(base, **config.base.download_options())
     config = config.replace(resolution=config.data.resolution or resolution)
     pictures = read_pictures(
@@ -62,7 +71,26 @@ def preflight(config: TrainConfig) -> tuple[TrainConfig, Pictures]:
         held_out_dir=config.validation.validation_data_dir,
         new_word=config.text.token_abstraction if config.text.train_text_encoder_ti else None,
     )
+    check_kept(inputs(config.flags(), pictures), written_places(Path(config.output.output_dir)))
     return config, pictures
+
+
+def inputs(flags: Mapping[str, Any], pictures: Pictures) -> list[tuple[str, Path]]:
+    """(flag, path) of everything on this disk that a run reads: what flags name, and each picture, maybe a link."""
+    named = [(f"--{name}", Path(path)) for name in INPUTS if (path := flags[name])]
+    for concept in pictures.concepts:
+        named += [(f"--{name}", Path(path)) for name in FOLDERS if (path := getattr(concept, name))]
+    examples = [one.example for one in (*pictures.instance, *pictures.classes, *pictures.held_out)]
+    named += [("the picture", one.image) for one in examples if isinstance(one.image, Path)]
+    named += [("the mask", one.mask) for one in examples if one.mask is not None]
+    return [(flag, path) for flag, path in named if path.exists()]
+
+
+def written_places(output_dir: Path) -> list[Path]:
+    """What a run replaces or clears in its folder."""
+    names = [output_dir / name for name in (*RESULTS, METRICS, SAMPLES, BEST, ENCODED)]
+    patterns = ("checkpoint-*", ".checkpoint-*", approximate_file("*"))
+    return names + [path for pattern in patterns for path in output_dir.glob(pattern)]
 
 
 def open_run(config: TrainConfig, pictures: Pictures) -> tuple[Accelerator, TrainConfig, Path | None, int]:
