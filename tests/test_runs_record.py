@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from methods.registry import METHODS
 from runs.card import card_text, code, one_line, plain
 from runs.record import PeakMemory
 
@@ -46,7 +47,7 @@ def test_the_peak_of_a_gpu_leaves_pauses_out():
 # --- the card ---------------------------------------------------------------------------------------------------------
 
 
-def card_of(prompt, base="base", words=None):
+def card_of(prompt, base="base", words=None, method="lora", files=("pytorch_lora_weights.safetensors",)):
     config = {
         "instance_prompt": prompt,
         "pretrained_model_name_or_path": base,
@@ -58,13 +59,13 @@ def card_of(prompt, base="base", words=None):
         "rank": 4,
     }
     record = {
-        "method": "lora",
+        "method": method,
         "config": config,
         "new_words": words or {},
         "num_processes": 1,
         "trainable_parameters": 10,
         "outer_ranks": [],
-        "files": {"a.safetensors": 10},
+        "files": dict.fromkeys(files, 10),
     }
     return card_text(record, [(prompt, "samples/a.png")])
 
@@ -98,6 +99,15 @@ NASTY = {
 @pytest.mark.parametrize("case", NASTY)
 def test_a_card_survives_the_prompt(case):
     check_card(card_of(NASTY[case], base="C:\\my `base`"), NASTY[case], "C:\\my `base`")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_card_names_its_method_and_how_its_files_are_loaded(method):
+    lora_file = METHODS[method].low_rank
+    files = ("pytorch_lora_weights.safetensors",) if lora_file else ("peft/unet/adapter_model.safetensors",)
+    text = card_of("a [V] cat", method=method, files=files)
+    assert f"# {METHODS[method].title} adapter: a [V] cat" in text
+    assert ("load_lora_weights" in text) == lora_file and ("load_adapter(" in text) != lora_file
 
 
 def test_a_readable_prompt_stays_readable_in_the_card():
