@@ -30,7 +30,7 @@ from dreambooth.loss import Objective
 from dreambooth.prepare import ENCODED, check_prompt_lengths, encode_run
 from inference.tokens import spellings
 from runs.checkpoints import FolderLock, GracefulStop, read_step
-from runs.record import METRICS, Clock, MetricsLog, reset_peak_memory
+from runs.record import METRICS, Clock, MetricsLog, PeakMemory
 from settings.command_line import quiet_libraries, run_command
 from storage.tensors import module_fingerprint
 from trainer.accelerator import PRECISIONS, end_training, start_trackers, take_folder
@@ -49,7 +49,7 @@ from trainer.models import (
     teach_by_base,
     trained_names,
 )
-from trainer.preflight import open_run, preflight
+from trainer.preflight import end_dry_run, open_run, preflight
 from trainer.run import Run, run_identity, start_run
 from trainer.samples import Base, Sampler, draw_class_images
 
@@ -107,14 +107,14 @@ def train_in_folder(config: TrainConfig, lock: FolderLock) -> Path:
     # 1. What can be refused without the base is refused before it is loaded.
     config, pictures = preflight(config)
     output_dir = Path(config.output.output_dir)
-    if config.data.dry_run:
-        return output_dir
     accelerator, config, checkpoint, samples_every = open_run(config, pictures)
     judge = RunJudge(config.evaluation, accelerator, pictures, output_dir, config.loop.max_train_steps)
-
-    # 2. The frozen base, and what will learn.
     dtype = PRECISIONS[accelerator.mixed_precision]
     base = Base(config.base, accelerator.device, dtype, config.hardware.enable_xformers_memory_efficient_attention)
+    if config.data.dry_run:
+        return end_dry_run(config.output, pictures.report(config.loop, config.prior, config.text.token_abstraction))
+
+    # 2. The frozen base, and what will learn.
     pipeline = base.load()
     objective = Objective.from_options(pipeline.scheduler, config.loss)
     adapter = make_run_adapter(config)
@@ -124,7 +124,7 @@ def train_in_folder(config: TrainConfig, lock: FolderLock) -> Path:
     new_tokens = add_new_tokens(pipeline, config.text, config.loop.seed)  # component -> ids
     words = spellings(pipeline.tokenizer)  # such as "[V]" -> the new tokens
     check_prompt_lengths(pipeline, pictures, config.validation.validation_prompt, words)
-    take_folder(lock, accelerator, output_dir)
+    take_folder(lock, accelerator, output_dir, config.output)
 
     # 3. Pictures and prompts are encoded once, and what encoded them is freed unless it is trained.
     steps = config.validation.num_inference_steps
@@ -150,7 +150,7 @@ def train_in_folder(config: TrainConfig, lock: FolderLock) -> Path:
     run = start_run(config, accelerator, adapter, models, encoded, objective, judge, dtype, checkpoint)
     metrics = MetricsLog(output_dir / METRICS, enabled=accelerator.is_main_process, after=first_step)
     sampler = Sampler(accelerator, base, parts, steps, config.prior.sample_batch_size)
-    reset_peak_memory()
+    memory = PeakMemory(accelerator.device)
     start_trackers(accelerator, config.flags())
     total_steps, silent = config.loop.max_train_steps, not accelerator.is_main_process
     options = {"initial": first_step, "total": total_steps, "desc": "training", "unit": "step", "disable": silent}
@@ -158,9 +158,9 @@ def train_in_folder(config: TrainConfig, lock: FolderLock) -> Path:
     with metrics, GracefulStop() as stop:
         checkpoints = Checkpoints(accelerator, output_dir, config.loop, same_run)
         hooks: list[Hook] = [
-            ClearEarlier(accelerator, output_dir, first_step, total_steps, resumes=checkpoint is not None),
+            ClearEarlier(accelerator, output_dir, judge, first_step, total_steps, checkpoint),
             Log(accelerator, metrics, progress),
-            Look(run, clock, metrics, judge, sampler, samples_every),
+            Look(run, clock, memory, metrics, judge, sampler, samples_every),
             checkpoints,
             EarlyStop(judge),
             Interruption(run, stop, checkpoints),
@@ -177,7 +177,7 @@ def train_in_folder(config: TrainConfig, lock: FolderLock) -> Path:
 
     # 6. Adapter and record are saved before anything is drawn: running out of memory there must not lose the run.
     run.average.copy_to_parameters()
-    finish(run, total_steps, sampler, fingerprints, words, clock, judge.best)
+    finish(run, total_steps, sampler, fingerprints, words, clock, memory.megabytes, judge.best)
     end_training(accelerator, run.prepared)
     return output_dir
 

@@ -31,8 +31,11 @@ from dreambooth.loss import Objective
 from dreambooth.validation import validation_loss
 from inference.base import load_pipeline
 from inference.load import load_adapter, unload_adapters
+from judging.statistics import differences
+from runs.interval import describe_difference
 from settings.command_line import quiet_libraries
 from settings.training import TrainConfig
+from storage.text import expand_home
 from train_dreambooth_nora_sdxl import train
 
 BATCH = 32
@@ -55,7 +58,7 @@ def heldout_loss(pipeline: StableDiffusionXLPipeline, folder: Path, prompt: str,
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--base", default="assets/tiny-sdxl")
+    parser.add_argument("--base", type=expand_home, default="assets/tiny-sdxl")
     parser.add_argument("--subject", default="cat", help="a folder of assets/subjects")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
@@ -68,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"base: {base:.4f}")
     print("| method | " + " | ".join(f"seed {seed}" for seed in args.seeds) + " | mean, ratio to the base |")
     print("|---" * (len(args.seeds) + 2) + "|")
+    measured: dict[str, dict[int, float]] = {}
     for method in ("lora", "nora"):
         ratios = []
         for seed in args.seeds:
@@ -88,6 +92,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 ratios.append(heldout_loss(pipeline, heldout, prompt) / base)
                 unload_adapters(pipeline)
         print(f"| {method} | " + " | ".join(f"{r:.3f}" for r in ratios) + f" | {np.mean(ratios):.3f} |", flush=True)
+        measured[method] = dict(zip(args.seeds, ratios))
+    draws = {method: {seed: {prompt: {0: one}} for seed, one in own.items()} for method, own in measured.items()}
+    for difference in differences(draws["lora"], {"nora": draws["nora"]}).values():
+        print(describe_difference("nora", "lora", "the loss on held-out pictures", difference))
 
 
 if __name__ == "__main__":

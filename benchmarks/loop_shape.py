@@ -37,6 +37,7 @@ from methods.files import write_diffusers_file
 from settings.command_line import quiet_libraries
 from settings.training import TrainConfig
 from storage.pictures import open_image
+from storage.text import expand_home
 from train_dreambooth_nora_sdxl import train
 
 SUBJECT = ASSETS / "subjects" / "robot"
@@ -106,7 +107,7 @@ def measure(shape: str, base: str, steps: int, batch: int) -> tuple[float, float
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--base", default=str(ASSETS / "tiny-sdxl"), help=BASE_HELP)
+    parser.add_argument("--base", type=expand_home, default=str(ASSETS / "tiny-sdxl"), help=BASE_HELP)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)

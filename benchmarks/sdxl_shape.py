@@ -22,6 +22,8 @@ import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from storage.text import home_path
+
 ASSETS = Path(__file__).parent.parent / "assets"
 # What each name divides SDXL's widths by. Heads stay as many as they are, so the parts keep about their shares in the
 # work (multiply-adds grow with the square of the width in all); the tokenizer is the embedded base's.
@@ -103,7 +105,7 @@ def base_folder(base: str) -> Iterator[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("folder")
+    parser.add_argument("folder", type=home_path)
     args = parser.parse_args(argv)
     build_sdxl_shape(args.shape).save_pretrained(args.folder)
 

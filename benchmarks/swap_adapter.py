@@ -33,6 +33,7 @@ from inference.sampling import generate_images
 from methods.components import FOLDED_WEIGHTS, INNER_WEIGHTS, TARGETS
 from settings.command_line import quiet_libraries
 from storage.tensors import write_safetensors
+from storage.text import expand_home
 
 
 def write_adapter(pipeline: StableDiffusionXLPipeline, folder: Path, rank: int, outer_rank: int) -> None:
@@ -52,7 +53,7 @@ def write_adapter(pipeline: StableDiffusionXLPipeline, folder: Path, rank: int, 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--base", default=str(ASSETS / "tiny-sdxl"), help=BASE_HELP)
+    parser.add_argument("--base", type=expand_home, default=str(ASSETS / "tiny-sdxl"), help=BASE_HELP)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--outer_rank", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)

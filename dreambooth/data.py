@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from PIL import Image, ImageOps
 
 from settings.pictures import DataOptions, PriorOptions
 from settings.record import MOST
-from storage.files import load_yaml
-from storage.pictures import CAPTION_SUFFIXES, METADATA, find_images
+from storage.pictures import CAPTION_SUFFIXES, METADATA, composed, find_images
+from storage.text import check_text, expand_home, first_line, load_yaml, parse_json, read_text
 
 
 @dataclass(frozen=True)
@@ -60,11 +58,9 @@ def read_concepts(data: DataOptions, prior: PriorOptions) -> list[Concept]:
         return [Concept(*subject, *of_class, data.repeats)]
     flag = f"--concepts_list {data.concepts_list}"
     try:
-        entries = load_yaml(Path(data.concepts_list))  # JSON is YAML too
+        entries = load_yaml(data.concepts_list, "--concepts_list")
     except OSError as error:
         raise ValueError(f"{flag} can't be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{flag} is neither JSON nor YAML: {error}") from error
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{flag} must be a list of subjects, each with instance_data_dir and instance_prompt")
     known = set(Concept.__dataclass_fields__)
@@ -79,10 +75,26 @@ def read_concepts(data: DataOptions, prior: PriorOptions) -> list[Concept]:
         for name in known - {"repeats"}:
             if not isinstance(entry.get(name), str | None):
                 raise ValueError(f"{flag}: entry {number} has {name} {entry[name]!r}: write it as a text, in quotes")
-        repeats = entry.get("repeats", 1)
-        if type(repeats) is not int or not 1 <= repeats <= MOST:
-            raise ValueError(f"{flag}: entry {number} has repeats {repeats}: from 1 to {MOST} work")
-    return [Concept(**{"repeats": data.repeats, **entry}) for entry in entries]
+    return [_concept(entry, data.repeats, f"{flag}: entry {number}") for number, entry in enumerate(entries, start=1)]
+
+
+def _concept(entry: dict[str, Any], repeats: int, where: str) -> Concept:
+    """An entry of ``--concepts_list``; ``repeats`` is what it has where it doesn't say."""
+    values = {name: value for name, value in entry.items() if value is not None}
+    try:
+        values["repeats"] = int(str(values.get("repeats", repeats)))
+    except ValueError:
+        values["repeats"] = 0
+    if not 1 <= values["repeats"] <= MOST:
+        raise ValueError(f"{where} has repeats {entry['repeats']}: from 1 to {MOST} work")
+    for name in values.keys() - {"repeats"}:
+        check_text(values[name], f"{where} has {name}")
+    for name in values.keys() & {"instance_data_dir", "class_data_dir"}:
+        try:
+            values[name] = expand_home(values[name])
+        except ValueError as error:
+            raise ValueError(f"{where} has {name} {values[name]}, which {error}") from error
+    return Concept(**values)
 
 
 def find_examples(data: DataOptions, cache_dir: str | None, concepts: Sequence[Concept]) -> list[Example]:
@@ -131,35 +143,37 @@ def folder_examples(
     """The pictures of a folder. A caption beside a picture, or in ``metadata.jsonl``, goes before the prompt."""
     paths = find_images(folder, flag)
     captions = read_metadata(Path(folder) / METADATA, {path.name for path in paths}, caption_column)
-    beside = by_stem([path for path in Path(folder).iterdir() if path.suffix.lower() in CAPTION_SUFFIXES], paths)
+    beside = by_picture([path for path in Path(folder).iterdir() if path.suffix.lower() in CAPTION_SUFFIXES], paths)
     masks = masks_for(paths, mask_data_dir) if mask_data_dir else {}
     examples = []
     for path in paths:
-        caption = captions.get(path.name) or (read_caption(beside[path.stem]) if path.stem in beside else prompt)
+        caption = captions.get(path.name) or (read_caption(beside[path]) if path in beside else prompt)
         examples.append(Example(path, str(path), caption, concept, repeats, masks.get(path)))
     return examples
 
 
-def by_stem(files: Sequence[Path], pictures: Sequence[Path]) -> dict[str, Path]:
-    """The caption or mask ``cat.*`` that stands for ``cat.png``, by stem.
+def by_picture(files: Sequence[Path], pictures: Sequence[Path]) -> dict[Path, Path]:
+    """Picture -> the caption or mask ``cat.*`` that stands for ``cat.png``.
 
     Raises:
         ValueError: if a picture has two of them.
     """
-    found: dict[str, Path] = {}
-    stems = {path.stem for path in pictures}
-    for path in sorted(file for file in files if file.is_file() and file.stem in stems):
-        if path.stem in found:
-            raise ValueError(f"{found[path.stem]} and {path} are for the same picture: delete one")
-        found[path.stem] = path
+    found: dict[Path, Path] = {}
+    named: dict[str, list[Path]] = {}
+    for file in sorted(files):
+        named.setdefault(composed(file.stem), []).extend([file] if file.is_file() else [])
+    for picture in pictures:
+        own = named.get(composed(picture.stem), [])
+        own = [file for file in own if file.stem == picture.stem] or own
+        if len(own) > 1:
+            raise ValueError(f"{own[0]} and {own[1]} are for the same picture: delete one")
+        if own:
+            found[picture] = own[0]
     return found
 
 
 def read_caption(file: Path) -> str:
-    try:
-        caption = " ".join(file.read_text(encoding="utf-8-sig").split())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"caption {file} is not UTF-8 text: save it as UTF-8") from error
+    caption = " ".join(line.strip() for line in read_text(file, "caption").split("\n") if line.strip())
     if not caption:
         raise ValueError(f"caption {file} is empty: write what the picture shows, or delete the file")
     return caption
@@ -170,37 +184,82 @@ def read_metadata(path: Path, names: set[str], caption_column: str | None) -> di
     if not path.is_file():
         return {}
     column, captions = caption_column or "text", {}
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # other separators may stand inside a caption
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: save it as UTF-8") from error
-    for number, line in enumerate(lines, start=1):
+    known = {composed(name): name for name in names}
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             name, caption = record["file_name"], record[column]
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{path}, line {number}: each line needs file_name and {column} (--caption_column)"
             ) from error
+        if isinstance(name, str) and name not in names:
+            name = known.get(composed(name), name)
         if not isinstance(name, str) or name not in names:
             raise ValueError(f"{path}, line {number}: there is no picture {name} in the folder")
         if name in captions:
             raise ValueError(f"{path}, line {number}: {name} has a caption already: delete one")
-        if not isinstance(caption, str) or not caption.strip():
-            raise ValueError(f"{path}, line {number}: the caption of {name} is empty")
-        captions[name] = caption.strip()
+        captions[name] = check_caption(caption, f"{path}, line {number}: the caption of {name}")
     return captions
+
+
+def check_caption(caption: Any, what: str) -> str:
+    """The caption of a record, which messages call ``what``, without the spaces around it.
+
+    Raises:
+        ValueError: if it is no text, or none that can be trained on.
+    """
+    if not isinstance(caption, str | None):
+        kind = "a list" if isinstance(caption, list) else repr(caption)
+        raise ValueError(f"{what} is {kind}, and a picture has one text: name another --caption_column")
+    if caption is None or not caption.strip():
+        raise ValueError(f"{what} is empty: write what the picture shows")
+    return check_text(caption, what).strip()
 
 
 def masks_for(paths: Sequence[Path], folder: str | Path) -> dict[Path, Path]:
     """The mask of each picture: the file of the same stem in the mask folder."""
-    masks = by_stem(find_images(folder, "mask_data_dir"), paths)
-    missing = [path.name for path in paths if path.stem not in masks]
+    masks = by_picture(find_images(folder, "mask_data_dir"), paths)
+    missing = [path.name for path in paths if path not in masks]
     if missing:
         raise ValueError(f"--mask_data_dir {folder} has no mask for {missing[0]}: every picture needs one of its name")
-    return {path: masks[path.stem] for path in paths}
+    return masks
+
+
+def held_out_examples(
+    folder: str | Path,
+    prompt: str,
+    *,
+    caption_column: str | None = None,
+    mask_data_dir: str | None = None,
+    trained: Sequence[Example] = (),
+) -> list[Example]:
+    """Pictures for the validation loss, with their own captions; and their masks, where the folder of masks has them.
+
+    Args:
+        prompt: of those without a caption.
+        trained: the pictures that are trained on, which masks are told from by name.
+
+    Raises:
+        ValueError: as for `folder_examples`; also if a mask may belong to a trained picture, or only some have one.
+    """
+    flag = "validation_data_dir"
+    examples = folder_examples(folder, prompt, caption_column=caption_column, flag=flag)
+    paths = find_images(folder, flag)
+    if mask_data_dir is None or not by_picture(find_images(mask_data_dir, "mask_data_dir"), paths):
+        return examples
+    masks = masks_for(paths, mask_data_dir)
+    owners = {one.mask: one.image for one in trained}
+    for path in paths:
+        owner = owners.get(masks[path])
+        if isinstance(owner, Path) and owner.resolve() != path.resolve():
+            raise ValueError(
+                f"--{flag} has {path.name}, and {owner} has the same name: which of them --mask_data_dir's "
+                f"{masks[path].name} belongs to isn't said; rename one"
+            )
+    return [replace(one, mask=masks[path]) for one, path in zip(examples, paths)]
 
 
 def dataset_examples(data: DataOptions, cache_dir: str | None) -> list[Example]:
@@ -211,7 +270,7 @@ def dataset_examples(data: DataOptions, cache_dir: str | None) -> list[Example]:
     try:
         loaded = datasets.load_dataset(data.dataset_name, data.dataset_config_name, cache_dir=cache_dir)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{where} can't be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"{where} can't be loaded: {first_line(error)}") from error
     split = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
     for flag, column in (("image_column", data.image_column), ("caption_column", data.caption_column)):
         if column is not None and column not in split.column_names:
@@ -224,8 +283,7 @@ def dataset_examples(data: DataOptions, cache_dir: str | None) -> list[Example]:
     for number, row in enumerate(rows):
         image, name = row[data.image_column], f"{data.dataset_name}, row {number}"
         prompt = data.instance_prompt if data.caption_column is None else row[data.caption_column]
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"{name} has no caption in column {data.caption_column}")
+        prompt = check_caption(prompt, f"the caption of {name}, in column {data.caption_column},")
         if image is None:
             raise ValueError(f"{name} has no picture in column {data.image_column}: delete the row")
         encoded = image["bytes"] if image["bytes"] is not None else Path(image["path"])

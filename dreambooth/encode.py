@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -17,10 +19,13 @@ from dreambooth.data import Crop, Example, content_hash, crops
 from dreambooth.draws import CROPS, generator_for
 from dreambooth.encoded import EncodedPicture, EncodedPrompts
 from dreambooth.encoded_cache import EncodedCache
-from storage.pictures import open_image
+from storage.pictures import open_image, open_mask
 
 Tokens = Mapping[str, torch.Tensor]  # input_ids and attention_mask, each (P, tokens)
 DEFAULT_VARIANTS = 4
+PIXELS = 2  # raise it when `open_image` makes other pixels of a file: encodings of before are then made anew
+# Of a model's configuration: what says nothing of what it computes.
+_NOT_COMPUTED = ("transformers_version", "dtype", "torch_dtype", "architectures")
 MASK_STRETCH = 0.02  # how much a mask's width / height may differ from its picture's: sides are whole pixels
 
 
@@ -73,7 +78,7 @@ def inspect_picture(example: Example) -> Inspected:
     image = open_image(data, example.name)
     mask_digest = None
     if example.mask is not None:
-        mask, mask_digest = open_image(example.mask), content_hash(example.mask.read_bytes())
+        mask, mask_digest = open_mask(example.mask), content_hash(example.mask.read_bytes())
         if abs(mask.width * image.height / (mask.height * image.width) - 1) > MASK_STRETCH:
             raise ValueError(
                 f"mask {example.mask} is {mask.width} x {mask.height} and its picture {image.width} x {image.height}: "
@@ -82,11 +87,26 @@ def inspect_picture(example: Example) -> Inspected:
     return Inspected(example, content_hash(data), (image.height, image.width), mask_digest)
 
 
-def check_masks(pictures: Sequence[Inspected], settings: CropSettings) -> None:
+def check_masks(pictures: Sequence[Inspected], settings: CropSettings, held_out: Sequence[Inspected] = ()) -> None:
     """Refuse masks that leave nothing of a crop to train on, and transparency that is asked for and not there.
+
+    Args:
+        held_out: of which one crop each is measured.
 
     Raises:
         ValueError: naming the mask or the picture.
+    """
+    darkest = _darkest(pictures, settings)
+    _darkest(held_out, replace(settings, variants=1))
+    if settings.alpha_mask and darkest == 255:
+        raise ValueError("--alpha_mask finds no picture that is transparent anywhere: leave it out")
+
+
+def _darkest(pictures: Sequence[Inspected], settings: CropSettings) -> int:
+    """The darkest pixel of the masks of all crops.
+
+    Raises:
+        ValueError: naming a mask that leaves nothing of a crop.
     """
     darkest = 255
     for picture in pictures:
@@ -100,8 +120,7 @@ def check_masks(pictures: Sequence[Inspected], settings: CropSettings) -> None:
                     f"{name} masks out all of the {crop.width} x {crop.height} pixels cut at {crop.left}, {crop.top}: "
                     "the loss would count nowhere; change the mask, or take the picture out"
                 )
-    if settings.alpha_mask and darkest == 255:
-        raise ValueError("--alpha_mask finds no picture that is transparent anywhere: leave it out")
+    return darkest
 
 
 def cut_picture(picture: Inspected, settings: CropSettings, bucket: tuple[int, int] | None = None) -> Cut:
@@ -160,7 +179,7 @@ def encode_pictures(
     """
     keys = {
         (cut.picture.digest, crop): content_hash(
-            "picture", fingerprint, cut.picture.digest, settings.interpolation, tuple(crop)
+            "picture", PIXELS, fingerprint, configuration(vae), cut.picture.digest, settings.interpolation, tuple(crop)
         )
         for cut in cuts
         for crop in cut.crops
@@ -215,6 +234,13 @@ def encode_pictures(
     return encoded
 
 
+def configuration(model: nn.Module) -> list[tuple[str, Any]]:
+    """What a model computes beside its weights, for a hash: scaling factor, activations, which token is pooled."""
+    config = model.config
+    values = config if isinstance(config, Mapping) else config.to_dict()  # diffusers', transformers'
+    return sorted((name, value) for name, value in values.items() if name[0] != "_" and name not in _NOT_COMPUTED)
+
+
 def scale_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Latents (B, 4, h, w) as the UNet sees them; some bases also shift them by a mean of each channel."""
     mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
@@ -230,7 +256,7 @@ def crop_mask(picture: Inspected, crop: Crop, settings: CropSettings) -> Image.I
     if settings.alpha_mask:
         mask = open_image(example.read(), example.name, keep_alpha=True).getchannel("A")
     elif example.mask is not None:
-        mask = open_image(example.mask).convert("L").resize((width, height), Image.Resampling.BOX)
+        mask = open_mask(example.mask).resize((width, height), Image.Resampling.BOX)
     else:
         return None
     return crop.of(mask, "bilinear")
@@ -302,16 +328,24 @@ def encode_prompts_cached(
     Prompts are encoded one by one, so that an entry does not depend on the prompts that it was encoded beside.
     """
     count = len(tokens[0]["input_ids"])
+    made_by = [fingerprint, *map(configuration, text_encoders)]
     keys = [
-        content_hash("prompt", fingerprint, *(one["input_ids"][row].tolist() for one in tokens)) for row in range(count)
+        content_hash("prompt", *made_by, *(one["input_ids"][row].tolist() for one in tokens)) for row in range(count)
     ]
     device = next(text_encoders[0].parameters()).device
-    for row, key in enumerate(keys):
-        if is_main_process and cache.read(key) is None:
+
+    def entry(row: int, key: str) -> dict[str, torch.Tensor]:
+        found = cache.read(key)
+        if found is None:
             one = encode_prompts(text_encoders, [{"input_ids": part["input_ids"][row : row + 1]} for part in tokens])
-            cache.write(key, {name: embeds[0] for name, embeds in one._asdict().items()})
+            found = {name: embeds[0].cpu() for name, embeds in one._asdict().items()}
+            cache.write(key, found)
+        return found
+
+    if is_main_process:
+        for row, key in enumerate(keys):
+            entry(row, key)
     wait()
-    entries = [cache.read(key) for key in keys]
-    return EncodedPrompts(
-        *(torch.stack([entry[name] for entry in entries]).to(device) for name in EncodedPrompts._fields)
-    )
+    # a process whose disk is not the main one's encodes them itself
+    entries = [entry(row, key) for row, key in enumerate(keys)]
+    return EncodedPrompts(*(torch.stack([one[name] for one in entries]).to(device) for name in EncodedPrompts._fields))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from diffusers import StableDiffusionXLPipeline
 from tqdm.auto import tqdm
 
 from dreambooth.buckets import read_buckets
-from dreambooth.data import Concept, Example, content_hash, find_examples, read_concepts, source_flag
+from dreambooth.data import Concept, Example, content_hash, find_examples, held_out_examples, read_concepts, source_flag
 from dreambooth.draws import CLASS, INSTANCE, Batch
 from dreambooth.encode import (
     DEFAULT_VARIANTS,
@@ -25,6 +26,7 @@ from dreambooth.encode import (
     Tokens,
     check_masks,
     check_prompts,
+    configuration,
     cut_picture,
     encode_pictures,
     encode_prompts_cached,
@@ -36,10 +38,10 @@ from dreambooth.passes import GENERIC_PROMPTS
 from dreambooth.prior import class_images, missing_seeds
 from settings.learning import LoopOptions
 from settings.pictures import DataOptions, PriorOptions
+from settings.training import is_first_process
 from storage.files import check_writable_target
-from storage.pictures import find_images
 from storage.tensors import module_fingerprint
-from storage.text import spell
+from storage.text import has_word, spell
 
 ENCODED = "encoded"  # folder of the cache inside --output_dir
 PROMPTS_AT_ONCE = 64  # a few hundred MB in SDXL's second text encoder
@@ -91,13 +93,19 @@ class Pictures:
         ]
         if small:
             lines.append(f"smaller than what is trained on, so they are enlarged: {', '.join(small)}")
-        if word not in " ".join(captions):
-            lines.append(f"no prompt has {word}: the subject has no word of its own")
+        if not self._names_subject(captions, word):
+            lines.append(f"no prompt has {word} or a word that the class's has not: the subject has no word of its own")
         if prior.draws_class_images:
             for concept in self.concepts:
                 missing = missing_seeds(concept.class_data_dir, concept.class_prompt, prior.num_class_images)
                 lines.append(f"class images of {concept.class_prompt!r}: {len(missing)} have to be drawn")
         return "\n".join(lines)
+
+    def _names_subject(self, prompts: Iterable[str], word: str) -> bool:
+        """Whether prompts may have a word for the subject alone; any may be one, such as sks, that no class's has."""
+        classes = {one for concept in self.concepts for one in (concept.class_prompt or "").lower().split()}
+        used = " ".join(prompts)
+        return not classes or has_word(used, word) or bool(set(used.lower().split()) - classes)
 
 
 @dataclass(frozen=True)
@@ -178,24 +186,34 @@ def read_pictures(
         alpha_mask=data.alpha_mask,
         seed=seed,
     )
-    held_out = []
+    examples, held_out = find_examples(data, cache_dir, concepts), []
     if held_out_dir is not None:
-        paths = find_images(held_out_dir, "validation_data_dir")
-        held_out = [Example(path, str(path), concepts[0].instance_prompt) for path in paths]
-    instance = [inspect_picture(example) for example in find_examples(data, cache_dir, concepts)]
-    check_masks(instance, settings)
+        masks = {"caption_column": data.caption_column, "mask_data_dir": data.mask_data_dir}
+        held_out = held_out_examples(held_out_dir, concepts[0].instance_prompt, trained=examples, **masks)
+        if data.mask_data_dir and not any(example.mask for example in held_out) and is_first_process():
+            print(
+                f"warning: --mask_data_dir has no mask of a picture of --validation_data_dir {held_out_dir}: the "
+                "validation loss counts everywhere",
+                file=sys.stderr,
+            )
+    instance = [inspect_picture(example) for example in examples]
+    held_out = [inspect_picture(example) for example in held_out]
+    check_masks(instance, settings, held_out)
     prompts = {picture.example.prompt for picture in instance}
-    if new_word is not None and not any(new_word in prompt for prompt in prompts):
+    if new_word is not None and not any(has_word(prompt, new_word) for prompt in prompts):
         raise ValueError(
             f"--token_abstraction {new_word} is in no prompt, such as {min(prompts)!r}: its new tokens would learn "
             "nothing; write it into --instance_prompt or the captions"
         )
     classes = read_class_pictures(prior, concepts)
-    return Pictures(concepts, instance, classes, [inspect_picture(example) for example in held_out], settings)
+    return Pictures(concepts, instance, classes, held_out, settings)
 
 
-def check_folders(output_dir: str, data: DataOptions, prior: PriorOptions) -> None:
+def check_folders(output_dir: str, data: DataOptions, prior: PriorOptions, held_out_dir: str | None = None) -> None:
     """Refuse folders that would be written to while they hold something else.
+
+    Args:
+        held_out_dir: pictures for the validation loss.
 
     Raises:
         ValueError: naming the two flags.
@@ -212,6 +230,11 @@ def check_folders(output_dir: str, data: DataOptions, prior: PriorOptions) -> No
         for path in folders.keys() & taken.keys():
             raise ValueError(f"--{folders[path]} and --{taken[path]} are the same folder {path}: name another one")
         taken |= folders
+    only_read = {"mask_data_dir": data.mask_data_dir, "validation_data_dir": held_out_dir}
+    written = {path: name for path, name in taken.items() if "instance_data_dir" not in name}
+    for name, folder in only_read.items():
+        if folder is not None and (path := Path(folder).resolve()) in written:
+            raise ValueError(f"--{name} and --{written[path]} are the same folder {path}: name another one")
 
 
 def read_class_pictures(prior: PriorOptions, concepts: Sequence[Concept]) -> list[Inspected]:
@@ -260,6 +283,8 @@ def encode_run(
     tokenizers = [pipeline.tokenizer, pipeline.tokenizer_2]
     table = PromptTable(pictures.concepts, [*pictures.instance, *pictures.classes, *pictures.held_out])
     texts = [spell(text, words or {}) for text in table.texts]
+    # what is measured before training is the same with and without held-out pictures
+    trained = PromptTable(pictures.concepts, [*pictures.instance, *pictures.classes]).texts
     text_encoders = [pipeline.text_encoder, pipeline.text_encoder_2]
     tokens = tokenize(tokenizers, texts)
     shared = {"cache": EncodedCache(cache_dir), "wait": accelerator.wait_for_everyone}
@@ -308,7 +333,7 @@ def encode_run(
         unconditional,
         table.class_rows,
         tokens,
-        tokenize(tokenizers, [*texts, *GENERIC_PROMPTS]),
-        torch.tensor([not words or any(word in text for word in words) for text in table.texts]),
-        content_hash(vae_fingerprint, fingerprint),
+        tokenize(tokenizers, [*(spell(text, words or {}) for text in trained), *GENERIC_PROMPTS]),
+        torch.tensor([not words or any(has_word(text, word) for word in words) for text in table.texts]),
+        content_hash(vae_fingerprint, fingerprint, *map(configuration, [pipeline.vae, *text_encoders])),
     )

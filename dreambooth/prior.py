@@ -27,6 +27,11 @@ def class_images(folder: str | Path, class_prompt: str) -> list[Path]:
     return own + [path for path, match in drawn_for.items() if match is not None and match[1] == wanted]
 
 
+def is_drawn(name: str) -> bool:
+    """Whether a run drew the class image of this name."""
+    return _DRAWN.fullmatch(name) is not None
+
+
 def missing_seeds(folder: str | Path, class_prompt: str, wanted: int) -> list[int]:
     """Seeds of the class images that have to be drawn, so that the folder has ``wanted`` in all."""
     names = {path.name for path in class_images(folder, class_prompt)}

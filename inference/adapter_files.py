@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from methods.components import BEST, BEST_SCORES, FOLDED_WEIGHTS, INNER_WEIGHTS,
 from methods.files import PEFT_FOLDER
 from storage.files import read_json
 
-BASE_COLUMN = "base"
 DOWNLOAD_OPTIONS = ("revision", "variant", "cache_dir")  # flags of the trainer and of the commands here
 __all__ = ["AdapterFile", "inspect_adapter"]
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -81,20 +79,3 @@ def recorded_downloads(path: str | Path) -> dict[str, str]:
     if not Path(options.get("cache_dir", "")).is_dir():  # another machine's
         options.pop("cache_dir", None)
     return options
-
-
-def parse_named_adapters(pairs: Sequence[str], flag: str = "--adapters") -> dict[str, Path]:
-    """`["lora=out/lora", …]` -> name: path, in order.
-
-    Raises:
-        ValueError: for a pair of another form, and for a name that is no folder's name, or taken.
-    """
-    adapters: dict[str, Path] = {}
-    for pair in pairs:
-        name, separator, path = pair.partition("=")
-        if not (separator and name.strip() and path):
-            raise ValueError(f"{flag} {pair} must be NAME=PATH, such as nora=out/nora")
-        if name == BASE_COLUMN or name in adapters:
-            raise ValueError(f"{flag} {pair}: the name {name} is taken, choose another one")
-        adapters[name] = Path(path)
-    return adapters

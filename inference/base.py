@@ -8,7 +8,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+from accelerate import init_empty_weights
 from diffusers import (
     AutoencoderKL,
     SchedulerMixin,
@@ -20,11 +22,15 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import is_xformers_available
 from safetensors import SafetensorError
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from storage.files import read_json
 from storage.tensors import read_safetensors_header
+from storage.text import first_line
 
 BASE_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+_TOKENIZERS = ("tokenizer", "tokenizer_2")
+_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CHECKPOINT_UNET = "model.diffusion_model."  # how single-file checkpoints spell the UNet's keys
 
@@ -108,7 +114,7 @@ def load_pipeline(
             )
     except (OSError, SafetensorError, SingleFileComponentError) as error:
         where = "" if Path(base).exists() else f", which is no folder in {Path.cwd()} either,"
-        reason = textwrap.shorten(str(error).strip().split("\n")[0], 200, placeholder="…")
+        reason = _shortened(error)
         raise ValueError(f"base {base}{where} could not be loaded: {reason}") from error
     _check_loaded(base, pipeline, from_pretrained_options)
     if vae is not None:
@@ -140,6 +146,53 @@ def _check_loaded(base: str | Path, pipeline: StableDiffusionXLPipeline, given: 
             )
 
 
+def load_outline(
+    base: str | Path, vae: str | Path | None = None, **download_options: Any
+) -> StableDiffusionXLPipeline | None:
+    """The base's tokenizers and scheduler, and its models with shapes and no weights (on the device "meta").
+
+    What can be asked of it need not wait for gigabytes. None for a single file, whose configuration is on the Hub.
+
+    Args:
+        vae: another autoencoder, as for `load_vae`.
+        download_options: revision and cache_dir.
+
+    Raises:
+        ValueError: as `load_pipeline`, but for the weights.
+    """
+    if Path(base).is_file():
+        return None
+    options = {name: value for name, value in download_options.items() if name != "variant"}
+    try:
+        index = StableDiffusionXLPipeline.load_config(str(base), **options)
+        scheduler = getattr(diffusers, index["scheduler"][1])
+        parts = {
+            "scheduler": scheduler.from_pretrained(str(base), subfolder="scheduler", **options),
+            **{name: CLIPTokenizer.from_pretrained(str(base), subfolder=name, **options) for name in _TOKENIZERS},
+        }
+        configs = {name: CLIPTextConfig.from_pretrained(str(base), subfolder=name, **options) for name in _ENCODERS}
+        with init_empty_weights(include_buffers=True):
+            parts |= {name: _ENCODERS[name](config) for name, config in configs.items()}
+            for name, cls in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
+                parts[name] = cls.from_config(cls.load_config(str(base), subfolder=name, **options))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"base {base} could not be loaded: {_shortened(error)}") from error
+    outline = StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    _check_loaded(base, outline, {})
+    if vae is not None and not Path(vae).is_file():
+        try:
+            with init_empty_weights(include_buffers=True):
+                other = AutoencoderKL.from_config(AutoencoderKL.load_config(str(vae), subfolder=_vae_subfolder(vae)))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"autoencoder {vae} could not be loaded: {_shortened(error)}") from error
+        _check_vae_fits(vae, other, outline.vae)
+    return outline
+
+
+def _shortened(error: Exception) -> str:
+    return textwrap.shorten(first_line(error), 200, placeholder="…")
+
+
 def base_geometry(base: str | Path, **download_options: Any) -> tuple[int, int]:
     """Side of the pictures that a base was trained on, and what a side must be a multiple of; pixels.
 
@@ -152,7 +205,7 @@ def base_geometry(base: str | Path, **download_options: Any) -> tuple[int, int]:
         unet = UNet2DConditionModel.load_config(str(base), subfolder="unet", **options)
         vae = AutoencoderKL.load_config(str(base), subfolder="vae", **options)
     except (OSError, ValueError) as error:
-        reason = textwrap.shorten(str(error).strip().split("\n")[0], 200, placeholder="…")
+        reason = _shortened(error)
         raise ValueError(f"base {base} could not be loaded: {reason}") from error
     try:
         vae_scale_factor = 2 ** (len(vae["block_out_channels"]) - 1)
@@ -174,8 +227,7 @@ def load_vae(path: str | Path, like: AutoencoderKL) -> AutoencoderKL:
     Raises:
         ValueError: if there is none, or if its latents are of another shape.
     """
-    folder = Path(path)
-    subfolder = "vae" if (folder / "vae" / "config.json").is_file() else None
+    folder, subfolder = Path(path), _vae_subfolder(path)
     try:
         if folder.is_file():
             with tempfile.TemporaryDirectory() as config:
@@ -184,8 +236,17 @@ def load_vae(path: str | Path, like: AutoencoderKL) -> AutoencoderKL:
         else:
             vae = AutoencoderKL.from_pretrained(str(path), subfolder=subfolder, use_safetensors=True)
     except (OSError, ValueError, KeyError, SafetensorError, SingleFileComponentError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"autoencoder {path} could not be loaded: {reason}") from error
+    _check_vae_fits(path, vae, like)
+    return vae
+
+
+def _vae_subfolder(path: str | Path) -> str | None:
+    return "vae" if (Path(path) / "vae" / "config.json").is_file() else None
+
+
+def _check_vae_fits(path: str | Path, vae: AutoencoderKL, like: AutoencoderKL) -> None:
     other, own = (
         f"{one.config.latent_channels} latent channels of 1/{2 ** (len(one.config.block_out_channels) - 1)}"
         for one in (vae, like)
@@ -194,7 +255,6 @@ def load_vae(path: str | Path, like: AutoencoderKL) -> AutoencoderKL:
         raise ValueError(
             f"autoencoder {path} makes {other} of a picture's size, and the base's own {own}: name one that fits"
         )
-    return vae
 
 
 def make_scheduler(name: str, current: SchedulerMixin) -> SchedulerMixin:
@@ -214,7 +274,7 @@ def make_scheduler(name: str, current: SchedulerMixin) -> SchedulerMixin:
     try:
         return wanted.from_config(current.config)
     except ImportError as error:  # one of them needs torchsde
-        raise ValueError(f"--scheduler {name}: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"--scheduler {name}: {first_line(error)}") from error
 
 
 def load_refiner(
@@ -233,7 +293,7 @@ def load_refiner(
         else:
             refiner = StableDiffusionXLImg2ImgPipeline.from_pretrained(path, use_safetensors=True, **options)
     except (OSError, ValueError, SafetensorError, SingleFileComponentError) as error:
-        raise ValueError(f"--refiner {path} could not be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"--refiner {path} could not be loaded: {first_line(error)}") from error
     if refiner.unet.config.in_channels != base.unet.config.in_channels:
         raise ValueError(
             f"--refiner {path} has {refiner.unet.config.in_channels} input channels: another base's refiner"
@@ -281,5 +341,5 @@ def check_xformers(device: torch.device | str) -> None:
         query = torch.zeros(1, 2, 40, device=device)  # fp32, as in the trial that diffusers makes
         memory_efficient_attention(query, query, query)
     except (ImportError, NotImplementedError, RuntimeError) as error:  # built for another PyTorch, or for other GPUs
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise ValueError(f"xformers' attention does not run on {device} ({reason}): {way_out}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +27,62 @@ def adapter_figures(path: Path) -> dict[str, str]:
     record, config = read_run_record(path), recorded_config(path)
     steps = trained_steps(path)
     # of a checkpoint or the best one the record says what the whole run took
-    timings = record.get("timings") if steps == config.get("max_train_steps") else None
-    timings = timings if isinstance(timings, dict) else {}
+    whole = steps == config.get("max_train_steps")
+    timings = _timings(record) if whole else {}
     figures = {
         "Method": method_title(record.get("method")),
         "Rank of the update": config.get("rank"),
         "Outer rank": _outer_rank(record.get("outer_ranks") or [config.get("outer_rank")]),
-        "Trainable parameters": _format(record.get("trainable_parameters"), lambda count: f"{count:,}"),
         **{label: _format_bytes(size) for label, size in file_sizes(path, record.get("files")).items()},
         "Training time": _format(timings.get("train_seconds"), _format_seconds),
-        "Seconds per step": _format(timings.get("seconds_per_step"), lambda seconds: f"{seconds:.3g} s"),
         "Steps": _format(steps, lambda count: f"{count:,}"),
-        "Peak memory": _format(record.get("peak_memory_mb"), lambda megabytes: _format_bytes(megabytes * 1e6)),
+        **cost_figures([record if whole else {**record, "timings": None}]),
     }
     return {label: UNKNOWN if value is None else str(value) for label, value in figures.items()}
+
+
+def cost_figures(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Label -> what one training costs, the mean of several; what isn't known is a dash.
+
+    Start-up is all before the first step: loading and checking, encoding, and what a method measures of its layers.
+    """
+    timings = [_timings(record) for record in records]
+    startups = [_sum(one.get("encode_seconds"), one.get("inject_seconds")) for one in timings]
+    smallest = [_smallest_file(record.get("files")) for record in records]
+    figures = {
+        "Trainable parameters": _format(_mean([one.get("trainable_parameters") for one in records]), "{:,.0f}".format),
+        "Smallest file": _format(_mean(smallest), _format_bytes),
+        "Seconds per step": _format(_mean([one.get("seconds_per_step") for one in timings]), "{:.3g} s".format),
+        "Peak memory": _format(
+            _mean([one.get("peak_memory_mb") for one in records]), lambda megabytes: _format_bytes(megabytes * 1e6)
+        ),
+        "Start-up": _format(_mean(startups), _format_seconds),
+    }
+    return {label: UNKNOWN if value is None else value for label, value in figures.items()}
+
+
+def _timings(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = record.get("timings")
+    return found if isinstance(found, dict) else {}
+
+
+def _smallest_file(recorded: Any) -> float | None:
+    """Bytes of the smallest file, or of the PEFT folders together, that are the whole adapter."""
+    sizes: dict[str, float] = {}
+    for name, size in recorded.items() if isinstance(recorded, dict) else ():
+        kind = PEFT_FOLDER if Path(name).parts[0] == PEFT_FOLDER else name
+        if kind == PEFT_FOLDER or kind in FILE_KINDS:
+            sizes[kind] = sizes.get(kind, 0) + size
+    return min(sizes.values(), default=None)
+
+
+def _sum(*values: Any) -> float | None:
+    return sum(values) if all(isinstance(value, (int, float)) for value in values) else None
+
+
+def _mean(values: Sequence[Any]) -> float | None:
+    """None where one isn't known."""
+    return total / len(values) if (total := _sum(*values)) is not None else None
 
 
 def method_title(name: Any) -> str | None:

@@ -11,34 +11,72 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from inference.manifest import listed_images
 from inference.page import Page, PageColumn, PagePicture, render_page
-from inference.score_labels import SCORE_LABELS, format_memorisation, format_score
+from inference.score_labels import SCORES_VERSION, difference_cells, difference_sentences, score_cells
 from inference.sheet import draw_sheet
 from settings.columns import BASE_COLUMN, SAMPLING, GalleryConfig
 from settings.command_line import parse_config, quiet_libraries, run_command
-from storage.files import check_writable_target, read_json, write_atomic
-from storage.pictures import find_images, open_image, png_bytes
+from storage.files import check_kept, check_own_output, check_writable_target, read_json, write_atomic
+from storage.pictures import drawn_here, find_images, open_image, png_bytes
+
+TITLE = "Side by side: "
 
 
-def read_scores(path: str | None) -> dict[str, dict[str, str]]:
-    """Column -> label -> score, from a file of judging.evaluate.
+class Scores(NamedTuple):
+    """Of a file of judging.evaluate or trainer.compare, by column: label -> what is written there."""
+
+    cells: dict[str, dict[str, str]]
+    costs: dict[str, dict[str, str]]
+    sentences: list[str]  # what the paired differences show
+
+
+def read_scores(path: str | None) -> Scores:
+    """The figures of the tables, written as they are there.
 
     Raises:
-        ValueError: if it is no such file.
+        ValueError: if it is no such file, or an old one.
     """
     if path is None:
-        return {}
+        return Scores({}, {}, [])
     try:
-        found = read_json(Path(path))["scores"]
-        return {
-            name: {label: format_score(scores[key]) for key, label in SCORE_LABELS.items() if key in scores}
-            | {"Nearest training image": format_memorisation(scores["memorisation"]).replace("*", "")}
-            for name, scores in found.items()
-        }
+        found = read_json(Path(path))
+        if (version := found.get("version", 1)) != SCORES_VERSION and "scores" in found:
+            raise ValueError(
+                f"--scores {path} is of version {version}, whose intervals mean something else than those of version "
+                f"{SCORES_VERSION}: run judging.evaluate again with the same flags, the pictures are kept"
+            )
+        cells = {name: score_cells(scores) for name, scores in found["scores"].items()}
+        differences, sentences = found["differences"], []
+        if differences:
+            for name, own in differences["others"].items():
+                cells[name] |= {
+                    f"{label} − {differences['first']}": text for label, text in difference_cells(own).items()
+                }
+            sentences = difference_sentences(differences)
+        return Scores(
+            {name: {label: text.replace("*", "") for label, text in one.items()} for name, one in cells.items()},
+            {name: dict(one) for name, one in found.get("costs", {}).items()},
+            sentences,
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"--scores {path} is not a file of judging.evaluate ({error!r})") from error
+
+
+def check_own_page(page: Path) -> None:
+    """Raise ValueError if the page or its sheet would take the place of a file that is neither."""
+    check_own_output(page, "--output", "page of this command", is_page)
+    beside = page.is_file() and is_page(page)  # sheets of before didn't say who drew them
+    check_own_output(
+        page.with_suffix(".png"), "--output", "sheet of this command", lambda path: beside or drawn_here(path)
+    )
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that `run` wrote."""
+    return TITLE in path.read_text(encoding="utf-8", errors="replace")[:2000]
 
 
 def run(config: GalleryConfig) -> tuple[Path, Path]:
@@ -57,11 +95,14 @@ def run(config: GalleryConfig) -> tuple[Path, Path]:
     config.check_ranges(prompts, seeds)
     names = [*([BASE_COLUMN] if adapters else []), *adapters, *folders]
     scores = read_scores(config.scores)
-    if scores and not set(scores) & set(names):
-        raise ValueError(f"--scores {config.scores} has none of these columns: it has {', '.join(scores)}")
+    if scores.cells and not set(scores.cells) & set(names):
+        raise ValueError(f"--scores {config.scores} has none of these columns: it has {', '.join(scores.cells)}")
     for path in (page_path, sheet_path):
         check_writable_target(path, "--output", folder=False)
     paths = find_images(config.instance_images, "instance_images") if config.instance_images else []
+    shown = [file for files in listed.values() for file in files.values()]
+    check_kept([("the picture", file) for file in [*paths, *shown]], [page_path, sheet_path])
+    check_own_page(page_path)
     instances = [(path.name, open_image(path)) for path in paths]
 
     # PyTorch and diffusers take seconds to import: wrong flags have been refused by now
@@ -78,7 +119,7 @@ def run(config: GalleryConfig) -> tuple[Path, Path]:
         raise ValueError("--checkpoints: none of the --adapters is a run's folder with checkpoints: leave it out")
     pictures: dict[tuple[str, str, int], list[PagePicture]] = {}
     settings: dict[str, str] = {}
-    figures = {name: adapter_figures(path) for name, path in adapters.items()}
+    figures = {name: adapter_figures(path) | scores.costs.get(name, {}) for name, path in adapters.items()}
     if adapters:
         config = choose_base(config, str(next(iter(adapters.values()))))
         pictures = draw_columns(config, adapters, prompts, seeds)
@@ -90,8 +131,11 @@ def run(config: GalleryConfig) -> tuple[Path, Path]:
     if not pictures:
         raise ValueError("--images have no picture of these --prompts and --seeds: leave them out to show all")
     subtitles = {BASE_COLUMN: "no adapter"} | {name: subtitle(name, found) for name, found in figures.items()}
-    columns = [PageColumn(name, subtitles.get(name, ""), figures.get(name, {}), scores.get(name, {})) for name in names]
-    page = Page("Side by side: " + ", ".join(names), settings, columns, prompts, seeds, pictures, instances)
+    columns = [
+        PageColumn(name, subtitles.get(name, ""), figures.get(name, {}), scores.cells.get(name, {})) for name in names
+    ]
+    title = TITLE + ", ".join(names)
+    page = Page(title, settings, columns, prompts, seeds, pictures, instances, scores.sentences)
     last = {place: several[-1].image for place, several in pictures.items()}
     sheet = draw_sheet(columns, last, prompts, seeds, instances)
     page_path.parent.mkdir(parents=True, exist_ok=True)

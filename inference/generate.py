@@ -19,6 +19,7 @@ from inference.manifest import (
     text_digest,
     write_image,
     write_manifest,
+    written_record,
 )
 from settings.command_line import parse_config, quiet_libraries, run_command
 from settings.sampling import GenerateConfig
@@ -75,8 +76,8 @@ def run(config: GenerateConfig) -> Path:
             for drawn in generate_images(pipeline, prompts, seeds, refiner=refiner, **config.sampling_options()):
                 name = f"{stems[drawn.prompt]}-seed{drawn.seed}{suffix}.png"
                 record = image_record(config, pipeline, drawn, name, adapters, scale) | {"fuse": config.fuse}
-                if listed.get(name, record) != record and (folder / name).is_file():
-                    # another picture has the name: it stays
+                if (folder / name).exists() and record not in (listed.get(name), written_record(folder / name)):
+                    # another picture has the name, of this command or of the user's: it stays
                     record["file"] = f"{Path(name).stem}-{text_digest(json.dumps(record))}.png"
                 write_image(folder, record, drawn.image)
                 records.append(record)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from settings.sampling import SamplingConfig
-from storage.files import write_atomic
-from storage.pictures import png_bytes
+from storage.files import cut_bytes, write_atomic
+from storage.pictures import composed, png_bytes, png_text
+from storage.text import parse_json, read_text
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
@@ -22,14 +23,14 @@ if TYPE_CHECKING:
     from inference.sampling import GeneratedImage
 
 MANIFEST = "manifest.jsonl"
+STEM_BYTES = 60  # with seed, scale and hash a name stays below 143, the least that any file system takes (eCryptfs)
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # PyTorch's names -> those of --dtype
 
 
 def image_names(prompts: Sequence[str]) -> dict[str, str]:
-    """A file-name stem per prompt; prompts whose stems would collide get a hash of their text."""
-    slugs = {
-        prompt: re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60].rstrip("-") or "prompt" for prompt in prompts
-    }
+    """A file-name stem per prompt, of at most 60 bytes; prompts whose stems would collide get a hash of their text."""
+    plain = {prompt: re.sub(r"[\W_]+", "-", composed(prompt.lower())).strip("-") for prompt in prompts}
+    slugs = {prompt: cut_bytes(name, STEM_BYTES).rstrip("-") or "prompt" for prompt, name in plain.items()}
     counts = {slug: list(slugs.values()).count(slug) for slug in slugs.values()}
     return {prompt: slug if counts[slug] == 1 else f"{slug}-{text_digest(prompt)}" for prompt, slug in slugs.items()}
 
@@ -45,7 +46,7 @@ def read_manifest(folder: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        records = [parse_json(line) for line in read_text(path).split("\n") if line]
         types = {"file": str, "prompt": str, "seed": int}
         if all(isinstance(record[name], kind) for record in records for name, kind in types.items()):
             return records
@@ -134,6 +135,14 @@ def write_image(folder: Path, record: Mapping[str, Any], image: Image.Image) -> 
     """A PNG that says what it was made with: its line of the manifest, and the command that draws it again."""
     text = {"parameters": json.dumps(record, ensure_ascii=False), "command": remake_command(record)}
     write_atomic(folder / record["file"], png_bytes(image, text))
+
+
+def written_record(path: Path) -> dict[str, Any] | None:
+    """The record that a PNG of `write_image` carries; None for any other picture."""
+    try:
+        return json.loads(png_text(path)["parameters"])
+    except (KeyError, ValueError):
+        return None
 
 
 def remake_command(record: Mapping[str, Any]) -> str:

@@ -55,6 +55,7 @@ class Page:
     seeds: Sequence[int]
     pictures: Mapping[tuple[str, str, int], Sequence[PagePicture]]
     instances: Sequence[tuple[str, Image]] = ()
+    findings: Sequence[str] = ()  # what the scores show, a sentence each
 
 
 def render_page(page: Page) -> str:

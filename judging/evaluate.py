@@ -1,4 +1,4 @@
-"""Measured fidelity: DINO, CLIP-I, CLIP-T, drift and diversity of adapters, and a memorisation alarm.
+"""Measured fidelity: DINO, CLIP-I, CLIP-T, drift and diversity of adapters, paired differences, and copies.
 
     python -m judging.evaluate --adapters lora=out/lora nora=out/nora --output out/scores.json
 
@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inference.manifest import listed_images
+from inference.score_labels import SCORES_VERSION
 from judging.plan import Plan, instance_folder, instance_pictures, plan_images, read_protocol
-from judging.tables import score_table, warn_of_memorisation
+from judging.tables import score_table, warn_of_copies
 from settings.columns import BASE_COLUMN, EVALUATE_DRAWING, EvaluateConfig
 from settings.command_line import parse_config, quiet_libraries, run_command
-from storage.files import check_writable_target, write_atomic
+from storage.files import check_own_output, check_writable_target, read_json, write_atomic
 
 if TYPE_CHECKING:
     from judging.scorer import Scorer
@@ -37,6 +38,14 @@ def check(config: EvaluateConfig, recorded: Sequence[Mapping[str, Any]]) -> None
     Scorer(config.clip, config.dino, instances, torch.device("cpu"))
 
 
+def is_scores(path: Path) -> bool:
+    """Whether a file is one that `run` wrote."""
+    try:
+        return isinstance(read_json(path).get("scores"), dict)
+    except ValueError:
+        return False
+
+
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Draw what is missing, score it, write the scores and return them. Flags are checked before anything is loaded."""
     adapters, folders = config.named_columns(EVALUATE_DRAWING)
@@ -49,6 +58,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             )
     output = Path(config.output)
     check_writable_target(output, "--output", folder=False)
+    check_own_output(output, "--output", "file of scores", is_scores)
     if len(config.scales) > 1:
         raise ValueError("--scale: scores are of one scale; run the command once for each, with another --output")
     if adapters:
@@ -61,6 +71,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     from inference.base import check_device
     from inference.columns import open_listed
     from inference.pipelines import check_hardware, choose_base
+    from judging.comparison import method_differences, score_summary
     from judging.scorer import Scorer
 
     check_hardware(config)
@@ -74,15 +85,19 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     instances = instance_pictures(instance_folder(config.instance_images, recorded))
     scorer = Scorer(config.clip, config.dino, instances, check_device(config.device))
     scores = score_adapters(config, adapters, plan, scorer) if plan else {}
-    scores |= {name: scorer.score(open_listed(files)) for name, files in listed.items()}
+    for name, files in listed.items():
+        drawn = open_listed(files)
+        scores[name] = {**scorer.score(drawn), "copies": scorer.copies(drawn)}
     result = {
-        "version": 1,
+        "version": SCORES_VERSION,
         "encoders": {"clip": config.clip, "dino": config.dino},
         "protocol": config.protocol if adapters and not config.prompts else None,
         "seeds": plan.seeds if plan else None,
         "prompts": plan.prompts["subject"] if plan else None,
         "instance_images": len(instances),
-        "scores": {name: {key: value._asdict() for key, value in one.items()} for name, one in scores.items()},
+        "scores": {name: score_summary([one]) for name, one in scores.items()},
+        "differences": method_differences({name: {0: one} for name, one in scores.items() if name != BASE_COLUMN}),
+        "draws": {name: {key: one[key] for key in one if key != "copies"} for name, one in scores.items()},
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
@@ -92,7 +107,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 def score_adapters(
     config: EvaluateConfig, adapters: Mapping[str, Path], plan: Plan, scorer: Scorer
 ) -> dict[str, dict[str, Any]]:
-    """Scores of the base and of each adapter, by column; of the adapters also how far they drift from the base."""
+    """Draws and copies of the base and of each adapter, by column; of the adapters also how far they drift from it."""
     from inference.columns import CachedSampler, SampleSet, picture_folder
 
     models: dict[str, Path | None] = {BASE_COLUMN: None, **adapters}
@@ -103,7 +118,9 @@ def score_adapters(
     }
     sampler = CachedSampler(config, picture_folder(Path(config.output)))
     drawn = dict(zip(sets, sampler.draw(list(sets.values()), plan.seeds)))
-    scores = {name: scorer.score(drawn[name, "subject"]) for name in models}
+    scores: dict[str, dict[str, Any]] = {name: dict(scorer.score(drawn[name, "subject"])) for name in models}
+    for name in models:
+        scores[name]["copies"] = scorer.copies(drawn[name, "subject"])
     for kind in ("drift", "class_drift"):
         base = scorer.features(drawn[BASE_COLUMN, kind])
         for name in adapters:
@@ -120,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = run(config)
         print(score_table(result))
         for name, scores in result["scores"].items():
-            warn_of_memorisation(name, scores["memorisation"])
+            warn_of_copies(name, scores["copies"])
         print(f"scores: {config.output}")
 
     run_command(command)

@@ -6,9 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
-from storage.files import load_yaml
+from storage.text import load_yaml
 
 PROTOCOLS = Path(__file__).parent / "protocols"
 # Of other things than the subject, in words that small bases know too.
@@ -61,17 +59,17 @@ class Protocol:
         if not path.is_file():
             known = ", ".join(sorted(file.stem for file in PROTOCOLS.glob("*.yaml")))
             raise ValueError(f"--protocol {name} does not exist: choose one of {known}, or name a file")
+        content = load_yaml(path, "--protocol")
         try:
-            content = load_yaml(path)
             objects, animals = dict(content.get("objects") or {}), dict(content.get("live_subjects") or {})
             kind = "live_subject_prompts" if live or subject in animals else "object_prompts"
             prompts = [*content["both_prompts"], *content.get(kind, [])]
-            images_per_prompt = content["images_per_prompt"]
-            if not isinstance(images_per_prompt, int) or images_per_prompt < 1:
+            images_per_prompt = int(str(content["images_per_prompt"]))
+            if images_per_prompt < 1:
                 raise ValueError(f"images_per_prompt is {images_per_prompt}, and a whole number from 1 is needed")
             if not all(isinstance(name, str) for name in (objects | animals).values()):
                 raise ValueError("every subject needs its class in words")
-        except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"--protocol {path} must have both_prompts and images_per_prompt: {error!r}") from error
         if not all(isinstance(prompt, str) and prompt.count("{}") == 1 for prompt in prompts):
             raise ValueError(f"--protocol {path}: every prompt must be text with one {{}} for the subject")

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from PIL import Image
 
 from inference.sampling import GeneratedImage
+from judging.copies import Copies, CopyDetector
 from judging.prompts import without_identifier
-from judging.scores import (
-    ClipEncoder,
-    ImageEncoder,
-    diversity,
-    drift,
-    memorisation,
-    prompt_fidelity,
-    subject_fidelity,
-)
-from judging.statistics import Spread, spread
+from judging.scores import ClipEncoder, ImageEncoder, diversity, drift, prompt_fidelity, subject_fidelity
+from judging.statistics import Draws
 
 
 class Scorer:
@@ -34,45 +26,50 @@ class Scorer:
 
     def __init__(self, clip: str, dino: str, instances: Sequence[Image.Image], device: torch.device) -> None:
         self.clip, self.dino = ClipEncoder(clip, device), ImageEncoder(dino, device)
-        self.instances = list(instances)
         self.clip_instances, self.dino_instances = self.clip.images(instances), self.dino.images(instances)
+        self.instances = list(instances)
+        self._detector: CopyDetector | None = None
 
-    def score(self, drawn: Sequence[GeneratedImage]) -> dict[str, Any]:
-        """Scores of pictures of the subject: name of the score -> its spread, and "memorisation" -> its figures."""
+    def score(self, drawn: Sequence[GeneratedImage]) -> dict[str, Draws]:
+        """Each picture's scores of the subject, by name of the score; diversity is one value a prompt."""
         images = [one.image for one in drawn]
         clip, dino = self.clip.images(images), self.dino.images(images)
         texts = self.clip.texts([without_identifier(one.prompt) for one in drawn])
-        by_prompt: dict[str, list[int]] = {}
+        rows: dict[str, list[int]] = {}
         for row, one in enumerate(drawn):
-            by_prompt.setdefault(one.prompt, []).append(row)
+            rows.setdefault(one.prompt, []).append(row)
         scores = {
-            "dino": spread_by_seed(drawn, subject_fidelity(dino, self.dino_instances)),
-            "clip_i": spread_by_seed(drawn, subject_fidelity(clip, self.clip_instances)),
-            "clip_t": spread_by_seed(drawn, prompt_fidelity(clip, texts)),
+            "dino": by_prompt(drawn, subject_fidelity(dino, self.dino_instances)),
+            "clip_i": by_prompt(drawn, subject_fidelity(clip, self.clip_instances)),
+            "clip_t": by_prompt(drawn, prompt_fidelity(clip, texts)),
         }
-        several = [rows for rows in by_prompt.values() if len(rows) > 1]
+        several = {prompt: own for prompt, own in rows.items() if len(own) > 1}
         if several:
-            # its spread is between prompts
-            scores["diversity"] = spread({prompt: [diversity(dino[rows])] for prompt, rows in enumerate(several)})
-        scores["memorisation"] = memorisation(images, self.instances)
+            scores["diversity"] = {prompt: {0: diversity(dino[own])} for prompt, own in several.items()}
         return scores
+
+    def copies(self, drawn: Sequence[GeneratedImage]) -> Copies:
+        """How many of the pictures are copies of the subject's own."""
+        if self._detector is None:  # calibrated once, by the subject's own pictures
+            self._detector = CopyDetector(self.instances)
+        return self._detector.count([one.image for one in drawn])
 
     def features(self, drawn: Sequence[GeneratedImage]) -> torch.Tensor:
         """(N, D) features that drift is measured between."""
         return self.dino.images([one.image for one in drawn])
 
-    def drift(self, adapted: Sequence[GeneratedImage], base: torch.Tensor) -> Spread:
+    def drift(self, adapted: Sequence[GeneratedImage], base: torch.Tensor) -> Draws:
         """Of pictures with the adapter from those without, of the same prompts and seeds in the same order.
 
         Args:
             base: `features` of those without.
         """
-        return spread_by_seed(adapted, drift(self.features(adapted), base))
+        return by_prompt(adapted, drift(self.features(adapted), base))
 
 
-def spread_by_seed(drawn: Sequence[GeneratedImage], values: torch.Tensor) -> Spread:
-    """Values (N,), one a picture, as mean and spread over the pictures' seeds."""
-    scores: dict[int, list[float]] = {}
+def by_prompt(drawn: Sequence[GeneratedImage], values: torch.Tensor) -> Draws:
+    """Values (N,), one a picture: prompt -> seed -> value."""
+    scores: dict[str, dict[int, float]] = {}
     for one, value in zip(drawn, values.tolist()):
-        scores.setdefault(one.seed, []).append(value)
-    return spread(scores)
+        scores.setdefault(one.prompt, {})[one.seed] = value
+    return scores

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+from storage.text import first_line
 
 BATCH_SIZE = 32
 
@@ -39,7 +39,7 @@ class ImageEncoder:
             self.model = AutoModel.from_pretrained(path, use_safetensors=True).to(device).eval()
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             where = "" if Path(path).exists() else ", which is no folder here either,"
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise ValueError(f"{flag} {path}{where} could not be loaded: {reason}") from error
 
     @torch.no_grad()
@@ -107,79 +107,3 @@ def diversity(images: torch.Tensor) -> float:
     count = len(images)
     cosines = images @ images.T
     return max(0.0, float(1 - (cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1))))
-
-
-class Memorisation(NamedTuple):
-    """How close pictures come to the training images, which the prompts did not ask for."""
-
-    nearest: float  # median over the pictures: cosine with the training image that each is nearest to
-    between_instances: float  # the same among the training images themselves
-    share: float  # of the pictures, those nearer to a training image than training images are to each other
-    alarm: bool
-
-
-THUMBNAIL = 16
-SAME = 0.99  # cosine from which two training images are one that is there twice
-# What stands in where a lone training image has no other to be compared with; a choice, not a measurement.
-LONE_REFERENCE = 0.8
-
-
-def memorisation(images: Sequence[Image.Image], instances: Sequence[Image.Image]) -> Memorisation:
-    """Alarm where more than half of the pictures are nearer to a training image than these are to each other.
-
-    What is compared is the whole picture in small, background included: an adapter that draws the subject elsewhere
-    changes most of it, one that has learned the pictures by heart does not. A training image is what can be trained on
-    of it: crops of the picture's shape, and their mirror images.
-    """
-    closest, reference = torch.empty(2, len(images), dtype=torch.float64)
-    for size in {image.size for image in images}:
-        rows = [row for row, image in enumerate(images) if image.size == size]
-        views = _views(instances, size)
-        copies = thumbnails([images[row] for row in rows], size)
-        closest[rows] = _nearest(copies, views).max(dim=1).values
-        reference[rows] = _between(views)
-    share = float((closest > reference).double().mean())
-    return Memorisation(float(closest.median()), float(reference.median()), share, share > 0.5)
-
-
-def _views(instances: Sequence[Image.Image], size: tuple[int, int]) -> torch.Tensor:
-    """(M, 6, D) thumbnails of what training sees of each: crops at the centre and both ends, and mirror images."""
-    mirrored = [ImageOps.mirror(image) for image in instances]
-    crops = [thumbnails(side, size, place) for place in (0.5, 0, 1) for side in (instances, mirrored)]
-    return torch.stack(crops, dim=1)
-
-
-def _nearest(images: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
-    """(N, M) cosine of each picture with the nearest view of each training image; (N, D) and (M, V, D)."""
-    return torch.einsum("nd,mvd->nmv", images, views).max(dim=2).values
-
-
-def _between(views: torch.Tensor) -> float:
-    """Median over the training images: cosine with the nearest other one; one that is there twice counts once."""
-    between = _nearest(views[:, 0], views)
-    kept: list[int] = []
-    for row in range(len(between)):
-        if not (between[row, kept] > SAME).any():
-            kept.append(row)
-    if len(kept) < 2:
-        return LONE_REFERENCE
-    return float(between[kept][:, kept].fill_diagonal_(-1).max(dim=1).values.median())
-
-
-def thumbnails(images: Sequence[Image.Image], size: tuple[int, int], place: float = 0.5) -> torch.Tensor:
-    """(N, 3 · 16 · 16) colours of each picture in small, without their mean, of unit length.
-
-    Args:
-        size: width and height whose shape the pictures are cropped to.
-        place: of the crop, from 0 (left or upper end) to 1.
-    """
-    rows = []
-    for image in images:
-        factor = min(image.width / size[0], image.height / size[1])
-        width, height = min(size[0] * factor, image.width), min(size[1] * factor, image.height)
-        left, top = (image.width - width) * place, (image.height - height) * place
-        box = (left, top, min(left + width, image.width), min(top + height, image.height))
-        small = image.convert("RGB").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX, box)
-        colours = np.asarray(small, dtype=np.float64).reshape(-1, 3)
-        rows.append((colours - colours.mean(axis=0)).ravel())
-    return torch.nn.functional.normalize(torch.from_numpy(np.stack(rows)), dim=-1)

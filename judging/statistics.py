@@ -1,4 +1,16 @@
-"""Means of scores, and how sure they are; imports no torch."""
+"""Means of scores, how sure they are, and whether two methods differ; imports no torch.
+
+Scores are drawn from three things that cross each other: trainings (their seeds), prompts, and the seeds of the
+pictures. Each method is drawn with the same of them. An interval counts every one of the three that there are several
+of:
+
+    Var(mean) ≤ V_trainings + V_prompts + V_seeds,   V_k = variance between the means of k / number of k
+
+with Satterthwaite's degrees of freedom (Biometrics Bulletin 2, 1946). Each V_k holds its share of the interactions and
+of the noise, which are thus counted up to three times: the interval errs on the wide side, never on the narrow one. So
+that few trainings or prompts are not taken for many, it is never narrower than Student's over the trainings alone or
+the prompts alone. Where one thing varies, it is Student's. `tests/test_judging_statistics.py` measures the coverage.
+"""
 
 from __future__ import annotations
 
@@ -8,36 +20,135 @@ from typing import NamedTuple
 
 import numpy as np
 
+from runs.interval import LEVEL, Difference, Interval
 
-class Spread(NamedTuple):
-    """A score and how sure it is."""
-
-    mean: float
-    std: float  # between the means of the seeds; 0 for a single seed
-    low: float  # 95 % interval of the mean
-    high: float
+AXES = ("trainings", "prompts", "seeds")
+POWER = 0.8
+Draws = Mapping[str, Mapping[int, float]]  # prompt -> seed -> a picture's score
 
 
-def spread(values: Mapping[int, Sequence[float]], resamples: int = 2000) -> Spread:
-    """Mean over pictures, its spread over seeds, and a bootstrap interval.
+class Error(NamedTuple):
+    """A standard error of a mean, and its degrees of freedom."""
+
+    size: float
+    freedom: float
+
+
+def interval(trainings: Sequence[Draws]) -> Interval:
+    """Mean of a score over trainings, prompts and seeds, with its interval over those that there are several of.
 
     Args:
-        values: seed -> that seed's scores, one a prompt. Pictures are resampled, all seeds together, with a fixed seed.
+        trainings: the draws of each, one for a single one.
     """
-    means = [float(np.mean(scores)) for scores in values.values()]
-    everything = np.array([score for scores in values.values() for score in scores])
-    rng = np.random.default_rng(0)
-    drawn = everything[rng.integers(len(everything), size=(resamples, len(everything)))].mean(axis=1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    std = float(np.std(means, ddof=1)) if len(means) > 1 else 0.0
-    return Spread(float(everything.mean()), std, float(low), float(high))
+    values = as_array(trainings)
+    return _interval(values, LEVEL)
 
 
-def confidence_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean of a few independent runs, and half of its 95 % interval by Student's t; NaN for a single run."""
+def differences(first: Mapping[int, Draws], others: Mapping[str, Mapping[int, Draws]]) -> dict[str, Difference]:
+    """Each method less the first one, paired by training seed, prompt and seed, corrected for their number by Holm.
+
+    Intervals are simultaneous by Bonferroni (level 1 - 0.05 / number), so that they hold together with the p-values.
+    Methods that share no draw with the first have none.
+
+    Args:
+        first, others: training seed -> draws.
+    """
+    paired = {}
+    for name, trainings in others.items():
+        shared = [_less(first[seed], draws) for seed, draws in trainings.items() if seed in first]
+        if shared := [draws for draws in shared if draws]:
+            paired[name] = as_array(shared)
+    level = 1 - (1 - LEVEL) / max(1, len(paired))
+    corrected = holm([p_value(values) for values in paired.values()])
+    return {
+        name: Difference(_interval(values, level), p, detectable(values, 1 - level))
+        for (name, values), p in zip(paired.items(), corrected)
+    }
+
+
+def _less(first: Draws, other: Draws) -> Draws:
+    pairs = {
+        prompt: {seed: value - first[prompt][seed] for seed, value in seeds.items() if seed in first[prompt]}
+        for prompt, seeds in other.items()
+        if prompt in first
+    }
+    return {prompt: seeds for prompt, seeds in pairs.items() if seeds}
+
+
+def as_array(trainings: Sequence[Draws]) -> np.ndarray:
+    """(trainings, prompts, seeds) of the prompts that all have; a prompt's mean where not all have the same seeds."""
+    prompts = [prompt for prompt in trainings[0] if all(prompt in draws for draws in trainings)]
+    assert prompts, "trainings without a shared prompt"
+    seeds = list(trainings[0][prompts[0]])
+    if all(draws[prompt].keys() == set(seeds) for draws in trainings for prompt in prompts):
+        return np.array([[[draws[prompt][seed] for seed in seeds] for prompt in prompts] for draws in trainings])
+    return np.array([[[np.mean(list(draws[prompt].values()))] for prompt in prompts] for draws in trainings])
+
+
+def errors(values: np.ndarray) -> list[Error]:
+    """The standard errors that an interval must not be narrower than; none where nothing varies.
+
+    Args:
+        values: (trainings, prompts, seeds)
+    """
+    alone = {}
+    for axis, name in enumerate(AXES):
+        if (count := values.shape[axis]) > 1:
+            means = values.mean(axis=tuple(other for other in range(3) if other != axis))
+            alone[name] = float(means.var(ddof=1)) / count, count - 1
+    total = sum(variance for variance, _ in alone.values())
+    if total == 0:  # nothing varies, or all values are the same
+        return [Error(0.0, float(freedom)) for _, freedom in alone.values()]
+    freedom = total**2 / sum(variance**2 / freedom for variance, freedom in alone.values())
+    # a seed's own effect is small beside noise: two seeds alone, with one degree of freedom, would widen all to nothing
+    single = [Error(math.sqrt(variance), own) for name, (variance, own) in alone.items() if name != "seeds"]
+    return [Error(math.sqrt(total), freedom), *single]
+
+
+def _interval(values: np.ndarray, level: float) -> Interval:
     from scipy import stats  # takes a second to import, which no --help should wait for
 
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return mean, math.nan
-    return mean, float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
+    estimate = float(values.mean())
+    varying = [(name, count) for name, count in zip(AXES, values.shape) if count > 1]
+    names, counts = tuple(name for name, _ in varying), tuple(count for _, count in varying)
+    if not varying:
+        return Interval(estimate, level=level)
+    half = max(float(stats.t.ppf((1 + level) / 2, one.freedom)) * one.size for one in errors(values))
+    return Interval(estimate, estimate - half, estimate + half, level, names, counts)
+
+
+def p_value(values: np.ndarray) -> float | None:
+    """Of a true mean of 0, two-sided: the interval of level 1 - p ends at 0. None where nothing varies."""
+    from scipy import stats
+
+    found, mean = errors(values), abs(float(values.mean()))
+    if not found:
+        return None
+    if mean == 0:
+        return 1.0
+    return max(2 * float(stats.t.sf(mean / one.size, one.freedom)) if one.size else 0.0 for one in found)
+
+
+def detectable(values: np.ndarray, alpha: float) -> float | None:
+    """The true mean that a test at alpha finds with a chance of 80 %, by the noncentral t distribution."""
+    from scipy import optimize, stats
+
+    def needed(error: Error) -> float:
+        limit = stats.t.ppf(1 - alpha / 2, error.freedom)
+        shifts = 0, 10 * (limit + 1)
+        root = optimize.brentq(lambda shift: stats.nct.sf(limit, error.freedom, shift) - POWER, *shifts)
+        return float(root) * error.size
+
+    found = errors(values)
+    return max(map(needed, found)) if found else None
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's step-down correction (Scandinavian Journal of Statistics 6, 1979); None stays None and is not counted."""
+    order = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
+    corrected: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (p, place) in enumerate(order):
+        largest = max(largest, min(1.0, p * (len(order) - rank)))
+        corrected[place] = largest
+    return corrected

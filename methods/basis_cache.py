@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nora import BasisCache, use_basis_cache
+from storage.text import home_path
 
 DEFAULT_GB = 8.0
 
@@ -33,7 +34,7 @@ def configured_cache() -> BasisCache | None:
     folder = os.environ.get("NORA_CACHE_DIR")
     if folder == "":
         return None
-    return BasisCache(Path(folder) if folder else Path.home() / ".cache" / "nora", _limit_bytes())
+    return BasisCache(home_path(folder) if folder else Path.home() / ".cache" / "nora", _limit_bytes())
 
 
 def _limit_bytes() -> float:

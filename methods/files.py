@@ -21,7 +21,7 @@ KOHYA_WEIGHTS = "pytorch_lora_weights_kohya.safetensors"
 PEFT_FOLDER = "peft"
 
 
-def approximate_file(rank: int) -> str:
+def approximate_file(rank: int | str) -> str:
     """Name of the nearest LoRA of a rank, for an update that is no pair of factors."""
     return f"approximate_lora_rank{rank}.safetensors"
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-TRUE, FALSE = ("true", "yes", "1"), ("false", "no", "0")
+TRUE, FALSE = ("true", "yes", "1", "on"), ("false", "no", "0", "off")
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ class Method:
         not_decayed: parts of the names of parameters that weight decay would pull away from the base.
         start: how it starts at the base.
         vectors: it trains vectors too, which some optimizers don't take.
+        plans_ahead: what a step does depends on how many the run has.
     """
 
     name: str
@@ -118,6 +119,7 @@ class Method:
     no_text_encoders: str | None = None
     not_decayed: tuple[str, ...] = ()
     vectors: bool = False
+    plans_ahead: bool = False
 
     def option(self, name: str) -> Option | None:
         return next((option for option in self.options if option.name == name), None)

@@ -208,6 +208,7 @@ _METHODS = (
         ),
         "E = 0",
         adapter="methods.adalora:AdaLora",
+        plans_ahead=True,
     ),
     Method(
         "lokr",

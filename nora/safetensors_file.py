@@ -18,7 +18,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata:
     Raises:
         OSError: if it can't be written, with the path.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.part")  # a name of its own may be as long as names can be
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)

@@ -19,7 +19,8 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from storage.files import read_json
+from runs.record import is_metrics, recorded_files
+from storage.files import move_others, read_json
 
 STATE = "training_state.json"
 LOCK = ".lock"
@@ -39,7 +40,8 @@ FREE_TO_CHANGE = {
     "class_data_dir", "dataset_name", "dataset_config_name", "concepts_list", "mask_data_dir",
 }  # fmt: skip
 
-NEWER = {"method_args"}  # flags that checkpoints of before lack, which said the same with others
+# Flags that are compared where both have them: earlier checkpoints said the same with others, or not at all.
+IN_BOTH = {"method_args", "max_train_steps"}
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -72,11 +74,19 @@ def find_checkpoint(resume_from: str | None, folder: Path) -> Path | None:
 
 
 def save_checkpoint(
-    accelerator: Accelerator, folder: Path, step: int, identity: Mapping[str, Any], total_limit: int | None
+    accelerator: Accelerator,
+    folder: Path,
+    step: int,
+    identity: Mapping[str, Any],
+    total_limit: int | None,
+    keep: Path | None = None,
 ) -> Path:
     """Write ``checkpoint-{step}`` under a temporary name, sync, rename; only then do others go. All processes.
 
     Those of later steps go too: a run that went on from an older checkpoint has left them behind.
+
+    Args:
+        keep: a checkpoint that a flag names, which stays beyond the limit.
 
     Raises:
         OSError: if it could not be written; nothing of it stays.
@@ -103,7 +113,7 @@ def save_checkpoint(
         found = checkpoints(folder)
         kept = [old for saved, old in found if saved <= step][-(total_limit or len(found)) :]
         for _, old in found:
-            if old not in kept:
+            if old not in kept and not (keep and keep.exists() and old.samefile(keep)):
                 _remove(old)
     accelerator.wait_for_everyone()
     return path
@@ -122,10 +132,19 @@ def _whole_or_gone(path: Path, partial: Path) -> Iterator[None]:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Delete a checkpoint; cut off, it leaves a hidden rest and none that looks like somebody else's."""
+    """Delete a checkpoint; cut off, it leaves a hidden rest and none that looks like somebody else's.
+
+    Files that it has not recorded were put there by somebody: they are kept beside it.
+    """
     rest = checkpoint.with_name(f".{checkpoint.name}.old.partial")
     shutil.rmtree(rest, ignore_errors=True)
     checkpoint.rename(rest)
+    try:
+        recorded = {STATE, *read_json(rest / STATE)["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        recorded = None
+    if recorded is not None:
+        move_others(rest, checkpoint.with_name(f"{checkpoint.name}-kept"), recorded)
     shutil.rmtree(rest)
 
 
@@ -144,15 +163,18 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def identity(config: Mapping[str, Any], **content: Any) -> dict[str, Any]:
+def identity(config: Mapping[str, Any], plans_ahead: Sequence[str] = (), **content: Any) -> dict[str, Any]:
     """What makes two runs the same: the flags that matter, and fingerprints of what they name.
 
     Args:
         config: the resolved flags.
+        plans_ahead: those by which every step depends on ``max_train_steps``; without one, a run may be made longer.
         content: such as the base's fingerprints and the pictures' hash; JSON values.
     """
     flags = {name: value for name, value in config.items() if name not in FREE_TO_CHANGE}
-    return {"flags": flags, "content": content}
+    if plans_ahead:
+        flags["max_train_steps"] = config["max_train_steps"]
+    return {"flags": flags, "content": content, "plans_ahead": list(plans_ahead)}
 
 
 def read_step(checkpoint: Path, identity: Mapping[str, Any], max_train_steps: int) -> int:
@@ -175,10 +197,12 @@ def read_step(checkpoint: Path, identity: Mapping[str, Any], max_train_steps: in
             f"checkpoint {checkpoint} is damaged (file {damaged[0]}): go on from an older one, or start anew"
         )
     wanted = json.loads(json.dumps(identity))  # tuples are lists there
+    before, now = saved["flags"], wanted["flags"]
     differences = [
-        f"--{name} was {saved['flags'].get(name)} and is {wanted['flags'].get(name)}"
-        for name in sorted({*saved["flags"], *wanted["flags"]} - NEWER.difference(saved["flags"]))
-        if saved["flags"].get(name) != wanted["flags"].get(name)
+        f"--{name} was {before.get(name)} and is {now.get(name)}"
+        + (f", and {' and '.join(wanted['plans_ahead'])} depends on it" if name == "max_train_steps" else "")
+        for name in sorted({*before, *now} - IN_BOTH | IN_BOTH & before.keys() & now.keys())
+        if before.get(name) != now.get(name)
     ]
     differences += [
         f"the {name.replace('_', ' ')} changed"
@@ -206,7 +230,7 @@ def check_earlier_run(folder: Path, results: Sequence[str], record: str, metrics
     Raises:
         ValueError: naming the file, or the newest checkpoint.
     """
-    old = checkpoints(folder)
+    old, run = checkpoints(folder), is_metrics(folder / metrics)
     named = sorted(path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name))
     if other := [path for path in named if path not in {mine for _, mine in old}]:
         raise ValueError(
@@ -218,16 +242,28 @@ def check_earlier_run(folder: Path, results: Sequence[str], record: str, metrics
             f"--output_dir {folder} has {old[-1][1].name} of a run that did not finish: add "
             "--resume_from_checkpoint latest, choose another folder, or delete its checkpoints"
         )
-    own = old or (folder / metrics).is_file()
-    if not own and (foreign := [name for name in results if os.path.lexists(folder / name)]):
+    foreign = [name for name in [*results, metrics] if os.path.lexists(folder / name)]
+    if foreign and not old and not run:
         raise ValueError(
             f"--output_dir {folder} has {foreign[0]}, and no run's {metrics} beside it: it looks like your own, and a "
             "run would replace it; choose another folder"
         )
+    linked = [name for name in results if (folder / name).is_symlink()]
+    recorded = set(recorded_files(folder, results))
+    places = [] if resumes else [folder / name for name in results]  # a resumed run's own may be half written
+    weights = [path for place in places for path in place.rglob("*.safetensors")]
+    replaced = [*(place for place in places if place.is_file()), *weights]
+    if unknown := linked + [str(path.relative_to(folder)) for path in replaced if path not in recorded]:
+        raise ValueError(
+            f"--output_dir {folder} has {unknown[0]}, which no run has recorded there: a run would replace it; move it "
+            "away, or choose another folder"
+        )
 
 
 def clear_earlier_run(accelerator: Accelerator, folder: Path, results: Sequence[str], keep_state: bool) -> None:
-    """Take away what an earlier run left: its record must not stand beside new weights. The main process does it.
+    """Take away what an earlier run has recorded: its record must not stand beside new weights.
+
+    Everything else in these places stays, because somebody has put it there. The main process does it.
 
     Args:
         results: names of files and folders that a finished run writes.
@@ -240,9 +276,15 @@ def clear_earlier_run(accelerator: Accelerator, folder: Path, results: Sequence[
             _remove(path)
     for partial in folder.glob(".checkpoint-*.partial"):
         shutil.rmtree(partial)
-    for name in results:
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    places = [folder / name for name in results]
+    for file in recorded_files(folder, results):
+        if any(file == place or place in file.parents for place in places):
+            file.unlink(missing_ok=True)
+    for place in places:
+        inside = sorted(path for path in [place, *place.rglob("*")] if path.is_dir() and not path.is_symlink())
+        for path in reversed(inside):  # the innermost first
+            if not any(path.iterdir()):
+                path.rmdir()
 
 
 class FolderLock:

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from storage.text import read_text
+
 # A step's loss depends mostly on its timesteps: only an average over many steps shows whether the run learns.
 SMOOTHED_SHARE = 0.1
 
@@ -19,7 +21,7 @@ def loss_plot(metrics: Path) -> bytes:
     Returns:
         the file's bytes, 960 × 480 pixels.
     """
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    lines = [json.loads(line) for line in read_text(metrics).split("\n") if line] if metrics.is_file() else []
     known = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     steps, losses = np.array(known or [(0, np.nan)]).T  # nothing is known where a finished run's log was lost
     watched = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]

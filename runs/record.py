@@ -1,4 +1,4 @@
-"""What a run leaves behind besides the weights: metrics.jsonl, run.json and the model card."""
+"""What a run leaves behind besides the weights and the card: metrics.jsonl and run.json."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ import re
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
-from runs.plot import loss_plot
-from storage.files import write_atomic
+from methods.components import BEST, BEST_SCORES, RUN_RECORD
+from storage.files import read_json, write_atomic
+from storage.pictures import drawn_here
+from storage.text import read_text
 
 RECORD_VERSION = 1
 METRICS = "metrics.jsonl"
@@ -27,7 +28,48 @@ MODEL_CARD = "README.md"
 LOSS_PLOT = "loss.png"
 SAMPLES = "samples"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
-_CARD_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+
+
+def is_metrics(path: Path) -> bool:
+    """Whether a file is a run's metrics, from its first line; an empty one is of a run that was cut off."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            line = file.readline()
+        return not line or "step" in json.loads(line)
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def recorded_files(folder: Path, results: Sequence[str] = ()) -> list[Path]:
+    """The files in a run's folder that runs have written and recorded there, checkpoints apart.
+
+    That is what ``run.json`` and the best adapter's scores list, with the size that they list, and samples, which say
+    themselves what made them. Nothing else may be cleared, but for empty samples, which hold nothing.
+
+    Args:
+        results: what a run leaves, for a ``run.json`` of before, which listed no files.
+    """
+    samples = [path for path in (folder / SAMPLES).rglob("*.png") if path.is_file()]
+    found = [path for path in samples if path.stat().st_size == 0 or drawn_here(path)]
+    for inside, name in ((folder, RUN_RECORD), (folder / BEST, BEST_SCORES)):
+        try:
+            files = read_json(inside / name).get("files")
+        except (OSError, ValueError):
+            continue
+        found.append(inside / name)
+        if isinstance(files, dict):
+            listed = {inside / file: size for file, size in files.items()}
+            found += [path for path, size in listed.items() if path.is_file() and path.stat().st_size == size]
+        if inside == folder:
+            own = [MODEL_CARD, LOSS_PLOT, *(results if files is None else ())]
+            places = [folder / file for file in own if Path(file).parts[0] not in (SAMPLES, BEST)]
+            found += [path for place in places for path in (place, *place.rglob("*")) if path.is_file()]
+    return found
+
+
+def file_sizes(folder: Path, files: Sequence[str]) -> dict[str, int]:
+    """Name -> bytes of the files that were written: what a record has of them."""
+    return {name: (folder / name).stat().st_size for name in files}
 
 
 def step_samples(step: int) -> str:
@@ -84,8 +126,8 @@ class MetricsLog:
         self.path, self.enabled, self.kept, self.file = path, enabled, [], None
         try:
             if after and path.exists():
-                lines = path.read_text().splitlines(keepends=True)
-                self.kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= after]
+                lines = read_text(path).split("\n")[:-1]  # a line that was cut off ends with the text
+                self.kept = [f"{line}\n" for line in lines if json.loads(line)["step"] <= after]
             self.seconds = [record["seconds"] for record in map(json.loads, self.kept) if "seconds" in record]
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} is damaged, and a resumed run goes on in it: delete it, or mend it") from error
@@ -112,22 +154,46 @@ class MetricsLog:
         return {"seconds_per_step": statistics.median(self.seconds)} if self.seconds else {}
 
 
-def reset_peak_memory() -> None:
-    """Start counting anew, so that the peak is the training's; a CPU process's resident set can't be reset."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+class PeakMemory:
+    """The largest memory in use since the start, MB (10⁶ bytes), without what happens in pauses.
 
+    Of the allocator on a GPU, else the resident set of the whole process. Where the system can't forget a peak (neither
+    a GPU nor Linux), it is the process's from its beginning, pauses included.
+    """
 
-def peak_memory_mb(device: torch.device) -> float:
-    """Largest memory in use, MB (10⁶ bytes): the allocator's on a GPU, else the resident set of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    if platform.system() == "Windows":
-        return psutil.Process().memory_info().peak_wset / 1e6
-    import resource  # which Windows lacks
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._before = device, 0.0
+        self._reset()
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if platform.system() == "Darwin" else 1024) / 1e6  # bytes there, KiB on Linux
+    def _reset(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is in use now
+
+    @property
+    def megabytes(self) -> float:
+        return max(self._before, self._since_reset())
+
+    def _since_reset(self) -> float:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e6
+        if platform.system() == "Windows":
+            return psutil.Process().memory_info().peak_wset / 1e6
+        with suppress(OSError):
+            return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
+        import resource  # which Windows lacks
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1 if platform.system() == "Darwin" else 1024) / 1e6  # bytes there, KiB elsewhere
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What happens inside does not count."""
+        self._before = self.megabytes
+        yield
+        self._reset()
 
 
 def run_record(
@@ -137,6 +203,7 @@ def run_record(
     base_fingerprints: Mapping[str, str],
     outer_ranks: Sequence[int],
     clock: Clock,
+    peak_memory_mb: float,
     folder: Path,
     files: Sequence[str],
     approximation_error: float | None,
@@ -151,6 +218,7 @@ def run_record(
     Args:
         flags: all of them, by name, as they were in force.
         trained, base_fingerprints: by component (unet, text_encoder, text_encoder_2).
+        peak_memory_mb: of the training, as `PeakMemory` counts it.
         new_words: what a prompt must hold for the words that the text encoders were taught, such as "[V]".
         best: step and scores of the adapter in best/, where the run was scored.
         outer_ranks: the distinct outer ranks that the layers got; empty for other methods than NoRA.
@@ -170,8 +238,8 @@ def run_record(
         "outer_ranks": list(outer_ranks),
         "timings": {name: round(seconds, 4) for name, seconds in clock.timings.items()}
         | {"total_seconds": round(clock.total, 4)},
-        "peak_memory_mb": round(peak_memory_mb(device), 1),
-        "files": {name: (folder / name).stat().st_size for name in files},
+        "peak_memory_mb": round(peak_memory_mb, 1),
+        "files": file_sizes(folder, files),
         **({"approximation_error": round(approximation_error, 4)} if approximation_error is not None else {}),
         "best": best,
         "new_words": dict(new_words),
@@ -180,26 +248,3 @@ def run_record(
         "num_processes": num_processes,
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
     }
-
-
-def write_card(folder: Path, record: Mapping[str, Any], samples: Sequence[tuple[str, str]] = ()) -> None:
-    """Write the adapter's README.md, with the metadata that the Hugging Face Hub reads, and its plot of the loss.
-
-    Args:
-        samples: prompt and image file, relative to the folder.
-    """
-    config = record["config"]
-    instance_prompt = config["instance_prompt"] or config["validation_prompt"][0]  # the first of several subjects'
-    for word, tokens in record["new_words"].items():
-        instance_prompt = instance_prompt.replace(word, tokens)
-    data = ModelCardData(
-        base_model=config["pretrained_model_name_or_path"],
-        library_name="diffusers",
-        tags=["text-to-image", "diffusers", "lora", "dreambooth", "stable-diffusion-xl", record["method"]],
-        instance_prompt=instance_prompt,
-        widget=[{"text": prompt, "output": {"url": file}} for prompt, file in samples],
-    )
-    options = {"template_path": str(_CARD_TEMPLATE), "record": record, "samples": samples, "loss_plot": LOSS_PLOT}
-    options["prompt"] = instance_prompt
-    write_atomic(folder / LOSS_PLOT, loss_plot(folder / METRICS))
-    write_atomic(folder / MODEL_CARD, str(ModelCard.from_template(data, **options)))

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from settings.record import FilePath
 from settings.sampling import SamplingConfig
+from storage.text import expand_home
 
 BASE_COLUMN = "base"
 CLIP, DINO = "openai/clip-vit-base-patch32", "facebook/dino-vits16"  # those of the DreamBooth paper
@@ -67,7 +69,10 @@ def parse_named_paths(pairs: Sequence[str], flag: str) -> dict[str, Path]:
             raise ValueError(f"{flag} {pair} must be NAME=PATH, such as nora=out/nora")
         if name == BASE_COLUMN or name in paths:
             raise ValueError(f"{flag} {pair}: the name {name} is taken, choose another one")
-        paths[name] = Path(path)
+        try:
+            paths[name] = Path(expand_home(path))
+        except ValueError as error:
+            raise ValueError(f"{flag} {pair} {error}") from error
     return paths
 
 
@@ -86,20 +91,20 @@ class GalleryConfig(ColumnsConfig):
     checkpoints: bool = field(
         default=False, metadata={"help": "Also at every checkpoint of the runs: the page gets a slider of steps."}
     )
-    instance_images: str | None = field(
+    instance_images: FilePath | None = field(
         default=None, metadata={"help": "Folder of the subject's training images, shown on top."}
     )
-    scores: str | None = field(
+    scores: FilePath | None = field(
         default=None, metadata={"help": "File of judging.evaluate with columns of the same names: shown below them."}
     )
-    output: str = field(default="out/gallery.html", metadata={"help": "The page; the sheet is beside it as .png."})
+    output: FilePath = field(default="out/gallery.html", metadata={"help": "The page; the sheet is beside it as .png."})
 
 
 @dataclass
 class EvaluateConfig(ColumnsConfig):
     """Flags of `python -m judging.evaluate`."""
 
-    instance_images: str | None = field(
+    instance_images: FilePath | None = field(
         default=None, metadata={"help": "Folder of the subject's pictures. Default: what the first run was trained on."}
     )
     subject: str | None = field(
@@ -108,7 +113,7 @@ class EvaluateConfig(ColumnsConfig):
     class_name: str | None = field(
         default=None, metadata={"help": "What the subject is, such as dog. Default: --subject without [V]."}
     )
-    protocol: str = field(
+    protocol: FilePath = field(
         default="scenes",
         metadata={"help": "Prompts and images a prompt: scenes, dreambooth (25 prompts), or a file like theirs."},
     )
@@ -127,9 +132,9 @@ class EvaluateConfig(ColumnsConfig):
             "help": "Default: as many as the protocol says, from 1000 on.",
         },
     )
-    clip: str = field(default=CLIP, metadata={"help": "A CLIP of transformers: folder or Hub id."})
-    dino: str = field(default=DINO, metadata={"help": "An image encoder of transformers: folder or Hub id."})
-    output: str = field(default="out/scores.json", metadata={"help": "The scores; pictures are kept beside it."})
+    clip: FilePath = field(default=CLIP, metadata={"help": "A CLIP of transformers: folder or Hub id."})
+    dino: FilePath = field(default=DINO, metadata={"help": "An image encoder of transformers: folder or Hub id."})
+    output: FilePath = field(default="out/scores.json", metadata={"help": "The scores; pictures are kept beside it."})
 
 
 @dataclass
@@ -147,14 +152,16 @@ class CompareConfig(SamplingConfig):
         default=None, metadata={"action": "extend", "help": "Each method is trained once with each. Default: 0."}
     )
     jobs: int = field(default=1, metadata={"help": "Trainings at once, a CPU core each; on one GPU leave it at 1."})
-    protocol: str = field(default="scenes", metadata={"help": "As in judging.evaluate."})
+    protocol: FilePath = field(default="scenes", metadata={"help": "As in judging.evaluate."})
     live_subject: bool = field(default=False, metadata={"help": "As in judging.evaluate."})
     subject: str | None = field(default=None, metadata={"help": "As in judging.evaluate."})
     class_name: str | None = field(default=None, metadata={"help": "As in judging.evaluate."})
-    instance_images: str | None = field(default=None, metadata={"help": "As in judging.evaluate."})
+    instance_images: FilePath | None = field(default=None, metadata={"help": "As in judging.evaluate."})
     seeds: list[int] | None = field(
         default=None, metadata={"action": "extend", "help": "Of the pictures. Default: as many as the protocol says."}
     )
-    clip: str = field(default=CLIP, metadata={"help": "As in judging.evaluate."})
-    dino: str = field(default=DINO, metadata={"help": "As in judging.evaluate."})
-    output_dir: str = field(default="out/compare", metadata={"help": "A folder for each run, the scores and the page."})
+    clip: FilePath = field(default=CLIP, metadata={"help": "As in judging.evaluate."})
+    dino: FilePath = field(default=DINO, metadata={"help": "As in judging.evaluate."})
+    output_dir: FilePath = field(
+        default="out/compare", metadata={"help": "A folder for each run, the scores and the page."}
+    )

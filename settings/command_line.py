@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import io
 import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
-import yaml
-
 from settings.record import Record
-from storage.files import load_yaml
+from storage.text import expand_home, first_line, load_yaml
 
 Config = TypeVar("Config")
 USER_ERROR = 2  # the exit status of argparse for a wrong command line, used for every mistake of the user
-TRUE, FALSE = ("true", "yes", "1", "t", "y"), ("false", "no", "0", "f", "n")
+TRUE, FALSE = ("true", "yes", "1", "t", "y", "on"), ("false", "no", "0", "f", "n", "off")
 
 
 class Flag(NamedTuple):
@@ -109,11 +108,10 @@ def _boolean(text: str) -> bool:
     return known[text.lower()]
 
 
-def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
+def _add(group: argparse._ArgumentGroup, flag: Flag, required: bool) -> None:
     """The flag in both spellings, with underscores and with dashes; argparse shows the first."""
     names = [f"--{flag.name}", *flag.aliases]
     names += [name for spelled in list(names) if (name := "--" + spelled[2:].replace("_", "-")) not in names]
-    required = flag.default is MISSING
     shown = "" if flag.default in (None, MISSING, False) or "Default" in flag.help else f" Default: {flag.default}."
     options: dict[str, Any] = {
         "dest": flag.name,
@@ -133,7 +131,7 @@ def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
         options |= {"type": flag.type, "metavar": {int: "N", float: "X"}.get(flag.type, "TEXT")}
     if flag.is_list:
         options |= {"nargs": "+", "action": "extend" if flag.extends else "store"}
-    group.add_argument(*names, required=required, **options)
+    group.add_argument(*names, required=required and flag.default is MISSING, **options)
 
 
 def parse_flags(config_class: type[Any], argv: Sequence[str] | None = None, **parser_options: Any) -> dict[str, Any]:
@@ -142,27 +140,46 @@ def parse_flags(config_class: type[Any], argv: Sequence[str] | None = None, **pa
     ``--config run.yaml`` holds flags by name; what the command line says wins over it. Abbreviated flags are refused,
     because a flag added later would change what an old command means.
     """
-    parser = _Parser(allow_abbrev=False, formatter_class=_Help, **parser_options)
-    groups = flag_groups(config_class)
-    for title, flags in groups.items():
-        group = parser.add_argument_group(title)
-        for flag in flags:
-            _add(group, flag)
-    parser.add_argument("--config", metavar="YAML", help="File of flags, by name; the command line wins over it.")
     argv = _join_negative_numbers(sys.argv[1:] if argv is None else argv)
+    groups = flag_groups(config_class)
     file, _ = _config_option().parse_known_args(argv)
+    from_file: dict[str, Any] = {}
     if file.config is not None:
-        every = [flag for flags in groups.values() for flag in flags]
+        one_value = {flag.name for flags in groups.values() for flag in flags if not flag.is_list}
         try:
-            one_value = {flag.name for flag in every if not flag.is_list}
-            argv = [*read_config_file(file.config, one_value, _given(every, argv)), *argv]
+            arguments = read_config_file(expand_home(file.config), one_value)
         except OSError as error:
             exit_with(f"--config {file.config} can't be read: {error.strerror}")
         except ValueError as error:
             exit_with(str(error))
-    given = vars(parser.parse_args(argv))
-    given.pop("config")
-    return given
+        from_file = vars(_parser(groups, every_list_grows=True).parse_args(arguments))
+    given = vars(_parser(groups, said_already=from_file, **parser_options).parse_args(argv))
+    given.pop("config", None)
+    return from_file | given
+
+
+def _parser(
+    groups: Mapping[str, Sequence[Flag]],
+    said_already: Collection[str] | None = None,
+    every_list_grows: bool = False,
+    **parser_options: Any,
+) -> _Parser:
+    """A parser of these flags; what a file has said already, the command line need not.
+
+    Args:
+        said_already: None: nothing need be said, and ``--config`` can't be.
+    """
+    parser = _Parser(allow_abbrev=False, formatter_class=_Help, **parser_options)
+    for title, flags in groups.items():
+        group = parser.add_argument_group(title)
+        for flag in flags:
+            if every_list_grows:
+                flag = flag._replace(extends=flag.is_list)
+            _add(group, flag, required=said_already is not None and flag.name not in said_already)
+    if said_already is not None:
+        help = "File of flags, by name; the command line wins over it."
+        parser.add_argument("--config", metavar="YAML", default=argparse.SUPPRESS, help=help)
+    return parser
 
 
 def parse_config(config_class: type[Config], argv: Sequence[str] | None = None, **parser_options: Any) -> Config:
@@ -180,45 +197,32 @@ def _config_option() -> argparse.ArgumentParser:
     return parser
 
 
-def _given(flags: Sequence[Flag], argv: Sequence[str]) -> set[str]:
-    """The flags that a command line gives, under all of their names."""
-    words = {_flag_name(argument.partition("=")[0]) for argument in argv if argument.startswith("--")}
-    names = [{flag.name, f"no_{flag.name}", *map(_flag_name, flag.aliases)} for flag in flags]
-    return {name for several in names if several & words for name in several}
-
-
-def _flag_name(spelled: str) -> str:
-    return spelled.lstrip("-").replace("-", "_")
-
-
-def read_config_file(path: str | Path, one_value: Collection[str] = (), overruled: Collection[str] = ()) -> list[str]:
-    """A YAML mapping of flag names to values, as the arguments that say the same.
+def read_config_file(path: str | Path, one_value: Collection[str] = ()) -> list[str]:
+    """A YAML mapping of flag names to values, as the arguments that say the same, a list's values one by one.
 
     Args:
         one_value: flags that take no list.
-        overruled: flags to leave out: argparse would add the command line's list to the file's.
 
     Raises:
         ValueError: if the file is no such mapping.
     """
-    try:
-        values = load_yaml(Path(path))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path} is not YAML: {error}") from error
+    values = load_yaml(path, "--config")
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ValueError(f"--config {path} must map flag names to values, such as learning_rate: 1e-4")
-    arguments = []
+    arguments: list[str] = []
+    spelled: dict[str, str] = {}
     for name, value in values.items():
+        if (flag := name.replace("-", "_")) in spelled:
+            raise ValueError(f"--config {path}: {spelled[flag]} and {name} are the same flag: leave one out")
+        spelled[flag] = name
         if isinstance(value, dict):
             raise ValueError(f"--config {path}: {name} is a mapping, and flags take a value or a list of them")
-        if isinstance(value, list) and name in one_value:
+        if isinstance(value, list) and flag in one_value:
             raise ValueError(f"--config {path}: {name} is a list, and this flag takes one value")
-        if _flag_name(name) in overruled:
-            continue
-        if isinstance(value, list):
-            arguments += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            arguments.append(f"--{name}={value}")
+        several = value if isinstance(value, list) else [value] if value is not None else []
+        if any(one is None or isinstance(one, list | dict) for one in several):
+            raise ValueError(f"--config {path}: {name} has a list, a mapping or nothing among its values")
+        arguments += [f"--{name}={one}" for one in several]  # with "=", because a value may begin with a dash
     return arguments
 
 
@@ -238,6 +242,8 @@ def run_command(command: Callable[[], None]) -> None:
 
     So does a GPU's memory that runs out: models that are loaded or merged fill it as well as pictures do.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be in no encoding, as stderr knows
     try:
         command()
     except OSError as error:
@@ -252,7 +258,7 @@ def run_command(command: Callable[[], None]) -> None:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
-        reason = str(error).strip().split("\n")[0].removesuffix(".")
+        reason = first_line(error).removesuffix(".")
         exit_with(f"{reason}: lower --batch_size or the size, use --dtype fp16, or free the GPU of other programs")
 
 

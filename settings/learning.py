@@ -9,6 +9,7 @@ from settings.record import (
     AtLeast0,
     BelowOne,
     Count,
+    FilePath,
     Fraction,
     NotNegative,
     Positive,
@@ -21,6 +22,7 @@ from settings.record import (
 PAPER_STEPS = 500
 POLYNOMIAL_END = 1e-7  # where diffusers' polynomial schedule ends
 # diffusers' schedules; piecewise_constant needs rules that no flag gives. A test compares them with the library.
+UNPLANNED = ("constant", "constant_with_warmup")  # schedules whose rates don't depend on how many steps there are
 LR_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 # What --low_vram sets, unless the command line says otherwise.
 LOW_VRAM = {"gradient_checkpointing": True, "quantize_base": "int8"}
@@ -78,7 +80,7 @@ class LoopOptions(Record):
     gradient_accumulation_steps: Count = option(1, "Batches per optimiser step.")
     checkpointing_steps: Count = option(500, "Save the state of the run every so many steps.")
     checkpoints_total_limit: Count | None = option(None, "Keep so many of these; the oldest go first.")
-    resume_from_checkpoint: str | None = option(
+    resume_from_checkpoint: FilePath | None = option(
         None, 'Go on from "latest", or from a checkpoint folder; those of later steps go once the run saves its own.'
     )
 

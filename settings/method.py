@@ -92,16 +92,24 @@ class TextOptions(Record):
     def learns(self) -> bool:
         return self.train_text_encoder or self.train_text_encoder_ti
 
+    @property
+    def fraction_flag(self) -> str:
+        """The flag that says for which share of the steps they learn."""
+        return "train_text_encoder_ti_frac" if self.train_text_encoder_ti else "train_text_encoder_frac"
+
+    @property
+    def fraction(self) -> float:
+        return self.train_text_encoder_ti_frac if self.train_text_encoder_ti else self.train_text_encoder_frac
+
     def steps(self, total_steps: int) -> int:
         """The first so many steps teach the text encoders.
 
         Raises:
             ValueError: if they would get none.
         """
-        flag, fraction = "train_text_encoder_frac", self.train_text_encoder_frac
-        if self.train_text_encoder_ti:
-            flag, fraction = "train_text_encoder_ti_frac", self.train_text_encoder_ti_frac
-        steps = round(total_steps * fraction)
+        steps = round(total_steps * self.fraction)
         if self.learns and steps == 0:
-            raise ValueError(f"--{flag} {fraction} of {total_steps} steps leave the text encoders none: raise it")
+            raise ValueError(
+                f"--{self.fraction_flag} {self.fraction} of {total_steps} steps leave the text encoders none: raise it"
+            )
         return steps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from settings.record import BelowOne, Count, Record, Steps, option, within
+from settings.record import BelowOne, Count, FilePath, Record, Steps, option, within
 
 INTERPOLATION_MODES = ("lanczos", "bilinear", "bicubic", "box", "nearest", "hamming")
 
@@ -12,17 +12,21 @@ INTERPOLATION_MODES = ("lanczos", "bilinear", "bicubic", "box", "nearest", "hamm
 class DataOptions(Record):
     """Pictures"""
 
-    instance_data_dir: str | None = option(None, "Folder with the pictures, and maybe captions, of the subject.")
+    instance_data_dir: FilePath | None = option(None, "Folder with the pictures, and maybe captions, of the subject.")
     instance_prompt: str | None = option(None, 'What a picture without a caption shows, such as "a photo of [V] cat".')
-    dataset_name: str | None = option(None, "A Hugging Face dataset, on the Hub or in a folder, instead of a folder.")
+    dataset_name: FilePath | None = option(
+        None, "A Hugging Face dataset, on the Hub or in a folder, instead of a folder."
+    )
     dataset_config_name: str | None = option(None, "Configuration of that dataset.")
     image_column: str = option("image", "The dataset's column of pictures.")
     caption_column: str | None = option(None, "Column of captions, of the dataset or of the folder's metadata.jsonl.")
-    concepts_list: str | None = option(
+    concepts_list: FilePath | None = option(
         None, "JSON or YAML list of subjects, each with instance_data_dir and instance_prompt, maybe the class's."
     )
     repeats: Steps = option(1, "How often a picture counts in an epoch.")
-    mask_data_dir: str | None = option(None, "Folder of masks named like the pictures; the loss counts where white.")
+    mask_data_dir: FilePath | None = option(
+        None, "Folder of masks named like the pictures; the loss counts where white."
+    )
     alpha_mask: bool = option(False, "The loss counts where a picture is opaque.")
     resolution: Count | None = option(None, "Side of the square trained on, pixels. Default: the base's own (1024).")
     aspect_ratio_buckets: str | None = option(
@@ -35,13 +39,13 @@ class DataOptions(Record):
     )
     image_interpolation_mode: Literal[INTERPOLATION_MODES] = option("lanczos", "How pictures are resized.")  # type: ignore[valid-type]
     caption_dropout: BelowOne = option(0.0, "Share of the samples trained without their prompt.")
-    encoded_cache_dir: str | None = option(
+    encoded_cache_dir: FilePath | None = option(
         None, "Where encoded pictures and prompts are kept for other runs. Default: inside --output_dir."
     )
     dataloader_num_workers: Annotated[int, within(least=0)] = option(
         0, "Processes that read pictures while others are encoded."
     )
-    dry_run: bool = option(False, "Say what would be trained on, and stop.")
+    dry_run: bool = option(False, "Refuse what the run would, say what would be trained on, and stop.")
 
     @property
     def varies(self) -> bool:
@@ -53,7 +57,7 @@ class PriorOptions(Record):
     """Prior preservation"""
 
     with_prior_preservation: bool = option(False, "Train on the class too, so that it is not forgotten.")
-    class_data_dir: str | None = option(
+    class_data_dir: FilePath | None = option(
         None, "Folder for class images; what is missing is drawn. Needed unless --prior_teacher."
     )
     class_prompt: str | None = option(None, 'What the class images show, such as "a photo of a cat".')

@@ -7,6 +7,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from storage.text import check_text, expand_home
+
 Self = TypeVar("Self", bound="Record")
 
 
@@ -27,10 +29,18 @@ class Record(BaseModel):
         for name, value in self:
             if isinstance(value, str) and not value.strip():
                 raise ValueError(f"--{name} is empty: it must say something")
+            check_texts(name, value)
 
     def replace(self: Self, **flags: Any) -> Self:
         """A copy with other values, checked like a new one."""
         return type(self)(**dict(self) | flags)
+
+
+def check_texts(name: str, value: Any) -> None:
+    """Raise ValueError for a flag's text, or list of texts, that no record could hold."""
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str):
+            check_text(text, f"--{name}")
 
 
 def option(default: Any, text: str) -> Any:
@@ -74,6 +84,7 @@ NotNegative = Annotated[float, within(least=0)]
 Positive = Annotated[float, within(above=0)]
 Fraction = Annotated[float, within(least=0, most=1)]
 BelowOne = Annotated[float, within(least=0, below=1)]
+FilePath = Annotated[str, AfterValidator(expand_home)]  # of a file or a folder; a Hub id has no ~
 
 
 def sentence(error: ValidationError) -> str:

@@ -7,7 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
+
+from settings.record import FilePath, check_texts
+from storage.text import expand_home, read_text
 
 SIZE_MULTIPLE = 8  # diffusers' SDXL pipeline refuses other heights and widths
 MAX_SEED = 2**63 - 1
@@ -15,11 +18,22 @@ MAX_SCALE = 100  # beyond it a picture is noise, and in fp16 an overflow
 DOWNLOAD_OPTIONS = ("revision", "variant", "cache_dir")  # flags that `from_pretrained` takes under the same names
 
 
+def _is_path(hint: Any) -> bool:
+    return hint == FilePath or any(_is_path(part) for part in get_args(hint))
+
+
+def _at_home(path: str, name: str) -> str:
+    try:
+        return expand_home(path)
+    except ValueError as error:
+        raise ValueError(f"--{name} {path} {error}") from error
+
+
 @dataclass
 class SamplingConfig:
     """Flags that all of these commands share."""
 
-    base: str | None = field(
+    base: FilePath | None = field(
         default=None,
         metadata={"help": "SDXL: a diffusers folder, a .safetensors file or a Hub id. Default: the adapter's own."},
     )
@@ -30,7 +44,7 @@ class SamplingConfig:
         default=None,
         metadata={"help": "Of the base's files, such as fp16. Default: the adapter's own, without --base."},
     )
-    cache_dir: str | None = field(
+    cache_dir: FilePath | None = field(
         default=None,
         metadata={"help": "Where the base is downloaded to. Default: the adapter's own, without --base."},
     )
@@ -55,14 +69,28 @@ class SamplingConfig:
     scheduler: str | None = field(
         default=None, metadata={"help": "Class of diffusers, such as DPMSolverMultistep. Default: the base's own."}
     )
-    vae: str | None = field(default=None, metadata={"help": "Another autoencoder: a folder, a file or a Hub id."})
-    refiner: str | None = field(
+    vae: FilePath | None = field(default=None, metadata={"help": "Another autoencoder: a folder, a file or a Hub id."})
+    refiner: FilePath | None = field(
         default=None, metadata={"help": "SDXL's refiner for the last steps: a folder, a file or a Hub id."}
     )
     refiner_start: float = field(default=0.8, metadata={"help": "Share of the steps before the refiner takes over."})
     enable_xformers_memory_efficient_attention: bool = field(
         default=False, metadata={"help": "xformers' attention instead of PyTorch's (CUDA only)."}
     )
+
+    def __post_init__(self) -> None:
+        """As a record's: texts that can be recorded, and ``~`` as the home folder.
+
+        Raises:
+            ValueError: for another text, or a home folder that is not known.
+        """
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            value = getattr(self, name)
+            check_texts(name, value)
+            if value is None or not _is_path(hint):
+                continue
+            several = [_at_home(str(path), name) for path in (value if isinstance(value, list) else [value])]
+            setattr(self, name, several if isinstance(value, list) else several[0])
 
     @property
     def scales(self) -> list[float]:
@@ -107,7 +135,7 @@ class SamplingConfig:
 class GenerateConfig(SamplingConfig):
     """Flags of `python -m inference.generate`."""
 
-    adapter: list[str] | None = field(
+    adapter: list[FilePath] | None = field(
         default=None,
         metadata={
             "aliases": ["--adapters"],
@@ -129,13 +157,13 @@ class GenerateConfig(SamplingConfig):
         default=None,
         metadata={"aliases": ["--prompts"], "action": "extend", "help": "One or several; the flag may be repeated."},
     )
-    prompt_file: str | None = field(default=None, metadata={"help": "UTF-8 text, one prompt a line."})
+    prompt_file: FilePath | None = field(default=None, metadata={"help": "UTF-8 text, one prompt a line."})
     num_images: int | None = field(default=None, metadata={"help": "Images per prompt, from --seed on. Default: 1."})
     seed: int | None = field(default=None, metadata={"help": "Seed of each prompt's first image. Default: 0."})
     seeds: list[int] | None = field(
         default=None, metadata={"action": "extend", "help": "Explicit seeds, instead of --seed and --num_images."}
     )
-    output: str | None = field(default=None, metadata={"help": "Folder. Default: ADAPTER/images, or out/images."})
+    output: FilePath | None = field(default=None, metadata={"help": "Folder. Default: ADAPTER/images, or out/images."})
 
     @property
     def load_device(self) -> str | None:
@@ -185,11 +213,7 @@ class GenerateConfig(SamplingConfig):
 
 def read_prompts(path: str | Path) -> list[str]:
     """The non-blank lines of a UTF-8 text file."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompt file {path} is not UTF-8 text") from error
-    prompts = [line.strip() for line in lines if line.strip()]
+    prompts = [line.strip() for line in read_text(path, "prompt file").split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"prompt file {path} holds no prompt: write one a line")
     return prompts

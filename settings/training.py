@@ -24,6 +24,7 @@ from settings.learning import (
     LR_SCHEDULES,
     PAPER_STEPS,
     POLYNOMIAL_END,
+    UNPLANNED,
     HardwareOptions,
     LoopOptions,
     LossOptions,
@@ -79,6 +80,17 @@ class TrainConfig:
     def flags(self) -> dict[str, Any]:
         """Every flag by its name, in the order of the records."""
         return {name: value for part in RECORDS for name, value in getattr(self, part)}
+
+    def plans_ahead(self) -> list[str]:
+        """The flags by which what a step does depends on how many the run has."""
+        text, flags = self.text, []
+        if self.optimizer.lr_scheduler not in UNPLANNED:
+            flags.append(f"--lr_scheduler {self.optimizer.lr_scheduler}")
+        if text.learns and text.fraction < 1:
+            flags.append(f"--{text.fraction_flag} {text.fraction:g}")
+        if METHODS[self.method.name].plans_ahead:
+            flags.append(f"--method {self.method.name}")
+        return flags
 
     def replace(self, **flags: Any) -> TrainConfig:
         """A copy with other values of some flags."""
@@ -276,6 +288,11 @@ def _output(config: TrainConfig) -> Iterator[str]:
     folder = Path(config.output.output_dir).resolve()
     if not Path(os.path.normpath(folder / config.output.logging_dir)).is_relative_to(folder):
         yield f"--logging_dir {config.output.logging_dir} must be inside --output_dir: name a folder there"
+    if config.output.hub_token is not None and config.output.report_to not in ("tensorboard", "none"):
+        yield (
+            f"--hub_token with --report_to {config.output.report_to}, which may keep the command line, would show the "
+            "token there: leave it out and use hf auth login"
+        )
 
 
 def _warnings(config: TrainConfig, given: set[str]) -> Iterator[str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from settings.record import AtLeast0, Count, Record, option
+from pydantic import Field
+
+from settings.record import AtLeast0, Count, FilePath, Record, option
 
 
 class ValidationOptions(Record):
@@ -15,7 +17,7 @@ class ValidationOptions(Record):
     validation_epochs: Count = option(50, "With --validation_prompt, draw them every so many epochs, and at the end.")
     validation_steps: Count | None = option(None, "Draw them every so many steps instead.")
     num_inference_steps: Count = option(50, "Denoising steps per sample image.")
-    validation_data_dir: str | None = option(
+    validation_data_dir: FilePath | None = option(
         None, "Folder of held-out pictures for --validation_loss_steps. Default: the instance pictures."
     )
     validation_loss_steps: Count | None = option(
@@ -41,16 +43,16 @@ class EvaluationOptions(Record):
         "The best adapter's highest score, or lowest loss; one that draws its training images is never the best.",
     )
     early_stopping_patience: Count | None = option(None, "Stop after so many evaluations without a better one.")
-    eval_protocol: str = option("scenes", "Prompts that are scored: as --protocol of judging.evaluate.")
+    eval_protocol: FilePath = option("scenes", "Prompts that are scored: as --protocol of judging.evaluate.")
     num_eval_images: Count = option(2, "Scored images per prompt.")
-    clip: str | None = option(None, "A CLIP of transformers: folder or Hub id. Default: that of judging.evaluate.")
-    dino: str | None = option(None, "An image encoder likewise. Default: that of judging.evaluate.")
+    clip: FilePath | None = option(None, "A CLIP of transformers: folder or Hub id. Default: that of judging.evaluate.")
+    dino: FilePath | None = option(None, "An image encoder likewise. Default: that of judging.evaluate.")
 
 
 class OutputOptions(Record):
     """Output"""
 
-    output_dir: str = option("lora-dreambooth-model", "Folder for the adapter, its record and its samples.")
+    output_dir: FilePath = option("lora-dreambooth-model", "Folder for the adapter, its record and its samples.")
     output_kohya_format: bool = option(False, "Also write the adapter with kohya's, A1111's and ComfyUI's key names.")
     output_peft_format: bool = option(
         True, "A PEFT folder for each trained component; False leaves it out where there is a LoRA file."
@@ -59,7 +61,7 @@ class OutputOptions(Record):
         None, "Where the update is no pair of factors: also write the nearest LoRA of this rank, named approximate."
     )
     report_to: str = option("tensorboard", "Trackers of accelerate, such as tensorboard, wandb, all or none.")
-    logging_dir: str = option("logs", "Folder of the logs, inside --output_dir.")
+    logging_dir: FilePath = option("logs", "Folder of the logs, inside --output_dir.")
     push_to_hub: bool = option(False, "Upload the adapter and its card, never the checkpoints.")
-    hub_token: str | None = option(None, "Token for that; better: hf auth login.")
+    hub_token: str | None = Field(default=None, description="Token for that; better: hf auth login.", repr=False)
     hub_model_id: str | None = option(None, "Repository for that. Default: the output folder's name.")

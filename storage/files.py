@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
+from storage.text import parse_json, read_text
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> Path:
@@ -25,7 +24,7 @@ def write_atomic(path: str | Path, data: bytes | str) -> Path:
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary name in the same folder, which is synced and becomes ``path`` unless the body fails."""
     path = Path(path)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{cut_bytes(path.name, 200)}.", suffix=".part")
     os.close(descriptor)
     temporary = Path(name)
     try:
@@ -42,9 +41,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def cut_bytes(text: str, most: int) -> str:
+    """The beginning of a text that takes at most so many bytes in UTF-8: file systems count those, up to 255 a name."""
+    return text.encode()[:most].decode(errors="ignore")
+
+
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """An empty folder beside ``path``, which takes its place unless the body fails; the old one is there until then."""
+    """An empty folder beside ``path``, which takes its place unless the body fails; the old one is there until then.
+
+    Files of the old one that the new one hasn't stay: somebody has put them there.
+    """
     fresh, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "old"))
     if old.exists() and not path.exists():  # a process was killed between the two renames
         old.rename(path)
@@ -54,11 +61,59 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     try:
         yield fresh
         if path.exists():
+            move_others(path, fresh)
             path.rename(old)
         fresh.rename(path)
     finally:
         for rest in (fresh, old):
             shutil.rmtree(rest, ignore_errors=True)
+
+
+def move_others(folder: Path, to: Path, known: Container[str] = ()) -> None:
+    """Move the files of a folder that another one hasn't into it.
+
+    Args:
+        known: names, relative to the folder, of files to leave.
+    """
+    for file in sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()):
+        name = file.relative_to(folder)
+        if str(name) not in known and not os.path.lexists(to / name):
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            file.rename(to / name)
+
+
+def check_kept(inputs: Iterable[tuple[str, str | Path]], written: Iterable[str | Path]) -> None:
+    """Refuse to write where an input lies; links are followed.
+
+    Args:
+        inputs: (flag, path) of what flags name as input, files or folders, there or not.
+        written: files that will be replaced, and folders that will be cleared.
+
+    Raises:
+        ValueError: naming the input and what would replace it.
+    """
+    places = [(place, Path(place).resolve()) for place in written]
+    for flag, path in inputs:
+        real = Path(path).resolve()
+        if place := next((place for place, taken in places if real == taken or taken in real.parents), None):
+            raise ValueError(
+                f"{flag} {path} is an input, and {place} is written or cleared here: it would be lost; move it, or "
+                "choose another place for what is written"
+            )
+
+
+def check_own_output(path: str | Path, flag: str, kind: str, own: Callable[[Path], bool]) -> None:
+    """Raise ValueError for a file that is there and isn't what will be written: it is the user's.
+
+    Args:
+        kind: what this command writes there, for the message.
+        own: says whether a file is that.
+    """
+    path = Path(path)
+    if path.is_file() and path.stat().st_size and not own(path):
+        raise ValueError(
+            f"{flag}: {path} is there and is no {kind}, which would take its place: move it, or name another"
+        )
 
 
 def check_writable_target(path: str | Path, flag: str, folder: bool) -> None:
@@ -83,26 +138,16 @@ def check_writable_target(path: str | Path, flag: str, folder: bool) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds a JSON object.
+
+    Raises:
+        ValueError: if it holds none.
+    """
+    text = read_text(path)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
+        record = parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(record, dict):
         raise ValueError(f"{path} holds a JSON {type(record).__name__}, and an object is expected")
     return record
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML in which no key is there twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{name} is there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def load_yaml(path: Path) -> Any:
-    """A YAML or JSON file; a key that is there twice is an error of YAML's."""
-    return yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import weakref
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from test_resume import command
-from test_trainer import losses, run
+from test_trainer import CAT, losses, run
 from tiny_sdxl import saved_base  # noqa: F401 (built before the processes race to build it)
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -62,6 +63,52 @@ def launch(folder: Path, processes: int, *flags: str, config: str | None = None)
     assert done.returncode == 0, done.stderr[-3000:]
     (folder / "stdout").write_text(done.stdout)
     return folder
+
+
+MACHINE = """
+import os, runpy, sys
+os.chdir("machine-" + os.environ["RANK"])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def two_machines(folder: Path, *flags: str) -> subprocess.CompletedProcess:
+    """Two processes with relative paths on disks of their own."""
+    for number in range(2):
+        shutil.copytree(CAT, folder / f"machine-{number}" / "cat", dirs_exist_ok=True)
+    script, *given = command(folder / "out", "--max_train_steps", "2", *flags)[1:]
+    (folder / "machine.py").write_text(MACHINE.replace("sys.argv[0]", repr(script)))
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu"]
+    return subprocess.run(
+        [*launcher, "--main_process_port", "0", str(folder / "machine.py"), *given],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(script).parent)},
+        capture_output=True,
+        text=True,
+        cwd=folder,
+    )
+
+
+def test_machines_without_a_shared_disk_are_refused(tmp_path):
+    done = two_machines(tmp_path, "--output_dir", "mine")
+    assert done.returncode and "--output_dir mine is not the same folder for process 1 as for the first" in done.stderr
+    assert not list(tmp_path.rglob(".shared-*")) and not (tmp_path / "machine-0" / "mine").exists()
+
+
+def test_machines_with_other_pictures_are_refused(tmp_path):
+    (tmp_path / "machine-1").mkdir()
+    shutil.copytree(CAT, tmp_path / "machine-1" / "cat")
+    (tmp_path / "machine-1" / "cat" / "01_sitting.txt").write_text("another caption")
+    done = two_machines(tmp_path, "--instance_data_dir", "cat")
+    assert done.returncode and "process 1 has other pictures or captions than the first" in done.stderr
+
+
+def test_a_cache_on_each_machine_is_no_other_run(tmp_path):
+    """Only the first process's encodings were there."""
+    one = two_machines(tmp_path / "shared")
+    other = two_machines(tmp_path / "apart", "--encoded_cache_dir", "mine")
+    assert one.returncode == other.returncode == 0, other.stderr[-2000:]
+    assert losses(tmp_path / "shared" / "out") == losses(tmp_path / "apart" / "out")
+    assert (tmp_path / "apart" / "machine-1" / "mine").is_dir()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -150,6 +150,58 @@ def test_another_content_is_another_entry(pipeline, folder, change):
     assert set(entries(folder)) > before
 
 
+CONFIGURATIONS = {
+    "scaling_factor": 0.13025 / 2,
+    "shift_factor": 0.1,
+    "latents_mean": [0.1, 0.2, 0.3, 0.4],
+    "latents_std": [1.0, 2.0, 1.0, 2.0],
+    "act_fn": "relu",
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_an_autoencoder_of_another_configuration_gets_no_stale_latents(folder, name):
+    """Of the same weights; latents of half their size came back."""
+    pipeline = build_pipeline()
+    encode(pipeline, folder)
+    before = set(entries(folder))
+    pipeline.vae.register_to_config(**{name: CONFIGURATIONS[name]})
+    encode(pipeline, folder)
+    assert not before & (set(entries(folder)) - before) and len(entries(folder)) == 2 * len(before)
+
+
+def test_where_an_autoencoder_was_loaded_from_changes_no_entry(folder):
+    pipeline = build_pipeline()
+    encode(pipeline, folder)
+    before = entries(folder)
+    pipeline.vae.register_to_config(_name_or_path="elsewhere", _diffusers_version="0.1")
+    encode(pipeline, folder)
+    assert entries(folder) == before
+
+
+@pytest.mark.parametrize("change", [{"hidden_act": "gelu"}, {"eos_token_id": 5}, {"layer_norm_eps": 1e-3}])
+def test_text_encoders_of_another_configuration_get_no_stale_embeddings(tmp_path, change):
+    pipeline, cache = build_pipeline(), EncodedCache(tmp_path)
+    encoders = [pipeline.text_encoder, pipeline.text_encoder_2]
+    tokens = tokenize([pipeline.tokenizer, pipeline.tokenizer_2], ["a cat"])
+    encode_prompts_cached(encoders, "text", tokens, cache)
+    encode_prompts_cached(encoders, "text", tokens, cache)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+    for name, value in change.items():
+        setattr(pipeline.text_encoder_2.config, name, value)
+    encode_prompts_cached(encoders, "text", tokens, cache)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+
+
+def test_a_process_on_another_disk_encodes_the_prompts_itself(tmp_path):
+    pipeline = build_pipeline()
+    encoders = [pipeline.text_encoder, pipeline.text_encoder_2]
+    tokens = tokenize([pipeline.tokenizer, pipeline.tokenizer_2], ["a cat", "a dog"])
+    one = encode_prompts_cached(encoders, "text", tokens, EncodedCache(tmp_path / "one"))
+    other = encode_prompts_cached(encoders, "text", tokens, EncodedCache(tmp_path / "other"), is_main_process=False)
+    assert all(torch.equal(*pair) for pair in zip(one, other))
+
+
 def test_two_processes_share_the_work(pipeline, folder, monkeypatch):
     calls = count_encodings(pipeline, monkeypatch)
     meeting = threading.Barrier(2)

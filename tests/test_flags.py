@@ -277,6 +277,13 @@ def test_config_file_holds_the_same_names_and_the_command_line_wins(tmp_path):
         ("ranks: 3", "--ranks=3"),
         ("rank: 3\nrank: 4", "rank is there twice"),
         ("instance_prompt: [a, b]", "instance_prompt is a list, and this flag takes one value"),
+        ("lora-alpha: 3\nlora_alpha: 4", "lora-alpha and lora_alpha are the same flag"),
+        ("validation_prompt: [[a]]", "has a list, a mapping or nothing"),
+        ("validation_prompt: &a [*a]", "has a list, a mapping or nothing"),
+        ("seed: 1:30", "invalid int value: '1:30'"),
+        ("rank: 1e1", "invalid int value: '1e1'"),
+        ("center_crop: maybe", "must be true or false"),
+        ("rank: 2024-01-01", "invalid int value"),
     ],
 )
 def test_bad_config_files_are_one_sentence(tmp_path, capsys, text, words):

@@ -57,7 +57,8 @@ def example() -> Page:
     del pictures[MISSING]
     settings = {"Base": "tiny", "Columns": ", ".join(NAMES)}
     instances = [("cat.png", Image.new("RGB", (400, 200), "red"))]
-    return Page("Side by side: " + ", ".join(NAMES), settings, columns(), PROMPTS, SEEDS, pictures, instances)
+    title, findings = "Side by side: " + ", ".join(NAMES), [f"{NAMES[1]} is 0.1 higher than {NAMES[2]} in DINO."]
+    return Page(title, settings, columns(), PROMPTS, SEEDS, pictures, instances, findings)
 
 
 def simple(names: list[str], prompts: list[str], size: tuple[int, int] = (24, 16), **options) -> Page:
@@ -122,6 +123,11 @@ def test_texts_are_escaped_and_come_back_whole():
     assert escape(HOSTILE).replace("&quot;", "&#34;").replace("&#x27;", "&#39;") in text
     data = json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.S)[1])
     assert data["names"] == [HOSTILE] and data["rows"][0]["prompt"] == HOSTILE
+
+
+def test_what_the_scores_show_is_said_in_sentences():
+    assert "is 0.1 higher than" in render_page(example()) and "What the scores show" in render_page(example())
+    assert "What the scores show" not in render_page(simple(["a"], ["p"]))
 
 
 def test_a_picture_without_a_place_is_refused():

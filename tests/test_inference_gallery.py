@@ -240,15 +240,49 @@ def test_pictures_from_manifests_are_columns(tmp_path):
     assert not (tmp_path / "pictures").exists()
 
 
+def score_file(path, columns=("nora",), **more):
+    score = {"estimate": 0.7123, "low": 0.701, "high": 0.7236, "level": 0.95, "varies": ["prompts"], "count": [6]}
+    copies = {"count": 1, "pictures": 24, "false_alarm_rate": 0.05, "p_value": 0.7, "alarm": False}
+    scores = {name: {"dino": score, "copies": copies} for name in columns}
+    path.write_text(json.dumps({"version": 2, "scores": scores, "differences": None, **more}))
+    return str(path)
+
+
 def test_scores_are_shown_below_their_columns(gallery, tmp_path):
-    score = {"mean": 0.7123, "std": 0.0101, "low": 0.7, "high": 0.72}
-    found = {"nearest": 0.61, "between_instances": 0.7, "share": 0.1, "alarm": False}
-    (tmp_path / "scores.json").write_text(json.dumps({"scores": {"nora": {"dino": score, "memorisation": found}}}))
-    main([*COMMAND, "--scores", str(tmp_path / "scores.json"), "--output", str(gallery / "scored.html")])
+    difference = {
+        "estimate": -0.007,
+        "low": -0.028,
+        "high": 0.014,
+        "level": 0.95,
+        "varies": ["trainings"],
+        "count": [3],
+    }
+    difference |= {"p_value": 0.29, "detectable": 0.03}
+    more = {"differences": {"first": "lora", "others": {"nora": {"dino": difference}}}}
+    more["costs"] = {"nora": {"Peak memory": "77 MB"}}
+    scores = score_file(tmp_path / "scores.json", ("lora", "nora"), **more)
+    main([*COMMAND, "--scores", scores, "--output", str(gallery / "scored.html")])
     text = Parsed((gallery / "scored.html").read_text()).text
-    assert "0.712 ± 0.010" in text and "DINO" in text
+    assert "0.712 [0.701, 0.724]" in text and "DINO" in text and "1 of 24" in text and "77 MB" in text
+    assert "-0.007 [-0.028, +0.014], p 0.290" in text
+    assert "nora and lora in DINO: no difference shown at 3 trainings; one of 0.030 would have been" in text
     for name in ("scored.html", "scored.png"):
         (gallery / name).unlink()
+
+
+def test_scores_of_an_older_version_are_refused_in_a_sentence(tmp_path, capsys):
+    """Their ± was another one: half an interval here, a spread there."""
+    old = {
+        "dino": {"mean": 0.7, "std": 0.01, "low": 0.69, "high": 0.71},
+        "memorisation": {"nearest": 0.6, "alarm": True},
+    }
+    for version in ({"version": 1}, {}):
+        (tmp_path / "old.json").write_text(json.dumps({**version, "scores": {"nora": old}}))
+        with pytest.raises(SystemExit):
+            main([*COMMAND, "--scores", str(tmp_path / "old.json"), "--output", str(tmp_path / "g.html")])
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and "is of version 1" in errors[0] and "run judging.evaluate again" in errors[0]
+    assert not (tmp_path / "g.html").exists()
 
 
 def test_the_page_shows_what_each_adapter_costs(gallery):
@@ -375,8 +409,8 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, monkeypa
     (tmp_path / "a.html").mkdir()
     (tmp_path / "record").mkdir()
     (tmp_path / "record" / "run.json").write_text("{")
-    (tmp_path / "record" / "scores.json").write_text('{"scores": []}')
-    (tmp_path / "other.json").write_text('{"scores": {"y": {"memorisation": {"nearest": 0.1, "alarm": false}}}}')
+    (tmp_path / "record" / "scores.json").write_text('{"version": 2, "scores": []}')
+    score_file(tmp_path / "other.json", ["y"])
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "run.json").write_text('{"config": ["a"], "method": ["x"]}')
     for name in ("record", "odd"):

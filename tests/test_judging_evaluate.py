@@ -53,9 +53,16 @@ def test_what_is_scored(scores):
     result = json.loads(scores.read_text())
     assert set(result["scores"]) == {"base", "nora"} and result["instance_images"] == 6
     base, nora = result["scores"]["base"], result["scores"]["nora"]
-    assert set(nora) == {"dino", "clip_i", "clip_t", "diversity", "drift", "class_drift", "memorisation"}
-    assert set(base) == {"dino", "clip_i", "clip_t", "diversity", "memorisation"}  # the base drifts from nothing
-    assert nora["drift"]["mean"] > 1e-4 and all(-1 <= nora[key]["mean"] <= 1 for key in ("dino", "clip_i", "clip_t"))
+    assert set(nora) == {"dino", "clip_i", "clip_t", "diversity", "drift", "class_drift", "copies"}
+    assert set(base) == {"dino", "clip_i", "clip_t", "diversity", "copies"}  # the base drifts from nothing
+    known = ("dino", "clip_i", "clip_t")
+    assert nora["drift"]["estimate"] > 1e-4 and all(-1 <= nora[key]["estimate"] <= 1 for key in known)
+    assert nora["dino"]["varies"] == ["prompts", "seeds"] and nora["dino"]["count"] == [2, 2]
+    assert nora["dino"]["low"] < nora["dino"]["estimate"] < nora["dino"]["high"] and nora["dino"]["level"] == 0.95
+    assert nora["diversity"]["varies"] == ["prompts"] and nora["drift"]["count"] == [10, 2]
+    drawn = [value for seeds in result["draws"]["nora"]["dino"].values() for value in seeds.values()]
+    assert len(drawn) == 4 and nora["dino"]["estimate"] == pytest.approx(sum(drawn) / 4)
+    assert result["version"] == 2 and result["differences"] is None and nora["copies"]["pictures"] == 4
     pictures = list((scores.parent / "pictures" / "nora").glob("*.png"))
     assert len(pictures) == 2 * (2 + 10 + 3)  # subject, unrelated and class prompts, with two seeds each
 
@@ -64,7 +71,7 @@ def test_an_adapter_at_scale_zero_does_not_drift(tmp_path):
     main([*NORA, "--scale", "0", "--output", str(tmp_path / "scores.json")])
     result = json.loads((tmp_path / "scores.json").read_text())["scores"]
     for kind in ("drift", "class_drift"):
-        assert abs(result["nora"][kind]["mean"]) < 1e-6
+        assert abs(result["nora"][kind]["estimate"]) < 1e-6
     assert result["nora"]["dino"] == result["base"]["dino"]
 
 
@@ -78,12 +85,28 @@ def test_pictures_of_a_manifest_and_the_alarm(tmp_path, capsys):
     flags = [*JUDGES, "--instance_images", str(ROBOT), "--images", f"copies={tmp_path}"]
     main([*flags, "--output", str(tmp_path / "scores.json")])
     found = json.loads((tmp_path / "scores.json").read_text())["scores"]["copies"]
-    assert found["memorisation"]["nearest"] == pytest.approx(1, abs=1e-6) and found["memorisation"]["alarm"]
+    assert found["copies"]["count"] == found["copies"]["pictures"] == 6 and found["copies"]["alarm"]
+    assert found["dino"]["varies"] == ["seeds"]
     scorer = Scorer(*JUDGES[1::2], [open_image(path) for path in sorted(ROBOT.glob("*.png"))], "cpu")
     own = scorer.dino_instances @ scorer.dino_instances.T
-    assert found["dino"]["mean"] == pytest.approx(own.mean().item(), abs=1e-6)
+    assert found["dino"]["estimate"] == pytest.approx(own.mean().item(), abs=1e-6)
     printed = capsys.readouterr()
-    assert "warning: copies draws its training images: 100%" in printed.err and "MEMORISED" in printed.out
+    assert "warning: copies draws its training images: 6 of its 6 pictures are copies" in printed.err
+    assert "| 6 of 6 **COPIES** |" in printed.out
+
+
+def test_methods_are_compared_in_pairs(tmp_path, capsys):
+    """Two adapters of the same prompts and seeds: which differences are shown, and which would have been."""
+    command = [*NORA, f"--adapters=lora={saved_lora()}", "--output", str(tmp_path / "scores.json")]
+    main(command)
+    result, printed = json.loads((tmp_path / "scores.json").read_text()), capsys.readouterr().out
+    assert result["differences"]["first"] == "nora" and set(result["differences"]["others"]) == {"lora"}
+    found = result["differences"]["others"]["lora"]
+    assert set(found) == {"dino", "clip_i", "clip_t", "diversity", "drift", "class_drift"}
+    for key, difference in found.items():
+        own = result["scores"]["lora"][key]["estimate"] - result["scores"]["nora"][key]["estimate"]
+        assert difference["estimate"] == pytest.approx(own, abs=1e-9) and 0 <= difference["p_value"] <= 1, key
+    assert "| lora − nora |" in printed and "- lora " in printed and "at 2 prompts × 2 seeds" in printed
 
 
 def test_pictures_of_several_scales_are_not_mixed(tmp_path, capsys):

@@ -258,6 +258,40 @@ def test_more_steps_than_before(copy):
     assert losses(resumed) == losses(run(copy.parent / "whole", max_train_steps=5))
 
 
+PLANNED = {
+    "cosine": ({"lr_scheduler": "cosine"}, "--lr_scheduler cosine depends on it"),
+    "linear": ({"lr_scheduler": "linear"}, "--lr_scheduler linear depends on it"),
+    "restarts": ({"lr_scheduler": "cosine_with_restarts"}, "--lr_scheduler cosine_with_restarts depends on it"),
+    "polynomial": ({"lr_scheduler": "polynomial"}, "--lr_scheduler polynomial depends on it"),
+    "text encoders": (
+        {"train_text_encoder": True, "train_text_encoder_frac": 0.5},
+        "--train_text_encoder_frac 0.5 depends on it",
+    ),
+    "new tokens": ({"train_text_encoder_ti": True}, "--train_text_encoder_ti_frac 0.5 depends on it"),
+    "adalora": ({"method": "adalora", "rank": None}, "--method adalora depends on it"),
+}
+
+
+@pytest.mark.parametrize("case", PLANNED)
+def test_other_steps_than_a_schedule_was_made_for_are_refused(tmp_path, case):
+    """A cosine went .01 … .0015, 0, .0031, .0015, and text encoders that had been done learned again."""
+    options, words = PLANNED[case]
+    folder = run(tmp_path, max_train_steps=2, checkpointing_steps=2, **options)
+    before = losses(folder)
+    # six pictures, two a step
+    longer = {"max_train_steps": None, "num_train_epochs": 3} if case == "cosine" else {"max_train_steps": 9}
+    with pytest.raises(ValueError, match=f"--max_train_steps was 2 and is 9, and {words}. Undo that, or start anew"):
+        run(tmp_path, resume_from_checkpoint="latest", **longer, **options)
+    assert losses(folder) == before
+
+
+def test_a_warmup_and_text_encoders_that_always_learn_may_go_on(tmp_path):
+    options = {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 3, "train_text_encoder": True}
+    resumed = run(tmp_path / "one", max_train_steps=2, checkpointing_steps=1, **options)
+    run(tmp_path / "one", max_train_steps=4, resume_from_checkpoint="latest", **options)
+    assert losses(resumed) == losses(run(tmp_path / "whole", max_train_steps=4, **options))
+
+
 def test_limit_keeps_the_newest_and_deletes_only_after_writing(tmp_path, monkeypatch):
     counts = []
     save = hooks.save_checkpoint

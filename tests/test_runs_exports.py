@@ -20,7 +20,9 @@ from inference.load import load_adapter, unload_adapters
 from inference.sampling import encode_prompts
 from methods.components import EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS
 from methods.files import KOHYA_WEIGHTS, PEFT_FOLDER
+from runs.card import write_card
 from runs.exports import check_files
+from runs.interval import Interval, format_interval
 
 FORMATS = {"output_kohya_format": True, "output_peft_format": True, "train_text_encoder": True}
 METHODS = {
@@ -169,6 +171,21 @@ def test_a_card_of_two_subjects_shows_the_first(tmp_path):
     options = {"concepts_list": str(tmp_path / "subjects.json"), "instance_data_dir": None, "instance_prompt": None}
     card = (run(tmp_path / "run", max_train_steps=1, method="lora", **options) / "README.md").read_text()
     assert "adapter: a photo of [V] cat" in card and "None" not in card
+
+
+def test_the_card_shows_the_best_score_as_tables_do(tmp_path):
+    """E3: one kind of interval everywhere, here of one training's pictures; a loss has none."""
+    folder = run(tmp_path, max_train_steps=1)
+    record = json.loads((folder / "run.json").read_text())
+    assert "best adapter" not in (folder / "README.md").read_text()
+    score = Interval(0.897, 0.875, 0.919, 0.95, ("prompts", "seeds"), (6, 2))
+    for best, words in (
+        ({"step": 1, "by": "dino", "dino": 0.897, "interval": score.fields()}, f"dino: {format_interval(score)} (95% "),
+        ({"step": 1, "by": "val_loss", "val_loss": 0.125}, "by val_loss: 0.125."),
+    ):
+        write_card(folder, record | {"best": best})
+        card = (folder / "README.md").read_text()
+        assert "The best adapter is that of step 1, by" in card and words in card
 
 
 def test_new_tokens_stop_learning_after_their_share_of_the_steps(tmp_path):

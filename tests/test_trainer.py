@@ -787,12 +787,14 @@ def test_bad_input_is_one_sentence_and_writes_nothing(case, tmp_path, monkeypatc
     places["BASE"] = str(saved_base())
     flags, words = BAD[case]
     before = sorted(Path().rglob("*"))
-    with pytest.raises(SystemExit) as exit_:
-        trainer.main([places.get(flag, flag) for flag in flags])
-    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert exit_.value.code == 2
-    assert len(error) == 1 and re.search(words, error[0]), error
-    assert sorted(Path().rglob("*")) == before
+    for dry in ([], ["--dry_run"]):  # which refuses all that the run would
+        AcceleratorState._reset_state(True)
+        with pytest.raises(SystemExit) as exit_:
+            trainer.main([places.get(flag, flag) for flag in flags] + dry)
+        error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert exit_.value.code == 2
+        assert len(error) == 1 and re.search(words, error[0]), error
+        assert sorted(Path().rglob("*")) == before
 
 
 def test_adapter_of_another_base_is_refused(nora_run, tmp_path):

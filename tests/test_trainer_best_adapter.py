@@ -19,6 +19,7 @@ from methods.components import FOLDED_WEIGHTS
 from settings.training import TrainConfig
 from storage.pictures import find_images, open_image
 from trainer.best_adapter import RunJudge
+from trainer.hooks import Look
 
 ASSETS = Path(__file__).parent.parent / "assets"
 JUDGES = {"clip": str(ASSETS / "tiny-clip"), "dino": str(ASSETS / "tiny-dino")}
@@ -53,6 +54,38 @@ def test_the_run_is_scored_and_the_best_adapter_kept(tmp_path):
     assert [line["step"] for line in again if "dino" in line] == [2, 4]
 
 
+def best_of(folder):
+    return json.loads((folder / "run.json").read_text())["best"]
+
+
+def test_going_back_to_an_older_checkpoint_brings_its_best_back(tmp_path, monkeypatch):
+    """best/ was of step 4 while the record said step 1."""
+    scores = {1: 5.0, 2: 6.0, 3: 7.0, 4: 1.0}  # losses: the first is the best until the last
+
+    def validate(self, step):
+        return scores[step]
+
+    monkeypatch.setattr(Look, "_validate", validate)
+    options = SCORED | {"eval_steps": 1, "best_by": "val_loss", "checkpointing_steps": 1, "checkpoints_total_limit": 9}
+    folder = run(tmp_path, **options)
+    first = load_file(folder / "checkpoint-1" / FOLDED_WEIGHTS)
+    assert best_of(folder)["step"] == 4 == json.loads((folder / "best" / "scores.json").read_text())["step"]
+    scores[4] = 8.0
+    run(tmp_path, **options, resume_from_checkpoint="checkpoint-2")
+    assert best_of(folder)["step"] == 1 and best_of(folder) == json.loads((folder / "best" / "scores.json").read_text())
+    kept = load_file(folder / "best" / FOLDED_WEIGHTS)
+    assert all((kept[key] == first[key]).all() for key in first)
+
+
+def test_a_best_of_steps_that_are_made_anew_goes(tmp_path):
+    options = SCORED | {"eval_steps": 2, "best_by": "val_loss", "checkpointing_steps": 1}
+    folder = run(tmp_path, **options)
+    assert (folder / "best" / "scores.json").is_file() and not (folder / "checkpoint-1" / "best.zip").exists()
+    later = json.loads((folder / "best" / "scores.json").read_text())
+    run(tmp_path, **options, resume_from_checkpoint="checkpoint-1")
+    assert best_of(folder) == json.loads((folder / "best" / "scores.json").read_text()) == later
+
+
 def test_the_last_step_is_scored_however_long_the_run_is(tmp_path):
     options = SCORED | {"max_train_steps": None, "num_train_epochs": 1, "eval_steps": 50}  # six pictures, two a step
     folder = run(tmp_path, **options)
@@ -80,7 +113,7 @@ def judge(tmp_path):
 
 def test_an_adapter_that_copies_is_never_the_best(judge, tmp_path, capsys):
     cats = [open_image(path) for path in find_images(CAT, "instance_data_dir")]
-    blank = [GeneratedImage("a [V] cat", seed, Image.new("RGB", (64, 64), "teal")) for seed in range(2)]
+    blank = [GeneratedImage("a [V] cat", seed, Image.new("RGB", (64, 64), "teal")) for seed in range(6)]
     copies = [GeneratedImage("a [V] cat", seed, image) for seed, image in enumerate(cats)]
     kept = []
     first = judge.look(1, blank, 0.5, kept.append)
@@ -90,6 +123,17 @@ def test_an_adapter_that_copies_is_never_the_best(judge, tmp_path, capsys):
     printed = capsys.readouterr().err
     assert "step 2 draws its training images" in printed and "fidelity rises only by memorising" in printed
     assert judge.waited == 1
+
+
+def test_one_copy_of_a_dozen_is_within_the_detector_s_error(judge):
+    """--best_by leaves an evaluation out for more copies than the detector's own errors would give, for no fewer."""
+    cats = [open_image(path) for path in find_images(CAT, "instance_data_dir")]
+    blank = [GeneratedImage("a [V] cat", seed, Image.new("RGB", (64, 64), "teal")) for seed in range(12)]
+    for copies, best in ((1, 1), (3, 1)):
+        mixed = [GeneratedImage("a [V] cat", seed, image) for seed, image in enumerate(cats[:copies])]
+        found = judge.look(copies, [*mixed, *blank[copies:]], 0.5, lambda folder: None)
+        assert found["copies"] == copies / 12 and judge.best["step"] == best
+    assert judge.waited == 1 and judge.best["interval"]["varies"] == ("seeds",)
 
 
 def test_prompts_are_the_protocol_s_with_the_subject_in_them(judge):

@@ -7,10 +7,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from scipy import stats
 from tiny_sdxl import saved_base
 
+from inference.gallery import read_scores
+from judging.copies import Copies
+from judging.statistics import interval
+from judging.tables import score_table
 from settings.columns import CompareConfig
-from trainer.compare import Run, main, plan, summarise, table, train
+from trainer.compare import Run, main, of_columns, plan, summarise, train
 
 ASSETS = Path(__file__).parent.parent / "assets"
 ROBOT = str(ASSETS / "subjects" / "robot")
@@ -26,7 +31,10 @@ def test_trainings_scores_table_and_page(tmp_path, capsys, monkeypatch):
     command += [*JUDGES, "--output_dir", str(tmp_path), "--", *TRAIN]
     main(command)
     printed = capsys.readouterr().out
-    assert (tmp_path / "table.md").read_text().startswith("| method | trained |") and "| lora |" in printed
+    table = (tmp_path / "table.md").read_text()
+    assert "| lora |" in printed and "at 3" not in printed
+    for cost in ("Trainable parameters", "Smallest file", "Seconds per step", "Peak memory", "Start-up"):
+        assert f"| {cost} |" in table
     scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
     assert set(scores) == {"base", "lora-seed0", "lora-seed1"}
     page = (tmp_path / "gallery.html").read_text()
@@ -43,6 +51,8 @@ def trainings(monkeypatch):
 
     def start(command, **options):
         started.append(command)
+        trainings.commands.append(command)
+        trainings.tokens.append(options["env"].get("HF_TOKEN"))
         folder = Path(command[command.index("--output_dir") + 1])
         if len(started) in trainings.cut_off:
             raise KeyboardInterrupt
@@ -57,6 +67,7 @@ def trainings(monkeypatch):
         return len(started), "--resume_from_checkpoint" in started[-1]
 
     trainings.cut_off, trainings.cut_off_late = (), ()
+    trainings.commands, trainings.tokens = [], []
     monkeypatch.setattr(subprocess, "run", start)
     return trainings
 
@@ -74,6 +85,51 @@ def test_a_run_is_trained_again_if_what_it_was_trained_on_changed(tmp_path, trai
     assert trainings(run) == (2, False) and trainings(run)[0] == 2
     (base / "unet.safetensors").write_bytes(b"other")
     assert trainings(run) == (3, False) and trainings(run)[0] == 3
+
+
+def test_a_changed_picture_of_a_concept_and_in_a_sub_folder_is_seen(tmp_path, trainings):
+    folders = {name: tmp_path / name for name in ("cat", "dog", "classes", "held", "masks")}
+    for folder in folders.values():
+        (folder / "sub").mkdir(parents=True)
+        (folder / "a.png").write_bytes(b"one")
+    entries = [
+        {"instance_data_dir": str(folders["cat"]), "instance_prompt": "a [V] cat"},
+        {
+            "instance_data_dir": str(folders["dog"]),
+            "instance_prompt": "a dog",
+            "class_data_dir": str(folders["classes"]),
+        },
+    ]
+    (tmp_path / "concepts.json").write_text(json.dumps(entries))
+    flags = [f"--concepts_list={tmp_path / 'concepts.json'}", "--pretrained_model_name_or_path", "base"]
+    flags += ["--validation_data_dir", str(folders["held"])]
+    (run,) = plan(CompareConfig(methods=["lora"], output_dir=str(tmp_path / "out")), flags)
+    count = trainings(run)[0]
+    for changed in ("cat/a.png", "dog/b.png", "dog/a.txt", "classes/own.png", "held/a.txt", "cat/sub/c.png"):
+        (tmp_path / changed).write_bytes(b"another")
+        assert trainings(run)[0] == count + 1, changed
+        count += 1
+        assert trainings(run)[0] == count
+    (tmp_path / "cat/sub/c.png").rename(tmp_path / "cat/c.png")  # of the same name, in another folder
+    assert trainings(run)[0] == count + 1
+    (folders["classes"] / "class-01234567-seed000001.png").write_bytes(b"drawn by the run")
+    assert trainings(run)[0] == count + 1
+
+
+def test_a_hub_token_stands_in_no_file_and_on_no_command_line(tmp_path, trainings):
+    for said in (["--hub_token", "hf_secret"], ["--hub_token=hf_secret"], ["--hub-token=hf_secret"]):
+        flags = [*TRAIN, *said, "--push_to_hub", "--validation_prompt", "a cat"]
+        (run,) = plan(CompareConfig(methods=["lora=--method lora --rank 2"], output_dir=str(tmp_path / "out")), flags)
+        assert trainings(run)[0] == 1  # another way of saying the same
+    assert trainings.tokens == ["hf_secret"] and "hf_secret" not in " ".join(trainings.commands[0])
+    assert trainings.commands[0][2 : 2 + len(TRAIN)] == TRAIN and "a cat" in trainings.commands[0]
+    # a file of before, which had it
+    command_file = tmp_path / "out" / "lora" / "compare.json"
+    begun = json.loads(command_file.read_text())
+    command_file.write_text(json.dumps(begun | {"flags": [*begun["flags"], "--hub_token", "hf_secret"]}))
+    assert trainings(run)[0] == 1
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert written and not [path for path in written if b"hf_secret" in path.read_bytes()]
 
 
 def test_a_run_that_was_cut_off_goes_on(tmp_path, trainings):
@@ -109,23 +165,61 @@ def test_plan_and_its_refusals():
             plan(CompareConfig(**options), flags)
 
 
-def test_intervals_are_between_trainings_where_there_are_several():
-    def one(mean, alarm=False):
-        return {
-            "dino": {"mean": mean, "std": 0.0, "low": mean - 0.1, "high": mean + 0.1},
-            "memorisation": {"nearest": 0.5, "between_instances": 0.6, "share": 0.0, "alarm": alarm},
-        }
+def training(folder, mean, copies=0, trained=1000, seconds=0.25):
+    """A finished training whose pictures, two prompts with two seeds each, scored around a mean."""
+    folder.mkdir(parents=True)
+    record = {"trainable_parameters": trained, "timings": {"seconds_per_step": seconds, "encode_seconds": 2.0}}
+    record |= {"peak_memory_mb": 77.0, "files": {"pytorch_lora_weights.safetensors": 5000}}
+    record["timings"]["inject_seconds"] = 1.5
+    (folder / "run.json").write_text(json.dumps(record))
+    dino = {"a": {0: mean - 0.1, 1: mean + 0.1}, "b": {0: mean - 0.2, 1: mean + 0.2}}
+    return {"dino": dino}, Copies.of(copies, 4).fields()
 
-    runs = [Run(f"nora-seed{seed}", "nora", seed, Path("x"), []) for seed in range(3)]
-    runs += [Run("lora", "lora", 0, Path("x"), [])]
-    scores = {"nora-seed0": one(0.1), "nora-seed1": one(0.2, True), "nora-seed2": one(0.3), "lora": one(0.5)}
-    found = summarise(scores, runs)
-    assert found["nora"]["dino"]["mean"] == pytest.approx(0.2)
-    assert found["nora"]["dino"]["half"] == pytest.approx(4.30265 * 0.1 / 3**0.5, rel=1e-5)
-    assert found["lora"]["dino"] == {"mean": 0.5, "half": pytest.approx(0.1)}
-    record = {"trainable_parameters": 1000, "timings": {"seconds_per_step": 0.25}}
-    text = table(found, {"nora": record, "lora": record})
-    assert "| nora | 1,000 | 0.25 | 0.200 ± 0.248 | 0.50 (1 memorised) |" in text
+
+@pytest.fixture
+def compared(tmp_path):
+    """Three trainings of each of two methods, and the base."""
+    runs, draws, scores = [], {}, {}
+    for method, means in (("lora", (0.1, 0.2, 0.3)), ("nora", (0.15, 0.25, 0.38))):
+        for seed, mean in enumerate(means):
+            name = f"{method}-seed{seed}"
+            runs.append(Run(name, method, seed, tmp_path / name, []))
+            draws[name], copies = training(tmp_path / name, mean, copies=3 * (method == "lora"))
+            scores[name] = {"copies": copies}
+    base = {"dino": interval([{"a": {0: 0.0, 1: 0.1}}]).fields(), "copies": Copies.of(0, 4).fields()}
+    return summarise({"scores": scores | {"base": base}, "draws": draws}, runs)
+
+
+def test_trainings_are_what_varies_and_are_paired_by_their_seed(compared):
+    lora, found = compared["scores"]["lora"]["dino"], compared["differences"]["others"]["nora"]["dino"]
+    assert lora["estimate"] == pytest.approx(0.2)
+    assert lora["varies"] == ("trainings", "prompts", "seeds") and lora["count"] == (3, 2, 2)
+    assert lora["high"] - lora["low"] >= 2 * 4.30265 * 0.1 / 3**0.5 - 1e-9  # Student's over the trainings alone
+    expected = stats.ttest_rel([0.15, 0.25, 0.38], [0.1, 0.2, 0.3])
+    assert found["estimate"] == pytest.approx(0.06) and found["p_value"] == pytest.approx(expected.pvalue, rel=0.01)
+    assert found["high"] - found["estimate"] < 0.05 < lora["high"] - lora["estimate"]  # what they share cancels
+    assert compared["scores"]["lora"]["copies"]["count"] == 9 and compared["scores"]["lora"]["copies"]["alarm"]
+
+
+def test_the_table_says_costs_scores_and_what_follows(compared):
+    text = score_table(compared)
+    assert "| lora | 1,000 | 5 kB | 0.25 s | 77 MB | 3.5 s | 0.200 [" in text and "| 9 of 12 **COPIES** |" in text
+    assert text.splitlines()[0].endswith("| Start-up | DINO ↑ | Copies of training images ↓ |")
+    assert "| nora − lora | +0.060 [" in text and "- nora is 0.060 higher than lora in DINO: " in text
+
+
+def test_page_and_table_show_the_same_figures(compared, tmp_path):
+    """E3: they showed ± 0.012 and ± 0.004 of the same scores."""
+    columns = {"lora": "lora-seed0", "nora": "nora-seed0"}
+    (tmp_path / "summary.json").write_text(json.dumps(of_columns(compared, columns)))
+    read, cells = read_scores(str(tmp_path / "summary.json")), score_table(compared)
+    assert set(read.cells) == {"base", "lora-seed0", "nora-seed0"}
+    for texts in (*read.cells.values(), *read.costs.values()):
+        for text in texts.values():
+            assert text.replace(" COPIES", " **COPIES**") in cells, text
+    assert len(read.sentences) == 1
+    for sentence in read.sentences:
+        assert sentence.replace("-seed0", "") in cells
 
 
 @pytest.mark.parametrize(
@@ -145,6 +239,11 @@ def test_intervals_are_between_trainings_where_there_are_several():
             [*JUDGES, "--methods", "lora", "--", *TRAIN, "--learning_rate", "-1"],
             "lora: --learning_rate -1.0 must be above 0",
         ),
+        (
+            [*JUDGES, "--methods", "nora", "lora=--method lora --rank 999", "--", *TRAIN],
+            "lora: unet: --rank 999 exceeds min(out, in)=32",
+        ),
+        ([*JUDGES, "--", *TRAIN, "--instance_prompt", "[V] robot" + " robot" * 40], "nora: the prompt"),
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, flags, words):

@@ -12,6 +12,8 @@ from trainer.optimizer import (
     build_optimizer,
     build_schedule,
     check_optimizer,
+    check_rates,
+    last_rate,
     parameter_groups,
     parse_optimizer_args,
     scaled_learning_rate,
@@ -170,3 +172,55 @@ def test_an_average_goes_on_where_its_parameters_are():
     average.load_state_dict(saved)
     average.step()
     assert average.ema.shadow_params[0].device.type == "meta"
+
+
+# --- rates at which nothing is learned --------------------------------------------------------------------------------
+
+
+def warned(total_steps: int, **options) -> str:
+    return " | ".join(check_rates(config(**options), total_steps))
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup"])
+def test_500_warmup_steps_of_20_steps_are_said_with_the_rate_that_they_end_at(name):
+    text = warned(20, lr_scheduler=name, lr_warmup_steps=500)
+    assert "--lr_warmup_steps 500 of a run of 20 steps: the learning rate ends at 3.8e-06 and never reaches" in text
+    assert not warned(600, lr_scheduler=name, lr_warmup_steps=500)
+    assert not warned(20, lr_scheduler="constant", lr_warmup_steps=500)
+
+
+def test_last_rate_is_that_of_the_last_step():
+    for name in ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup", "constant"):
+        one = config(lr_scheduler=name, lr_warmup_steps=3, lr_num_cycles=2, learning_rate=1e-3)
+        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1e-3)
+        schedule = build_schedule(one, optimizer, 10)
+        for _ in range(9):
+            optimizer.step()
+            schedule.step()
+        assert last_rate(one, 10) == pytest.approx(schedule.get_last_lr()[0])
+
+
+def test_a_polynomial_schedule_that_is_all_warmup_is_refused():
+    """diffusers divides by zero after the last step."""
+    with pytest.raises(ValueError, match="--lr_warmup_steps 20 are all steps of the run"):
+        warned(20, lr_scheduler="polynomial", lr_warmup_steps=20)
+
+
+def test_more_restarts_than_steps_are_said():
+    assert "--lr_num_cycles 20 of the 20 steps" in warned(20, lr_scheduler="cosine_with_restarts", lr_num_cycles=20)
+    assert not warned(20, lr_scheduler="cosine_with_restarts", lr_num_cycles=10)
+
+
+@pytest.mark.parametrize("rate", [1e-4, 0.1])
+def test_prodigy_at_a_rate_of_adam_is_said(rate):
+    assert "is too low for --optimizer prodigy, which finds the rate itself: use 1.0" in warned(
+        20, optimizer="Prodigy", learning_rate=rate
+    )
+    assert not warned(20, optimizer="prodigy", learning_rate=1.0)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "adam", "NAdam", "RAdam", "Adamax"])
+def test_adam_at_a_rate_of_prodigy_is_said(name):
+    assert f"--learning_rate 1 is too high for --optimizer {name}" in warned(20, optimizer=name, learning_rate=1.0)
+    assert not warned(20, optimizer=name, learning_rate=0.1)
+    assert not warned(20, optimizer="SGD", learning_rate=1.0)

@@ -729,7 +729,12 @@ def write(shots: list[Shot], folder: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Write every subject's training and held-out pictures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("assets/subjects"), help="folder to write to")
+    parser.add_argument(
+        "--output",
+        type=lambda text: Path(text).expanduser(),
+        default=Path("assets/subjects"),
+        help="folder to write to",
+    )
     output = parser.parse_args(arguments).output
     for name, shots in SUBJECTS.items():
         subject = shots()

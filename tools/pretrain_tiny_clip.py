@@ -202,10 +202,20 @@ def twin_accuracy(vit: ViTModel, world: TinyWorld, seed: int, count: int = 200) 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, default=Path("assets/tiny-sdxl"), help="whose tokenizer is used")
-    parser.add_argument("--clip_dir", type=Path, default=Path("assets/tiny-clip"))
-    parser.add_argument("--dino_dir", type=Path, default=Path("assets/tiny-dino"))
-    parser.add_argument("--work_dir", type=Path, default=Path("out/pretrain"), help="checkpoints, artwork")
+    parser.add_argument(
+        "--base",
+        type=lambda text: Path(text).expanduser(),
+        default=Path("assets/tiny-sdxl"),
+        help="whose tokenizer is used",
+    )
+    parser.add_argument("--clip_dir", type=lambda text: Path(text).expanduser(), default=Path("assets/tiny-clip"))
+    parser.add_argument("--dino_dir", type=lambda text: Path(text).expanduser(), default=Path("assets/tiny-dino"))
+    parser.add_argument(
+        "--work_dir",
+        type=lambda text: Path(text).expanduser(),
+        default=Path("out/pretrain"),
+        help="checkpoints, artwork",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pool_size", type=int, default=24_000)
     parser.add_argument("--steps", type=int, default=700)

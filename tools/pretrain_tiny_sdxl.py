@@ -345,8 +345,13 @@ def save_pipeline(vae, model, tokenizer, directory: Path) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("assets/tiny-sdxl"))
-    parser.add_argument("--work_dir", type=Path, default=Path("out/pretrain"), help="checkpoints, pool, artwork")
+    parser.add_argument("--output_dir", type=lambda text: Path(text).expanduser(), default=Path("assets/tiny-sdxl"))
+    parser.add_argument(
+        "--work_dir",
+        type=lambda text: Path(text).expanduser(),
+        default=Path("out/pretrain"),
+        help="checkpoints, pool, artwork",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae_steps", type=int, default=8250)
     parser.add_argument("--vae_batch_size", type=int, default=8)

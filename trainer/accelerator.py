@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,15 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, parse_flag_from_env
-from huggingface_hub import create_repo, upload_folder
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, parse_flag_from_env
+from huggingface_hub import create_repo, upload_folder, whoami
 from PIL import Image
 from torch import nn
 
 from runs.checkpoints import FolderLock
 from settings.learning import HardwareOptions
 from settings.watching import OutputOptions
+from storage.text import first_line
 from trainer.memory import import_torchao
 from trainer.sharding import accelerator_class
 
@@ -107,9 +110,52 @@ def start_trackers(accelerator: Accelerator, flags: Mapping[str, Any]) -> None:
     accelerator.init_trackers("dreambooth", values)
 
 
-def take_folder(lock: FolderLock, accelerator: Accelerator, folder: Path) -> None:
-    """Make the run's folder and hold it, once nothing more is to be refused; every process waits for it."""
+def check_one_folder(accelerator: Accelerator, folder: Path, flag: str) -> None:
+    """Refuse a folder that is another one to some of the processes, as on machines without a shared disk.
+
+    Raises:
+        ValueError: in every process.
+    """
+    if accelerator.num_processes == 1:
+        return
+    while not folder.is_dir():  # what will be made is made in the first that is there
+        folder = folder.parent
+    (name,) = broadcast_object_list([f".shared-{uuid.uuid4().hex}"])
     if accelerator.is_main_process:
+        (folder / name).touch()
+    accelerator.wait_for_everyone()
+    seen = accelerator.gather(torch.tensor([(folder / name).exists()], device=accelerator.device))
+    if accelerator.is_main_process:
+        (folder / name).unlink()
+    if not bool(seen.all()):
+        raise ValueError(
+            f"{flag} is not the same folder for process {int(seen.int().argmin())} as for the first: name one on a "
+            "disk that all machines share"
+        )
+
+
+def check_same(accelerator: Accelerator, text: str, what: str) -> None:
+    """Refuse what differs between the processes.
+
+    Args:
+        text: such as a hash.
+
+    Raises:
+        ValueError: in every process.
+    """
+    (first,) = broadcast_object_list([text])
+    same = accelerator.gather(torch.tensor([text == first], device=accelerator.device))
+    if not bool(same.all()):
+        raise ValueError(
+            f"process {int(same.int().argmin())} has other {what} than the first: give all machines the same"
+        )
+
+
+def take_folder(lock: FolderLock, accelerator: Accelerator, folder: Path, output: OutputOptions) -> None:
+    """Make the run's folder, held, and its repository, once nothing more is to be refused; every process waits."""
+    if accelerator.is_main_process:
+        if output.push_to_hub:
+            open_repository(folder, output.hub_model_id, output.hub_token)
         lock.take(folder)
     accelerator.wait_for_everyone()
 
@@ -135,6 +181,30 @@ def log_images(accelerator: Accelerator, images: Mapping[str, Image.Image], step
             tracker.log_images(batches, step=step, **options)
 
 
+def open_repository(folder: Path, hub_model_id: str | None, token: str | None) -> str:
+    """Make the repository if there is none, before hours are spent on what it is to hold; returns its id.
+
+    Args:
+        hub_model_id: None: the folder's name.
+
+    Raises:
+        ValueError: if the hub refuses, or can't be reached.
+    """
+    name = repository_name(folder, hub_model_id)
+    with _hub_errors(name, token, "nothing is trained yet: see hf auth login, or leave it out and use hf upload later"):
+        return create_repo(name, token=token, exist_ok=True).repo_id
+
+
+def repository_name(folder: Path, hub_model_id: str | None) -> str:
+    return hub_model_id or folder.resolve().name
+
+
+def check_login(token: str | None) -> None:
+    """Raise ValueError unless the hub knows the token, or the one of ``hf auth login``."""
+    with _hub_errors("can't log in", token, "see hf auth login"):
+        whoami(token=token)
+
+
 def push_to_hub(folder: Path, hub_model_id: str | None, token: str | None) -> str:
     """Upload the adapter, its card and its samples; returns the repository's id.
 
@@ -144,10 +214,10 @@ def push_to_hub(folder: Path, hub_model_id: str | None, token: str | None) -> st
     Raises:
         ValueError: if the hub refuses, or can't be reached.
     """
-    name = hub_model_id or folder.resolve().name
+    name = repository_name(folder, hub_model_id)
     # found here, because a * of the hub's patterns goes into sub-folders
     files = [path.relative_to(folder).as_posix() for pattern in UPLOADED for path in folder.glob(pattern)]
-    try:
+    with _hub_errors(name, token, f"the run is whole in {folder}; upload it with hf upload"):
         repository = create_repo(name, token=token, exist_ok=True).repo_id
         upload_folder(
             repo_id=repository,
@@ -156,9 +226,16 @@ def push_to_hub(folder: Path, hub_model_id: str | None, token: str | None) -> st
             allow_patterns=[glob.escape(file) for file in files],
             commit_message="Upload the adapter",
         )
-    except Exception as error:  # the hub's client lets the errors of its HTTP and storage libraries through
-        raise ValueError(
-            f"--push_to_hub {name}: {(str(error).strip() or repr(error)).splitlines()[0]} (the run is whole in "
-            f"{folder}; upload it with hf upload)"
-        ) from error
     return repository
+
+
+@contextmanager
+def _hub_errors(name: str, token: str | None, then: str) -> Iterator[None]:
+    """What the hub's client lets through of its HTTP and storage libraries, as one sentence without the token."""
+    try:
+        yield
+    except Exception as error:
+        reason = first_line(error)
+        if token:
+            reason = reason.replace(token, "…")
+        raise ValueError(f"--push_to_hub {name}: {reason} ({then})") from error

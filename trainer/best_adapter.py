@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from dreambooth.prepare import Pictures
 from inference.sampling import GeneratedImage
 from judging.prompts import FIRST_SEED, Protocol, subject_of_prompt, with_article
 from judging.scorer import Scorer
-from judging.tables import warn_of_memorisation
+from judging.statistics import interval
+from judging.tables import warn_of_copies
 from methods.components import BEST, BEST_SCORES
+from runs.record import file_sizes
 from settings.columns import CLIP, DINO
 from settings.watching import EvaluationOptions
-from storage.files import replacing_folder, write_atomic
+from storage.files import read_json, replacing_folder, write_atomic
 from storage.pictures import open_image
 
 
@@ -28,7 +31,8 @@ class RunJudge:
     """Looks at the run every ``--eval_steps``; nothing where the flag is not given.
 
     The best adapter has the highest score of ``--best_by`` (the lowest, for val_loss) among the evaluations in which
-    the memorisation alarm is silent. An equal one later is no better.
+    no alarm says that it draws copies of training images: more of them than the detector's own errors would give. An
+    equal one later is no better.
 
     Raises:
         ValueError: if an encoder or the protocol can't be had.
@@ -61,19 +65,19 @@ class RunJudge:
         return every is not None and (step % every == 0 or step == self.total_steps)
 
     def look(
-        self, step: int, drawn: list[GeneratedImage], val_loss: float, save_adapter: Callable[[Path], Any]
+        self, step: int, drawn: list[GeneratedImage], val_loss: float, save_adapter: Callable[[Path], Sequence[str]]
     ) -> dict[str, float]:
         """Score the pictures, keep the adapter if it is the best so far; returns what is to be logged. Main process.
 
         Args:
-            save_adapter: writes the adapter's files into a folder.
+            save_adapter: writes the adapter's files into a folder, and returns their names.
         """
-        scores = self.scorer.score(drawn)
-        copied = scores["memorisation"]
-        found = {name: scores[name].mean for name in ("dino", "clip_i", "clip_t")}
-        found |= {"val_loss": val_loss, "nearest_training_image": copied.nearest}
+        scores, copied = self.scorer.score(drawn), self.scorer.copies(drawn)
+        intervals = {name: interval([scores[name]]) for name in ("dino", "clip_i", "clip_t")}
+        found = {name: one.estimate for name, one in intervals.items()}
+        found |= {"val_loss": val_loss, "copies": copied.share}
         if copied.alarm:
-            warn_of_memorisation(f"step {step}", copied._asdict())
+            warn_of_copies(f"step {step}", copied.fields())
             if self.before and found["dino"] > self.before["dino"]:
                 print(
                     f"warning: step {step}: fidelity rises only by memorising, it is not kept as the best",
@@ -84,6 +88,8 @@ class RunJudge:
         if not copied.alarm and self._is_better(found):
             self.waited = 0
             self.best = {"step": step, "by": self.options.best_by, **found}
+            if (by := intervals.get(self.options.best_by)) is not None:
+                self.best["interval"] = by.fields()
             self._keep(save_adapter)
         return found
 
@@ -93,10 +99,36 @@ class RunJudge:
             return True
         return found[name] < self.best[name] if name == "val_loss" else found[name] > self.best[name]
 
-    def _keep(self, save_adapter: Callable[[Path], Any]) -> None:
+    def _keep(self, save_adapter: Callable[[Path], Sequence[str]]) -> None:
+        assert self.best is not None
         with replacing_folder(self.output_dir / BEST) as fresh:
-            save_adapter(fresh)
+            self.best["files"] = file_sizes(fresh, save_adapter(fresh))
             write_atomic(fresh / BEST_SCORES, json.dumps(self.best, indent=1) + "\n")
+
+    def save_best(self, checkpoint: Path) -> None:
+        """Put a copy of best/ into a checkpoint: a run that goes on from it may find a later one in the folder."""
+        if self.best is not None:
+            shutil.make_archive(str(checkpoint / BEST), "zip", self.output_dir / BEST)
+
+    def restore_best(self, checkpoint: Path) -> None:
+        """Make best/ what it was when the checkpoint was saved: a later one is of steps that are made anew."""
+        folder = self.output_dir / BEST
+        found = read_json(folder / BEST_SCORES) if (folder / BEST_SCORES).is_file() else None
+        if found == self.best:
+            return
+        if self.best is None:
+            shutil.rmtree(folder)
+            return
+        copy = checkpoint / f"{BEST}.zip"
+        if not copy.is_file():  # a checkpoint of before they had one
+            print(
+                f"warning: {checkpoint} has no copy of the best adapter, of step {self.best['step']}", file=sys.stderr
+            )
+            self.best = None
+            shutil.rmtree(folder, ignore_errors=True)
+            return
+        with replacing_folder(folder) as fresh:
+            shutil.unpack_archive(copy, fresh)
 
     def gives_up(self) -> bool:
         """Whether ``--early_stopping_patience`` is used up; every process gets the main one's answer."""

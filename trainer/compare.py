@@ -10,6 +10,7 @@ have changed, and a run that was cut off is resumed: the command may be repeated
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -22,22 +23,24 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from dreambooth.prior import is_drawn
 from inference import gallery
-from inference.score_labels import SCORE_LABELS
+from inference.score_labels import SCORES_VERSION
 from judging import evaluate
 from judging.plan import instance_folder
-from judging.statistics import confidence_interval
-from judging.tables import markdown_table, warn_of_memorisation
+from judging.tables import score_table, warn_of_copies
 from methods.components import RUN_RECORD
-from settings.columns import CompareConfig, EvaluateConfig, GalleryConfig
+from settings.columns import BASE_COLUMN, CompareConfig, EvaluateConfig, GalleryConfig
 from settings.command_line import parse_config, parse_flags, run_command
 from settings.sampling import SamplingConfig
 from settings.training import TrainConfig
-from storage.files import check_writable_target, read_json, write_atomic
+from storage.files import check_kept, check_own_output, check_writable_target, read_json, write_atomic
 from storage.state import local_state
+from storage.text import expand_home, load_yaml
 
 SCRIPT = Path(__file__).parent.parent / "train_dreambooth_nora_sdxl.py"
 COMMAND = "compare.json"  # in each run's folder: what it is trained with, and the record that it replaces
+# Flags that name what a training reads.
 INPUTS = (
     "pretrained_model_name_or_path",
     "pretrained_vae_model_name_or_path",
@@ -45,8 +48,19 @@ INPUTS = (
     "dataset_name",
     "concepts_list",
     "mask_data_dir",
+    "class_data_dir",
+    "validation_data_dir",
+    "eval_protocol",
+    "clip",
+    "dino",
 )
+CONCEPT_INPUTS = ("instance_data_dir", "class_data_dir")  # the same of an entry of --concepts_list
 OWN_FLAGS = ("--output_dir", "--seed", "--resume_from_checkpoint", "--dry_run", "--config")
+CAPTION = (
+    "Scores with 95 % intervals over all that there are several of: trainings, prompts and seeds of the pictures. "
+    "Of one training they say nothing about another. Differences are paired; docs/judging.md says how all is computed."
+)
+NAME_BYTES = 200  # a file's name takes 255
 RESERVED = ("base", "pictures")  # what else is in the folder or on the page
 
 
@@ -78,6 +92,10 @@ def plan(config: CompareConfig, train_flags: Sequence[str]) -> list[Run]:
         for flag in OWN_FLAGS:
             if any(given == flag or given.startswith(f"{flag}=") for given in [*train_flags, *own]):
                 raise ValueError(f"{flag} is this command's own: use --methods, --train_seeds or --output_dir")
+        if len(name.encode()) > NAME_BYTES:
+            raise ValueError(
+                f"--methods {name} is longer than {NAME_BYTES} bytes: give it a shorter name, as in short=…"
+            )
         if name in names:
             raise ValueError(f"--methods has {name} twice: give one of them another name, such as {name}2={flags!r}")
         names.append(name)
@@ -97,8 +115,12 @@ def train(run: Run, threads: int | None) -> None:
         ValueError: if it fails, with the last line that it printed.
     """
     record, command_file = run.folder / RUN_RECORD, run.folder / COMMAND
-    wanted = {"flags": run.flags, "inputs": inputs(run)}
+    flags, token = without_token(run.flags)
+    wanted = {"flags": flags, "inputs": inputs(run)}
     begun = read_json(command_file) if command_file.is_file() else {}
+    if "flags" in begun and (cleaned := without_token(begun["flags"])[0]) != begun["flags"]:  # earlier ones had it
+        begun["flags"] = cleaned
+        write_atomic(command_file, json.dumps(begun) + "\n")
     if {name: begun.get(name) for name in wanted} != wanted:
         # an earlier run's record stays until this one has made a step: it must not be taken for this one's
         begun = wanted | {"replaces": local_state(str(record))}
@@ -108,11 +130,12 @@ def train(run: Run, threads: int | None) -> None:
     print(f"{run.folder}: training", flush=True)
     run.folder.mkdir(parents=True, exist_ok=True)
     write_atomic(command_file, json.dumps(begun) + "\n")
-    command = [sys.executable, str(SCRIPT), *run.flags, "--output_dir", str(run.folder)]
+    command = [sys.executable, str(SCRIPT), *flags, "--output_dir", str(run.folder)]
     if not record.is_file():
         command += ["--resume_from_checkpoint", "latest"]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    log = run.folder.with_name(f"{run.folder.name}.log")
+    environment |= {"HF_TOKEN": token} if token else {}  # on a command line every user of the machine reads it
+    log = log_file(run)
     with log.open("w") as file:
         done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
     if done.returncode:
@@ -137,49 +160,63 @@ def given_flags(run: Run) -> dict[str, Any]:
     return parse_flags(TrainConfig, [*run.flags, "--output_dir", str(run.folder)])
 
 
+def without_token(flags: Sequence[str]) -> tuple[list[str], str | None]:
+    """The flags, and the Hub token that was among them, which no file shall hold."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--hub_token", "--hub-token")
+    known, others = parser.parse_known_args(flags)
+    return others, known.hub_token
+
+
 def inputs(run: Run) -> dict[str, Any]:
-    """The state of the base and of the pictures where they lie on this disk."""
+    """The state of what a run reads, where it lies on this disk."""
     flags = given_flags(run)
-    return {name: local_state(flags.get(name)) for name in INPUTS}
+    paths = {name: flags.get(name) for name in INPUTS}
+    if listed := paths["concepts_list"]:
+        # a list that can't be used is refused before the first training
+        for number, entry in enumerate(load_yaml(expand_home(listed), "--concepts_list"), start=1):
+            paths |= {f"concepts_list, entry {number}: {name}": entry.get(name) for name in CONCEPT_INPUTS}
+    states = {name: local_state(expand_home(path)) if path else [] for name, path in paths.items()}
+    for name in states:
+        if name.endswith("class_data_dir"):  # the run itself draws what is missing
+            states[name] = [file for file in states[name] if not is_drawn(Path(str(file[0])).name)]
+    return states
 
 
-def summarise(scores: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, dict[str, dict[str, float]]]:
-    """Method -> score -> mean and the half of its 95 % interval.
+def summarise(result: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
+    """A file of scores with a column a method: over its trainings, with what they cost and the paired differences.
 
-    Of several trainings the interval is Student's, between trainings; of one it is the bootstrap's, between pictures.
+    Trainings are paired by their seed, pictures by prompt and seed.
     """
-    summary: dict[str, dict[str, dict[str, float]]] = {}
-    for method in dict.fromkeys(run.method for run in runs):
-        own = [scores[run.name] for run in runs if run.method == method]
-        summary[method] = {}
-        for key in SCORE_LABELS:
-            found = [one[key] for one in own if key in one]
-            if len(found) > 1:
-                mean, half = confidence_interval([one["mean"] for one in found])
-            elif found:
-                mean, half = found[0]["mean"], (found[0]["high"] - found[0]["low"]) / 2
-            else:
-                continue
-            summary[method][key] = {"mean": mean, "half": half}
-        alarms = [one["memorisation"]["alarm"] for one in own]
-        nearest = [one["memorisation"]["nearest"] for one in own]
-        summary[method]["memorisation"] = {"nearest": sum(nearest) / len(nearest), "alarms": sum(alarms)}
-    return summary
+    from inference.figures import cost_figures  # these import PyTorch
+    from judging.comparison import method_differences, score_summary
+
+    methods: dict[str, dict[int, dict[str, Any]]] = {}
+    for run in runs:
+        copies = {"copies": result["scores"][run.name]["copies"]}
+        methods.setdefault(run.method, {})[run.seed] = result["draws"][run.name] | copies
+    records = {
+        method: [read_json(one.folder / RUN_RECORD) for one in runs if one.method == method] for method in methods
+    }
+    return {
+        "version": SCORES_VERSION,
+        "scores": {BASE_COLUMN: result["scores"][BASE_COLUMN]}
+        | {method: score_summary(list(trainings.values())) for method, trainings in methods.items()},
+        "differences": method_differences(methods),
+        "costs": {method: cost_figures(own) for method, own in records.items()},
+    }
 
 
-def table(summary: Mapping[str, Mapping[str, Mapping[str, float]]], records: Mapping[str, Mapping[str, Any]]) -> str:
-    """One row a method: what it trains and costs, its scores with 95 % intervals."""
-    known = [key for key in SCORE_LABELS if any(key in scores for scores in summary.values())]
-    header = ["method", "trained", "s/step", *(SCORE_LABELS[key] for key in known), "nearest training image"]
-    rows = []
-    for method, scores in summary.items():
-        record = records[method]
-        cells = [method, f"{record['trainable_parameters']:,}", f"{record['timings']['seconds_per_step']:.3g}"]
-        cells += [f"{scores[key]['mean']:.3f} ± {scores[key]['half']:.3f}" if key in scores else "–" for key in known]
-        found = scores["memorisation"]
-        cells.append(f"{found['nearest']:.2f}" + (f" ({found['alarms']} memorised)" if found["alarms"] else ""))
-        rows.append(cells)
-    return markdown_table(header, rows)
+def of_columns(summary: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The summary under other names: method -> column of the page."""
+
+    def renamed(found: Mapping[str, Any]) -> dict[str, Any]:
+        return {columns.get(name, name): own for name, own in found.items()}
+
+    named = {**summary, "scores": renamed(summary["scores"]), "costs": renamed(summary["costs"])}
+    if found := summary["differences"]:
+        named["differences"] = {"first": columns[found["first"]], "others": renamed(found["others"])}
+    return named
 
 
 def run(config: CompareConfig, train_flags: Sequence[str]) -> Path:
@@ -195,6 +232,7 @@ def run(config: CompareConfig, train_flags: Sequence[str]) -> Path:
     scoring = scoring_flags(config, runs)
     trained = [given_flags(one) for one in runs]
     evaluate.check(scoring, trained)
+    check_places(output_dir, runs, trained, config.instance_images)
     # A mistake in one method's flags is found before another has trained for an hour.
     for one in {run.method: run for run in runs}.values():
         check_flags(one)
@@ -202,13 +240,15 @@ def run(config: CompareConfig, train_flags: Sequence[str]) -> Path:
 
     result = evaluate.run(scoring)
     for name, scores in result["scores"].items():
-        warn_of_memorisation(name, scores["memorisation"])
-    records = {one.method: read_json(one.folder / RUN_RECORD) for one in reversed(runs)}
-    text = table(summarise(result["scores"], runs), records)
-    count = len(config.train_seeds or [0])
-    between = f"between {count} trainings of each" if count > 1 else "between pictures, of one training of each"
-    write_atomic(output_dir / "table.md", f"{text}\n\nMean ± half of the 95 % interval, {between}.\n")
+        warn_of_copies(name, scores["copies"])
+    summary = summarise(result, runs)
+    text = score_table(summary)
+    write_atomic(output_dir / "table.md", f"{text}\n\n{CAPTION}\n")
     print(text)
+    shown = {one.method: one for one in reversed(runs)}  # of several trainings the first
+    columns = {method: one.name for method, one in shown.items()}
+    summary_file = output_dir / "summary.json"
+    write_atomic(summary_file, json.dumps(of_columns(summary, columns), indent=1, ensure_ascii=False) + "\n")
     page, _ = gallery.run(
         GalleryConfig(
             **sampling_flags(config),
@@ -216,11 +256,45 @@ def run(config: CompareConfig, train_flags: Sequence[str]) -> Path:
             prompts=result["prompts"],
             seeds=result["seeds"],
             instance_images=instance_folder(config.instance_images, trained),
-            scores=scoring.output,
+            scores=str(summary_file),
             output=str(output_dir / "gallery.html"),
         )
     )
     return page
+
+
+def check_places(
+    output_dir: Path, runs: Sequence[Run], trained: Sequence[Mapping[str, Any]], instance_images: str | None
+) -> None:
+    """Refuse to write where an input lies, or where something else than a comparison is.
+
+    Args:
+        trained: the flags of the runs.
+
+    Raises:
+        ValueError: naming the input, or the file that is there.
+    """
+    page, table = output_dir / "gallery.html", output_dir / "table.md"
+    names = (*INPUTS, "class_data_dir", "validation_data_dir")
+    inputs = {(f"--{name}", str(path)) for flags in trained for name in names if (path := flags.get(name))}
+    inputs |= {("--instance_images", instance_images)} if instance_images else set()
+    inputs = {(flag, path) for flag, path in inputs if Path(path).exists()}
+    if same := [flag for flag, path in inputs if Path(path).resolve() == output_dir.resolve()]:
+        raise ValueError(f"{same[0]} and --output_dir are the same folder {output_dir}: name another one")
+    logs = [log_file(run) for run in runs]
+    written = [page, page.with_suffix(".png"), table, output_dir / "scores.json", *logs]
+    check_kept(inputs, [*written, *(run.folder for run in runs)])
+    gallery.check_own_page(page)
+    check_own_output(output_dir / "scores.json", "--output_dir", "file of scores", evaluate.is_scores)
+    check_own_output(table, "--output_dir", "table of this command", lambda path: path.read_bytes()[:1] == b"|")
+    for run, log in zip(runs, logs):
+        begun = (run.folder / COMMAND).is_file()
+        check_own_output(log, "--output_dir", f"log of {run.folder}", lambda _, begun=begun: begun)
+
+
+def log_file(run: Run) -> Path:
+    """What its training says."""
+    return run.folder.with_name(f"{run.folder.name}.log")
 
 
 def sampling_flags(config: CompareConfig) -> dict[str, Any]:
@@ -251,15 +325,21 @@ def train_all(runs: Sequence[Run], jobs: int) -> None:
 
 
 def check_flags(run: Run) -> None:
-    """What the trainer refuses before it loads the base.
+    """What the trainer refuses before it reads the base's weights.
 
     Raises:
         ValueError: with the trainer's own sentence.
     """
-    from trainer.preflight import preflight  # which imports PyTorch: --help and refused flags need none
+    # which imports PyTorch: --help and refused flags need none
+    from trainer.models import make_run_adapter
+    from trainer.preflight import check_fits_base, preflight, settled_flags
 
     try:
-        preflight(train_config(run))
+        config, pictures = preflight(train_config(run))
+        records = (config.loop, config.optimizer, config.text, config.validation)
+        config = config.replace(**settled_flags(*records, pictures, num_processes=1))
+        prompts = config.validation.validation_prompt or ()
+        check_fits_base(config.base, config.loss, config.text, make_run_adapter(config), pictures, prompts)
     except ValueError as error:
         raise ValueError(f"{run.method}: {error}") from error
 

@@ -10,8 +10,9 @@ from typing import Any
 from methods.components import RUN_RECORD
 from methods.files import save_approximation
 from methods.nora import Nora
+from runs.card import write_card
 from runs.exports import check_files
-from runs.record import SAMPLES, Clock, run_record, write_card
+from runs.record import SAMPLES, Clock, run_record
 from storage.files import write_atomic
 from trainer.accelerator import push_to_hub
 from trainer.run import Run
@@ -25,6 +26,7 @@ def finish(
     fingerprints: Mapping[str, str],
     words: Mapping[str, str],
     clock: Clock,
+    peak_memory_mb: float,
     best: Mapping[str, Any] | None,
 ) -> None:
     """Save and check the adapter, then write record and card, then draw; every process calls it.
@@ -51,6 +53,7 @@ def finish(
             base_fingerprints=fingerprints,
             outer_ranks=run.adapter.outer_ranks() if isinstance(run.adapter, Nora) else [],
             clock=clock,
+            peak_memory_mb=peak_memory_mb,
             folder=folder,
             files=files,
             approximation_error=error,
@@ -64,7 +67,7 @@ def finish(
         write_card(folder, record)
     seeds = range(loop.seed, loop.seed + validation.num_validation_images)
     samples = sampler.samples(validation.validation_prompt, seeds)
-    keep_samples(accelerator, samples, folder / SAMPLES, total_steps)
+    samples = keep_samples(accelerator, samples, folder / SAMPLES, total_steps)
     if accelerator.is_main_process:
         write_card(folder, record, [(sample.prompt, f"{SAMPLES}/{sample.file}") for sample in samples])
         if output.push_to_hub:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 
 from dreambooth.validation import validation_loss
 from methods.components import BEST
-from runs.checkpoints import GracefulStop, clear_earlier_run, save_checkpoint
+from runs.checkpoints import GracefulStop, clear_earlier_run, find_checkpoint, save_checkpoint
 from runs.exports import RESULTS
-from runs.record import SAMPLES, Clock, MetricsLog, samples_after, step_samples
+from runs.record import SAMPLES, Clock, MetricsLog, PeakMemory, samples_after, step_samples
 from settings.learning import LoopOptions
 from trainer.accelerator import end_training
 from trainer.best_adapter import RunJudge
@@ -41,24 +41,33 @@ class ClearEarlier:
     """Once a step is made, the run works: only then may the results of an earlier one go.
 
     Args:
+        judge: whose best adapter comes back, where the run goes on from an older checkpoint.
         first_step, total_steps: of the run; where nothing is left to do, they go at once.
-        resumes: the run goes on from a checkpoint, whose earlier samples stay.
+        checkpoint: that the run goes on from; its earlier samples stay.
     """
 
     def __init__(
-        self, accelerator: Accelerator, folder: Path, first_step: int, total_steps: int, resumes: bool
+        self,
+        accelerator: Accelerator,
+        folder: Path,
+        judge: RunJudge,
+        first_step: int,
+        total_steps: int,
+        checkpoint: Path | None,
     ) -> None:
-        names = [*RESULTS, *(samples_after(folder, first_step) if resumes else [SAMPLES, BEST])]
-        self.clear: Callable[[], None] | None = partial(
-            clear_earlier_run, accelerator, folder, names, keep_state=resumes
-        )
+        self.accelerator, self.judge, self.checkpoint, self.cleared = accelerator, judge, checkpoint, False
+        names = [*RESULTS, *(samples_after(folder, first_step) if checkpoint else [SAMPLES, BEST])]
+        self.clear = partial(clear_earlier_run, accelerator, folder, names, keep_state=checkpoint is not None)
         if first_step == total_steps:
             self.after_step()
 
     def after_step(self, step: Step | None = None) -> None:
-        if self.clear is not None:
-            self.clear()
-        self.clear = None
+        if self.cleared:
+            return
+        self.clear()
+        if self.checkpoint and self.accelerator.is_main_process:
+            self.judge.restore_best(self.checkpoint)
+        self.cleared = True
 
 
 class Log:
@@ -77,7 +86,7 @@ class Log:
 class Look:
     """Validation loss, scores and samples after the steps at which the flags ask for them, by the averaged weights.
 
-    Looking is not training: its time counts for no step.
+    Looking is not training: its time counts for no step, and its memory not at all.
 
     Args:
         samples_every: steps; 0: at the end only.
@@ -87,12 +96,13 @@ class Look:
         self,
         run: Run,
         clock: Clock,
+        memory: PeakMemory,
         metrics: MetricsLog,
         judge: RunJudge,
         sampler: Sampler,
         samples_every: int,
     ) -> None:
-        self.run, self.clock, self.metrics = run, clock, metrics
+        self.run, self.clock, self.memory, self.metrics = run, clock, memory, metrics
         self.judge, self.sampler, self.samples_every = judge, sampler, samples_every
         self.accelerator = run.accelerator
 
@@ -105,7 +115,7 @@ class Look:
         samples = bool(self.samples_every and number % self.samples_every == 0 and not last)
         if not (validates or samples):
             return
-        with self.clock.pause(), self.run.average.applied():
+        with self.clock.pause(), self.memory.pause(), self.run.average.applied():
             loss = self._validate(number) if validates else None
             if judges:
                 self._evaluate(number, loss)
@@ -135,7 +145,9 @@ class Checkpoints:
 
     def __init__(self, accelerator: Accelerator, folder: Path, loop: LoopOptions, identity: Mapping[str, Any]) -> None:
         self.every, limit = loop.checkpointing_steps, loop.checkpoints_total_limit
-        self.save = partial(save_checkpoint, accelerator, folder, identity=identity, total_limit=limit)
+        named = None if loop.resume_from_checkpoint == "latest" else loop.resume_from_checkpoint
+        keep = find_checkpoint(named, folder)
+        self.save = partial(save_checkpoint, accelerator, folder, identity=identity, total_limit=limit, keep=keep)
 
     def after_step(self, step: Step) -> None:
         if step.number % self.every == 0:

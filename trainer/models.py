@@ -18,7 +18,7 @@ from dreambooth.draws import INSTANCE, Batch
 from dreambooth.loss import Objective
 from dreambooth.passes import run_unet_passes
 from dreambooth.prepare import Encoded
-from inference.tokens import add_new_word, token_names
+from inference.tokens import add_new_word, check_new_word, token_names
 from methods.adapter import Adapter, make_adapter, without_adapters
 from methods.components import ENCODERS, TEXT_ENCODERS
 from nora import calibration_mask
@@ -62,6 +62,22 @@ def add_new_tokens(pipeline: StableDiffusionXLPipeline, text: TextOptions, seed:
     return {
         encoder: getattr(pipeline, tokenizer).convert_tokens_to_ids(names) for encoder, tokenizer in ENCODERS.values()
     }
+
+
+def reserve_new_tokens(outline: StableDiffusionXLPipeline, text: TextOptions) -> dict[str, str]:
+    """The abstraction -> its tokens, which the tokenizers know afterwards; for a base without weights.
+
+    Raises:
+        ValueError: as `add_new_tokens`.
+    """
+    if not text.train_text_encoder_ti:
+        return {}
+    word, names = text.token_abstraction, token_names(text.token_abstraction, text.num_new_tokens_per_abstraction)
+    widths = {key: getattr(outline, encoder).config.hidden_size for key, (encoder, _) in ENCODERS.items()}
+    check_new_word(outline, word, {key: torch.empty(len(names), width) for key, width in widths.items()})
+    for _, tokenizer in ENCODERS.values():
+        getattr(outline, tokenizer).add_tokens(names)
+    return {word: "".join(names)}
 
 
 def put_in(

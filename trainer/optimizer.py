@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,8 @@ from torch import nn
 from methods.adapter import Adapter
 from settings.learning import OptimizerOptions
 
+PRODIGY_LEAST = 0.1  # below it diffusers' script and kohya's warn
+ADAM_MOST = 0.1  # of a rate that anybody uses for an adapter
 # Arguments that every group of parameters sets for itself.
 FLAGS = {
     "lr": "--learning_rate and --text_encoder_lr",
@@ -171,6 +174,48 @@ def is_output_side(name: str) -> bool:
 def scaled_learning_rate(options: OptimizerOptions, samples_per_step: int) -> float:
     """``--scale_lr``: the rate times the samples of an optimiser step, as in diffusers."""
     return options.learning_rate * (samples_per_step if options.scale_lr else 1)
+
+
+def check_rates(options: OptimizerOptions, total_steps: int) -> Iterator[str]:
+    """Warnings of learning rates at which nothing is learned, or all is lost.
+
+    Args:
+        options: the rate as it is in force.
+        total_steps: of the run.
+
+    Raises:
+        ValueError: for a schedule that diffusers can't compute.
+    """
+    rate, warmup = options.learning_rate, options.lr_warmup_steps
+    if options.is_prodigy and rate <= PRODIGY_LEAST:
+        yield f"--learning_rate {rate:g} is too low for --optimizer prodigy, which finds the rate itself: use 1.0"
+    if re.match("[rn]?adam", options.optimizer.lower()) and rate > ADAM_MOST:
+        yield (
+            f"--learning_rate {rate:g} is too high for --optimizer {options.optimizer}, which moves every weight by "
+            "about that much a step: 1e-4 is usual, and 1.0 is Prodigy's"
+        )
+    if options.lr_scheduler == "polynomial" and warmup == total_steps:
+        raise ValueError(
+            f"--lr_warmup_steps {warmup} are all steps of the run, which --lr_scheduler polynomial can't end: lower it"
+        )
+    last = last_rate(options, total_steps)
+    if options.lr_scheduler != "constant" and warmup >= total_steps:
+        yield (
+            f"--lr_warmup_steps {warmup} of a run of {total_steps} steps: the learning rate ends at {last:.2g} and "
+            f"never reaches {rate:g}; lower it"
+        )
+    if options.lr_scheduler == "cosine_with_restarts" and options.lr_num_cycles * 2 > total_steps - warmup > 0:
+        yield (
+            f"--lr_num_cycles {options.lr_num_cycles} of the {total_steps - warmup} steps after the warm-up: a cycle "
+            f"of less than two steps is none, and the learning rate ends at {last:.2g}; lower it"
+        )
+
+
+def last_rate(options: OptimizerOptions, total_steps: int) -> float:
+    """The learning rate of a run's last step."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=options.learning_rate)
+    schedule = build_schedule(options, optimizer, total_steps)
+    return options.learning_rate * schedule.lr_lambdas[0](total_steps - 1)
 
 
 def build_schedule(

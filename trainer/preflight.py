@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import StableDiffusionXLPipeline
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from dreambooth.prepare import Pictures, check_folders, read_pictures
-from inference.base import base_geometry, check_base, check_xformers
+from dreambooth.data import source_flag
+from dreambooth.loss import Objective
+from dreambooth.prepare import ENCODED, Pictures, check_folders, check_prompt_lengths, read_pictures
+from inference.base import base_geometry, check_base, check_xformers, load_outline
+from methods.adapter import Adapter
 from methods.components import BEST, RUN_RECORD
+from methods.files import approximate_file
 from methods.registry import METHODS
-from runs.checkpoints import check_earlier_run, find_checkpoint, identity, read_step
+from runs.checkpoints import FolderLock, check_earlier_run, find_checkpoint, identity, read_step
 from runs.exports import RESULTS
-from runs.record import METRICS, SAMPLES
+from runs.record import METRICS, SAMPLES, MetricsLog
+from settings.base import BaseOptions
+from settings.learning import LoopOptions, LossOptions, OptimizerOptions
+from settings.method import TextOptions
 from settings.training import TrainConfig, is_first_process
-from settings.watching import OutputOptions
-from storage.files import check_writable_target
-from trainer.accelerator import make_accelerator
-from trainer.optimizer import check_optimizer, scaled_learning_rate
+from settings.watching import OutputOptions, ValidationOptions
+from storage.files import check_kept, check_writable_target
+from trainer.accelerator import PRECISIONS, check_login, check_one_folder, check_same, make_accelerator
+from trainer.models import check_fits, make_run_adapter, reserve_new_tokens, trained_names
+from trainer.optimizer import check_optimizer, check_rates, scaled_learning_rate
+from trainer.samples import Base
+
+FOLDERS = ("instance_data_dir", "class_data_dir")  # of a subject
+INPUTS = (
+    "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name", "concepts_list",
+    "mask_data_dir", "validation_data_dir", "eval_protocol", "clip", "dino",
+)  # fmt: skip
 
 
 def preflight(config: TrainConfig) -> tuple[TrainConfig, Pictures]:
@@ -39,7 +57,9 @@ def preflight(config: TrainConfig) -> tuple[TrainConfig, Pictures]:
     base = config.base.pretrained_model_name_or_path
     check_base(base)
     check_writable_target(Path(config.output.output_dir), "--output_dir", folder=True)
-    check_folders(config.output.output_dir, config.data, config.prior)
+    check_folders(
+        config.output.output_dir, config.data, config.prior, held_out_dir=config.validation.validation_data_dir
+    )
     resolution, granularity = base_geometry(base, **config.base.download_options())
     config = config.replace(resolution=config.data.resolution or resolution)
     pictures = read_pictures(
@@ -51,9 +71,26 @@ def preflight(config: TrainConfig) -> tuple[TrainConfig, Pictures]:
         held_out_dir=config.validation.validation_data_dir,
         new_word=config.text.token_abstraction if config.text.train_text_encoder_ti else None,
     )
-    if config.data.dry_run and is_first_process():
-        print(pictures.report(config.loop, config.prior, config.text.token_abstraction))
+    check_kept(inputs(config.flags(), pictures), written_places(Path(config.output.output_dir)))
     return config, pictures
+
+
+def inputs(flags: Mapping[str, Any], pictures: Pictures) -> list[tuple[str, Path]]:
+    """(flag, path) of everything on this disk that a run reads: what flags name, and each picture, maybe a link."""
+    named = [(f"--{name}", Path(path)) for name in INPUTS if (path := flags[name])]
+    for concept in pictures.concepts:
+        named += [(f"--{name}", Path(path)) for name in FOLDERS if (path := getattr(concept, name))]
+    examples = [one.example for one in (*pictures.instance, *pictures.classes, *pictures.held_out)]
+    named += [("the picture", one.image) for one in examples if isinstance(one.image, Path)]
+    named += [("the mask", one.mask) for one in examples if one.mask is not None]
+    return [(flag, path) for flag, path in named if path.exists()]
+
+
+def written_places(output_dir: Path) -> list[Path]:
+    """What a run replaces or clears in its folder."""
+    names = [output_dir / name for name in (*RESULTS, METRICS, SAMPLES, BEST, ENCODED)]
+    patterns = ("checkpoint-*", ".checkpoint-*", approximate_file("*"))
+    return names + [path for pattern in patterns for path in output_dir.glob(pattern)]
 
 
 def open_run(config: TrainConfig, pictures: Pictures) -> tuple[Accelerator, TrainConfig, Path | None, int]:
@@ -72,20 +109,96 @@ def open_run(config: TrainConfig, pictures: Pictures) -> tuple[Accelerator, Trai
     )
     if config.hardware.enable_xformers_memory_efficient_attention:
         check_xformers(accelerator.device)
-    samples_per_step = loop.samples_per_step(accelerator.num_processes)
-    epoch_steps = pictures.epoch_steps(samples_per_step)
-    samples_every = config.validation.sampling_steps(epoch_steps)
-    total_steps = loop.total_steps(epoch_steps)
-    config.text.steps(total_steps)  # refuses a share that leaves none
-    config = config.replace(
-        max_train_steps=total_steps,
-        learning_rate=scaled_learning_rate(config.optimizer, samples_per_step),
-        mixed_precision=accelerator.mixed_precision,
-        validation_prompt=config.validation.validation_prompt or pictures.instance_prompts,
+    check_one_folder(accelerator, output_dir, f"--output_dir {output_dir}")
+    if config.prior.draws_class_images:
+        for number, concept in enumerate(pictures.concepts):
+            flag = source_flag(config.data.concepts_list, number, "class_data_dir")
+            check_one_folder(accelerator, Path(concept.class_data_dir), f"--{flag} {concept.class_data_dir}")
+    check_same(accelerator, pictures.hash(), "pictures or captions")
+    # asked before there is a prompt by default
+    samples_every = config.validation.sampling_steps(
+        pictures.epoch_steps(loop.samples_per_step(accelerator.num_processes))
     )
+    records = (loop, config.optimizer, config.text, config.validation)
+    settled = settled_flags(*records, pictures, accelerator.num_processes)
+    config = config.replace(**settled, mixed_precision=accelerator.mixed_precision)
+    prompts = config.validation.validation_prompt or ()
+    whole = None
+    if config.data.dry_run and Path(config.base.pretrained_model_name_or_path).is_file():
+        # a single file says nothing before it is loaded, as the run will do next
+        whole = Base(config.base, accelerator.device, PRECISIONS[accelerator.mixed_precision]).load()
+    check_fits_base(config.base, config.loss, config.text, make_run_adapter(config), pictures, prompts, whole)
     if checkpoint:
-        read_step(checkpoint, identity(config.flags()), total_steps)
+        content: dict[str, Any] = {"number_of_processes": accelerator.num_processes}
+        if not config.prior.draws_class_images:
+            content["pictures_and_prompts"] = pictures.hash()
+        identity_now = identity(config.flags(), config.plans_ahead(), **content)
+        step = read_step(checkpoint, identity_now, config.loop.max_train_steps)
+        MetricsLog(output_dir / METRICS, enabled=False, after=step)  # which refuses damaged lines
     return accelerator, config, checkpoint, samples_every
+
+
+def settled_flags(
+    loop: LoopOptions,
+    optimizer: OptimizerOptions,
+    text: TextOptions,
+    validation: ValidationOptions,
+    pictures: Pictures,
+    num_processes: int,
+) -> dict[str, Any]:
+    """Flags that follow from the number of pictures and processes; warns of rates at which nothing is learned.
+
+    Raises:
+        ValueError: for too many steps, too few of the text encoders, or a schedule that can't be.
+    """
+    samples_per_step = loop.samples_per_step(num_processes)
+    total_steps = loop.total_steps(pictures.epoch_steps(samples_per_step))
+    text.steps(total_steps)  # refuses a share that leaves none
+    rate = scaled_learning_rate(optimizer, samples_per_step)
+    for warning in check_rates(optimizer.replace(learning_rate=rate), total_steps):
+        if is_first_process():
+            print(f"warning: {warning}", file=sys.stderr)
+    prompts = validation.validation_prompt or pictures.instance_prompts
+    return {"max_train_steps": total_steps, "learning_rate": rate, "validation_prompt": prompts}
+
+
+def check_fits_base(
+    base: BaseOptions,
+    loss: LossOptions,
+    text: TextOptions,
+    adapter: Adapter,
+    pictures: Pictures,
+    prompts: Sequence[str],
+    pipeline: StableDiffusionXLPipeline | None = None,
+) -> None:
+    """Refuse prompts, words, ranks and losses that this base can't have, before its weights are read.
+
+    Args:
+        prompts: that are drawn, beside those that are trained on.
+        pipeline: the base itself; None: its outline, which a single file has not.
+
+    Raises:
+        ValueError: with the limit.
+    """
+    options = {"vae": base.pretrained_vae_model_name_or_path, **base.download_options()}
+    outline = pipeline or load_outline(base.pretrained_model_name_or_path, **options)
+    if outline is None:
+        return
+    Objective.from_options(outline.scheduler, loss)
+    check_fits(adapter, {name: getattr(outline, name) for name in trained_names(text)}, text)
+    check_prompt_lengths(outline, pictures, prompts, reserve_new_tokens(outline, text))
+
+
+def end_dry_run(output: OutputOptions, report: str) -> Path:
+    """Refuse what the run would have refused where it writes, and say what it would train on; returns its folder."""
+    if (folder := Path(output.output_dir)).is_dir():
+        with FolderLock() as lock:
+            lock.take(folder)
+    if output.push_to_hub:
+        check_login(output.hub_token)
+    if is_first_process():
+        print(report)
+    return folder
 
 
 def check_hub(output: OutputOptions) -> None:

@@ -90,20 +90,23 @@ def start_run(
     )
     remembering = [adapter] if adapter.state_dict() else []
     accelerator.register_for_checkpointing(schedule, run.average, judge, *remembering)
-    accelerator.register_save_state_pre_hook(partial(_save_models, run))
+    accelerator.register_save_state_pre_hook(partial(_save_models, run, judge))
     accelerator.register_load_state_pre_hook(lambda models, _: models.clear())  # they were restored before
     if checkpoint:
         accelerator.load_state(str(checkpoint))
     return run
 
 
-def _save_models(run: Run, models: list[nn.Module], weights: list[dict[str, torch.Tensor]], folder: str) -> None:
+def _save_models(
+    run: Run, judge: RunJudge, models: list[nn.Module], weights: list[dict[str, torch.Tensor]], folder: str
+) -> None:
     """What a checkpoint holds of the models: what learns alone, exact and as the files that inference reads."""
     weights.clear()  # what accelerate would save: the whole base
     if run.accelerator.is_main_process:
         save_state(run.adapter, run.models, Path(folder))
         with run.average.applied():
             run.save(Path(folder))
+        judge.save_best(Path(folder))
 
 
 def _batches(config: TrainConfig, encoded: Encoded, accelerator: Accelerator, objective: Objective) -> Batches:
@@ -143,6 +146,7 @@ def run_identity(
     """
     return identity(
         config.flags(),
+        config.plans_ahead(),
         base=fingerprints,
         autoencoder_and_text_encoders=encoded.encoders,
         pictures_and_prompts=pictures.hash(),

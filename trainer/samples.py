@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
-from dreambooth.data import Concept
+from dreambooth.data import Concept, content_hash
 from dreambooth.prepare import Pictures, read_class_pictures
 from dreambooth.prior import class_image_name, missing_seeds
 from inference.base import default_dtype, load_pipeline
@@ -25,7 +26,7 @@ from inference.sampling import GeneratedImage, generate_images
 from settings.base import BaseOptions
 from settings.pictures import PriorOptions
 from storage.files import write_atomic
-from storage.pictures import png_bytes
+from storage.pictures import drawn_here, png_bytes
 from trainer.accelerator import PRECISIONS, log_images
 from trainer.sharding import SplittingAccelerator
 
@@ -164,10 +165,19 @@ class Sampler:
         return drawn if self.accelerator.is_main_process else []
 
 
-def keep_samples(accelerator: Accelerator, samples: Sequence[Sample], folder: Path, step: int) -> None:
-    """Write the pictures into the folder and to the trackers."""
+def keep_samples(accelerator: Accelerator, samples: Sequence[Sample], folder: Path, step: int) -> list[Sample]:
+    """Write the pictures into the folder and to the trackers; returns them with the names that they have there.
+
+    A picture of the user's that has a sample's name stays, and the sample gets another.
+    """
+    kept = []
     for sample in samples:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / sample.file, png_bytes(sample.image))
-    if samples:
-        log_images(accelerator, {sample.file: sample.image for sample in samples}, step)
+        data, name = png_bytes(sample.image), sample.file
+        if os.path.lexists(folder / name) and not drawn_here(folder / name):
+            name = f"{Path(name).stem}-{content_hash(data)[:8]}.png"
+        write_atomic(folder / name, data)
+        kept.append(sample._replace(file=name))
+    if kept:
+        log_images(accelerator, {sample.file: sample.image for sample in kept}, step)
+    return kept
