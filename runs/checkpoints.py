@@ -196,6 +196,11 @@ def read_step(checkpoint: Path, identity: Mapping[str, Any], max_train_steps: in
         raise ValueError(
             f"checkpoint {checkpoint} is damaged (file {damaged[0]}): go on from an older one, or start anew"
         )
+    if "plans_ahead" not in saved:
+        raise ValueError(
+            f"{checkpoint} is of an earlier version, which told runs apart by other marks: start anew in another "
+            "--output_dir; its adapter can still be loaded"
+        )
     wanted = json.loads(json.dumps(identity))  # tuples are lists there
     before, now = saved["flags"], wanted["flags"]
     differences = [

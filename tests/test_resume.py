@@ -169,6 +169,14 @@ def test_a_path_is_that_path(copy, tmp_path):
     assert find_checkpoint(str(path), copy) == path and find_checkpoint("checkpoint-1", copy) == copy / path.name
 
 
+def test_a_checkpoint_of_an_earlier_version_is_called_that(copy):
+    state = json.loads((copy / "checkpoint-3" / STATE).read_text())
+    del state["plans_ahead"]
+    (copy / "checkpoint-3" / STATE).write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="checkpoint-3 is of an earlier version, .*start anew in another --output_dir"):
+        read_step(copy / "checkpoint-3", state, 3)
+
+
 def test_every_damaged_file_is_named(copy):
     identity = {name: json.loads((copy / "checkpoint-3" / STATE).read_text())[name] for name in ("flags", "content")}
     assert read_step(copy / "checkpoint-3", identity, 3) == 3
