@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .cache import cached_outer_factors
+from .cache import cached_tensors
 from .config import NoraConfig
 from .functional import (
     FINGERPRINT_TOLERANCE,
@@ -106,9 +106,13 @@ def build_basis(
         return Basis(A, None, RightFactor(A.new_empty(A.shape[1]), A.new_empty(outer_r)), None, None)
     if config.outer_init == "random":
         seed = layer_seed(config.outer_seed, name)
-        key = ("random", outer_r, config.sigma_side, seed)
-        outer = cached_outer_factors(W, None, key, lambda: random_factors(W, outer_r, seed, config.sigma_side))
-        return Basis(outer.A, outer.B, None, fingerprint(W, outer), None)
+
+        def draw() -> dict[str, torch.Tensor]:
+            outer = random_factors(W, outer_r, seed, config.sigma_side)
+            return {**outer._asdict(), "fingerprint": fingerprint(W, outer)}
+
+        found = cached_tensors(W, None, ("random", outer_r, config.sigma_side, seed), draw)
+        return Basis(found["A"], found["B"], None, found["fingerprint"].cpu(), None)
     scale, used = None, None
     if config.outer_init == "awsvd":
         if config.awsvd_stat == "weight":
@@ -117,10 +121,15 @@ def build_basis(
         used = canonical_statistic(statistic).to(W.device)
         scale = awsvd_scale(used, config.awsvd_gamma)
     settings = (config.outer_init, outer_r, config.sigma_side, config.awsvd_gamma, STATISTIC_FLOOR, config.basis)
-    decompose = outer_factors if config.basis == "exact" else iterated_factors
-    outer = cached_outer_factors(W, used, settings, lambda: decompose(W, outer_r, scale, config.sigma_side))
+
+    def decompose() -> dict[str, torch.Tensor]:
+        factors = outer_factors if config.basis == "exact" else iterated_factors
+        outer = factors(W, outer_r, scale, config.sigma_side)
+        return {"A": outer.A, "fingerprint": fingerprint(W, outer)}  # of B, which is W R, its sketch is enough
+
+    found = cached_tensors(W, used, settings, decompose)
     kept = used.cpu() if used is not None and config.needs_statistics else None
-    return Basis(outer.A, None, right_factor(outer.A, scale), fingerprint(W, outer), kept)
+    return Basis(found["A"], None, right_factor(found["A"], scale), found["fingerprint"].cpu(), kept)
 
 
 def held_pair(

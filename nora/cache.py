@@ -21,11 +21,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from .functional import OuterFactors
 from .safetensors_file import tensor_bytes, write_safetensors
 
+Tensors = dict[str, torch.Tensor]
 # Part of every entry's name: raise it when the numbers of `outer_factors` change.
-ALGORITHM_VERSION = 1
+ALGORITHM_VERSION = 2
 # Measured on one CPU core: 512 x 512 takes 60 ms, 640 x 640 110 ms, 1280 x 1280 610 ms; hashing the weight and reading
 # the entry takes 2-10 ms. Below 512 the cache would fill a folder to save less than a second in all.
 SMALLEST_SIDE = 512
@@ -43,23 +43,22 @@ class BasisCache:
     folder: Path
     limit_bytes: float = math.inf
 
-    def outer_factors(
-        self, W: torch.Tensor, statistic: torch.Tensor | None, settings: tuple, compute: Callable[[], OuterFactors]
-    ) -> OuterFactors:
+    def tensors(
+        self, W: torch.Tensor, statistic: torch.Tensor | None, settings: tuple, compute: Callable[[], Tensors]
+    ) -> Tensors:
         """``compute()``, or what it returned before for the same content. A broken or full disk only costs time."""
         path = Path(self.folder) / f"outer-{cache_key(W, statistic, settings)}.safetensors"
         try:
-            entry = load_file(path)
-            outer, cached = OuterFactors(entry["A"].to(W.device), entry["B"].to(W.device)), True
-        except (OSError, SafetensorError, KeyError):
-            outer, cached = compute(), False
+            entry, cached = {name: tensor.to(W.device) for name, tensor in load_file(path).items()}, True
+        except (OSError, SafetensorError):
+            entry, cached = compute(), False
         with contextlib.suppress(OSError):  # a read-only folder or a full disk must not stop who has the factors
             if cached:
                 os.utime(path)  # used just now
             else:
-                write_safetensors(path, {"A": outer.A, "B": outer.B})
+                write_safetensors(path, entry)
                 self.evict()
-        return outer
+        return entry
 
     def evict(self) -> None:
         """Delete the least recently used entries, until the others fit the limit; beside other processes.
@@ -97,14 +96,14 @@ def use_basis_cache(cache: BasisCache | None) -> Iterator[None]:
         _cache.reset(token)
 
 
-def cached_outer_factors(
-    W: torch.Tensor, statistic: torch.Tensor | None, settings: tuple, compute: Callable[[], OuterFactors]
-) -> OuterFactors:
+def cached_tensors(
+    W: torch.Tensor, statistic: torch.Tensor | None, settings: tuple, compute: Callable[[], Tensors]
+) -> Tensors:
     """``compute()``, or what the cache in use has for this weight, statistic and settings."""
     cache = _cache.get()
     if cache is None or min(W.shape) < SMALLEST_SIDE:
         return compute()
-    return cache.outer_factors(W, statistic, settings, compute)
+    return cache.tensors(W, statistic, settings, compute)
 
 
 def cache_key(W: torch.Tensor, statistic: torch.Tensor | None, settings: tuple) -> str:

@@ -27,7 +27,7 @@ from nora import (
     save_inner,
     use_basis_cache,
 )
-from nora.cache import SMALLEST_SIDE, cached_outer_factors
+from nora.cache import SMALLEST_SIDE, cached_tensors
 from nora.functional import outer_factors
 
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -385,18 +385,18 @@ def test_cache_answers_for_the_same_content_only(folder):
 
     def compute():
         calls.append(1)
-        return outer_factors(W, 8)
+        return outer_factors(W, 8)._asdict()
 
     settings = ("svd", 8, "B")
     with use_basis_cache(BasisCache(folder)):
-        first = cached_outer_factors(W, None, settings, compute)
-        again = cached_outer_factors(W.clone(), None, settings, never)
-        assert torch.equal(first.A, again.A) and torch.equal(first.B, again.B)
+        first = cached_tensors(W, None, settings, compute)
+        again = cached_tensors(W.clone(), None, settings, never)
+        assert all(torch.equal(first[name], again[name]) for name in ("A", "B"))
         nudged = W.clone()
         nudged[0, 0] += 1e-6
         statistic = torch.ones(W.shape[1]).half()
         for other in [(nudged, None, settings), (W, statistic, settings), (W, None, ("svd", 9, "B"))]:
-            cached_outer_factors(*other, compute)
+            cached_tensors(*other, compute)
     assert len(calls) == 4
     assert all(name.endswith(".safetensors") for name in os.listdir(folder))
 
@@ -405,24 +405,24 @@ def test_without_a_cache_and_for_small_layers_nothing_is_written(folder, monkeyp
     monkeypatch.setenv("NORA_CACHE_DIR", str(folder))  # the library asks no environment
     W, small = large_base()[0].weight.detach(), torch.randn(SMALLEST_SIDE - 1, SMALLEST_SIDE)
     with use_basis_cache(BasisCache(folder)):
-        cached_outer_factors(small, None, (), lambda: outer_factors(small, 4))
+        cached_tensors(small, None, (), lambda: outer_factors(small, 4)._asdict())
         with use_basis_cache(None):
-            cached_outer_factors(W, None, (), lambda: outer_factors(W, 4))
-    cached_outer_factors(W, None, (), lambda: outer_factors(W, 4))
+            cached_tensors(W, None, (), lambda: outer_factors(W, 4)._asdict())
+    cached_tensors(W, None, (), lambda: outer_factors(W, 4)._asdict())
     assert not folder.exists()
 
 
 def test_broken_and_unwritable_caches_only_cost_time(folder, tmp_path):
     W = large_base()[0].weight.detach()
     with use_basis_cache(BasisCache(folder)):
-        cached_outer_factors(W, None, (), lambda: outer_factors(W, 4))
+        cached_tensors(W, None, (), lambda: outer_factors(W, 4)._asdict())
         entry = next(folder.iterdir())
         entry.write_bytes(b"junk")
-        found = cached_outer_factors(W, None, (), lambda: outer_factors(W, 4))
-        assert torch.equal(found.A, cached_outer_factors(W, None, (), never).A)
+        found = cached_tensors(W, None, (), lambda: outer_factors(W, 4)._asdict())
+        assert torch.equal(found["A"], cached_tensors(W, None, (), never)["A"])
     (tmp_path / "occupied").write_text("a file where the folder should be")
     with use_basis_cache(BasisCache(tmp_path / "occupied")):
-        cached_outer_factors(W, None, (), lambda: outer_factors(W, 4))
+        cached_tensors(W, None, (), lambda: outer_factors(W, 4)._asdict())
 
 
 def test_the_least_recently_used_entries_go(folder):
@@ -432,7 +432,7 @@ def test_the_least_recently_used_entries_go(folder):
     def use(number, limit=math.inf):
         before = set(os.listdir(folder)) if folder.exists() else set()
         with use_basis_cache(BasisCache(folder, limit)):
-            cached_outer_factors(W, None, (number,), lambda: outer_factors(W, 4))
+            cached_tensors(W, None, (number,), lambda: outer_factors(W, 4)._asdict())
         return set(os.listdir(folder)) - before
 
     (first,), (second,), (third,) = map(use, range(3))
