@@ -1,0 +1,112 @@
+"""What an adapter adds to one of SDXL's transformer blocks: time, and what autograd keeps, over the frozen block.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.block --repeats 15
+
+The block is 1280 wide, with 1024 tokens and a context of 77 x 2048; forward and backward, fp32. All take turns;
+medians of the process's CPU time are compared. Measure on idle cores: beside other work the differences drown.
+"""
+
+from __future__ import annotations
+
+import inference  # noqa: F401 -- before the libraries, because it quietens what they print on import
+
+# isort: split
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+from torch import nn
+
+from methods.components import TARGETS
+from nora import NoraConfig
+
+WIDTH, CONTEXT, HEADS = 1280, 2048, 20
+Inputs = tuple[torch.Tensor, torch.Tensor]  # hidden states (1, tokens, WIDTH), context (1, 77, CONTEXT)
+
+
+def build_block() -> nn.Module:
+    torch.manual_seed(0)
+    block = BasicTransformerBlock(WIDTH, HEADS, WIDTH // HEADS, cross_attention_dim=CONTEXT)
+    return block.requires_grad_(False)
+
+
+def adapted(block: nn.Module, config: PeftConfig) -> nn.Module:
+    block = copy.deepcopy(block)
+    inject_adapter_in_model(config, block)
+    return block
+
+
+def variants(block: nn.Module) -> dict[str, nn.Module]:
+    targets = list(TARGETS["unet"])
+    found = {"frozen": block}
+    for rank in (4, 16):
+        found[f"LoRA {rank}"] = adapted(block, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+    for outer_r, r in ((128, 16), (64, 32), (64, 8)):
+        config = NoraConfig(r=r, outer_r=outer_r, target_modules=targets, outer_init="svd")
+        found[f"NoRA ({outer_r}, {r})"] = adapted(block, config)
+    return found
+
+
+def step(block: nn.Module, inputs: Inputs) -> torch.Tensor:
+    return block(inputs[0].detach().requires_grad_(), encoder_hidden_states=inputs[1])
+
+
+def step_seconds(block: nn.Module, inputs: Inputs) -> float:
+    """CPU seconds of a forward and a backward pass; the block's input gets a gradient, as inside a UNet."""
+    start = time.process_time()
+    step(block, inputs).sum().backward()
+    return time.process_time() - start
+
+
+def kept_bytes(block: nn.Module, inputs: Inputs) -> int:
+    """Bytes that autograd keeps for the backward pass beside the block's weights and buffers."""
+    frozen = {tensor.untyped_storage().data_ptr() for tensor in (*block.parameters(), *block.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in frozen:
+            kept[place] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = step(block, inputs)
+    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    del output
+    return total
+
+
+def compare(blocks: Mapping[str, nn.Module], inputs: Inputs, repeats: int) -> dict[str, tuple[float, float]]:
+    """Name -> (seconds, kept bytes) as multiples of the frozen block's."""
+    seconds: dict[str, list[float]] = {name: [] for name in blocks}
+    for repeat in range(repeats + 1):
+        for name, block in blocks.items():
+            took = step_seconds(block, inputs)
+            if repeat:  # the first is for warming up
+                seconds[name].append(took)
+    kept = {name: kept_bytes(block, inputs) for name, block in blocks.items()}
+    medians = {name: statistics.median(found) for name, found in seconds.items()}
+    first = next(iter(blocks))
+    return {name: (medians[name] / medians[first], kept[name] / kept[first]) for name in blocks}
+
+
+def main(argv: Sequence[str] | None = None, build: Callable[[], nn.Module] = build_block) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--tokens", type=int, default=1024)
+    args = parser.parse_args(argv)
+    inputs = torch.randn(1, args.tokens, WIDTH), torch.randn(1, 77, CONTEXT)
+    found = compare(variants(build()), inputs, args.repeats)
+    lora = found["LoRA 16"][0] - 1
+    print("| | time | overhead, of LoRA 16's | kept |\n|---|---|---|---|")
+    for name, (seconds, kept) in found.items():
+        print(f"| {name} | {seconds:.3f} | {(seconds - 1) / lora:.2f} | {kept:.3f} |")
+
+
+if __name__ == "__main__":
+    main()
