@@ -17,11 +17,12 @@ def folder(tmp_path):
     return folder
 
 
-def test_a_folder_takes_the_place_of_another(folder):
+def test_a_folder_takes_the_place_of_another_and_keeps_what_somebody_put_there(folder):
+    (folder / "b").write_text("old too")
     with replacing_folder(folder) as fresh:
         (fresh / "b").write_text("new")
-        assert content(folder) == {"a": "old"}
-    assert content(folder) == {"b": "new"}
+        assert content(folder) == {"a": "old", "b": "old too"}
+    assert content(folder) == {"a": "old", "b": "new"}
     assert list(folder.parent.iterdir()) == [folder]
 
 

@@ -116,9 +116,14 @@ def test_an_adapter_that_copies_is_never_the_best(judge, tmp_path, capsys):
     blank = [GeneratedImage("a [V] cat", seed, Image.new("RGB", (64, 64), "teal")) for seed in range(6)]
     copies = [GeneratedImage("a [V] cat", seed, image) for seed, image in enumerate(cats)]
     kept = []
-    first = judge.look(1, blank, 0.5, kept.append)
+
+    def save(folder):
+        kept.append(folder)
+        return []
+
+    first = judge.look(1, blank, 0.5, save)
     assert judge.best["step"] == 1 and len(kept) == 1 and not capsys.readouterr().err
-    second = judge.look(2, copies, 0.4, kept.append)
+    second = judge.look(2, copies, 0.4, save)
     assert second["dino"] > first["dino"] and judge.best["step"] == 1 and len(kept) == 1
     printed = capsys.readouterr().err
     assert "step 2 draws its training images" in printed and "fidelity rises only by memorising" in printed
@@ -131,7 +136,7 @@ def test_one_copy_of_a_dozen_is_within_the_detector_s_error(judge):
     blank = [GeneratedImage("a [V] cat", seed, Image.new("RGB", (64, 64), "teal")) for seed in range(12)]
     for copies, best in ((1, 1), (3, 1)):
         mixed = [GeneratedImage("a [V] cat", seed, image) for seed, image in enumerate(cats[:copies])]
-        found = judge.look(copies, [*mixed, *blank[copies:]], 0.5, lambda folder: None)
+        found = judge.look(copies, [*mixed, *blank[copies:]], 0.5, lambda folder: [])
         assert found["copies"] == copies / 12 and judge.best["step"] == best
     assert judge.waited == 1 and judge.best["interval"]["varies"] == ("seeds",)
 

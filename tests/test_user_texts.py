@@ -18,7 +18,9 @@ from dreambooth.data import folder_examples, read_caption
 from inference.adapter_files import recorded_base
 from inference.gallery import read_scores
 from inference.manifest import image_names, read_manifest, write_image, write_manifest
+from inference.score_labels import SCORES_VERSION
 from judging.prompts import Protocol
+from runs.interval import Interval
 from settings.sampling import GenerateConfig, read_prompts
 from storage.text import spell
 
@@ -95,10 +97,10 @@ def test_records_with_a_mark_are_read(tmp_path):
     assert recorded_base(tmp_path) == str(saved_base())
     (tmp_path / "manifest.jsonl").write_bytes(BOM + json.dumps(record_of("a")).encode() + b"\r\n\r\n")
     assert read_manifest(tmp_path) == [record_of("a")]
-    memorisation = {"nearest": 0.5, "alarm": False}
-    score = {"dino": {"mean": 0.5, "std": 0.1, "low": 0.4, "high": 0.6}, "memorisation": memorisation}
-    (tmp_path / "scores.json").write_bytes(BOM + json.dumps({"scores": {"a": score}}).encode())
-    assert set(read_scores(str(tmp_path / "scores.json"))) == {"a"}
+    score = {"dino": Interval(0.5, 0.4, 0.6, varies=("prompts",), count=(6,)).fields()}
+    scores = {"version": SCORES_VERSION, "scores": {"a": score}, "differences": None}
+    (tmp_path / "scores.json").write_bytes(BOM + json.dumps(scores).encode())
+    assert set(read_scores(str(tmp_path / "scores.json")).cells) == {"a"}
 
 
 def test_protocols_mean_what_was_written(tmp_path):
