@@ -11,6 +11,7 @@ from dreambooth.draws import CALIBRATION, fixed_batches
 from dreambooth.encode import EncodedPicture, EncodedPrompts
 from dreambooth.loss import Objective
 
+SAMPLES_PER_PASS = 4
 # Everyday captions beside the user's own: the text encoders' statistics should not rest on one sentence.
 GENERIC_PROMPTS = (
     "a photo",
@@ -40,15 +41,17 @@ def run_unet_passes(
 ) -> None:
     """Denoise noised pictures at stratified timesteps, half with their prompt and half without any.
 
+    Which samples these are depends on ``passes`` and ``seed`` alone: not on the batch nor on the number of processes.
+
     Args:
         unconditional: one row.
-        passes: of ``batch_size`` samples each, shared out among the processes.
+        passes: of SAMPLES_PER_PASS samples each; they are run in batches that are shared out among the processes.
     """
-    total = passes * batch_size
+    total = passes * SAMPLES_PER_PASS
     table = EncodedPrompts(*(torch.cat(pair) for pair in zip(prompts, unconditional)))
     nothing = len(prompts.prompt_embeds)  # the row of the empty prompt
-    for number in range(process_index, passes, num_processes):
-        slots = range(number * batch_size, (number + 1) * batch_size)
+    for start in range(process_index * batch_size, total, num_processes * batch_size):
+        slots = range(start, min(start + batch_size, total))
         for batch in fixed_batches(
             pictures,
             seed=seed,

@@ -96,7 +96,7 @@ _METHODS = (
             Option(
                 "calibration_passes",
                 32,
-                "UNet forward passes, a batch each, that measure AwSVD's statistics.",
+                "UNet forward passes of 4 samples that measure AwSVD's statistics.",
                 None,
                 "calibration_passes",
                 at_least=1,

@@ -38,7 +38,7 @@ class MethodOptions(Record):
     )
     inner_std: Positive | None = option(None, "Standard deviation of --inner_init normal. Default: 0.01.")
     calibration_passes: Count | None = option(
-        None, "UNet forward passes, a batch each, that measure AwSVD's statistics. Default: 32."
+        None, "UNet forward passes of 4 samples that measure AwSVD's statistics. Default: 32."
     )
 
     @property

@@ -117,8 +117,6 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, variant):
     for processes, batch in ((1, 4), (2, 2)):
         folder = tmp_path / str(processes)
         flags = [flag.replace("CLASSES", str(folder / "classes")) for flag in VARIANTS[variant]]
-        if "lora" not in flags:  # passes are of one process's batch
-            flags += ["--calibration_passes", str(8 // batch)]
         ends.append(launch(folder, processes, "--train_batch_size", str(batch), *flags))
         if "--class_data_dir" in flags:
             drawn = sorted(path.name for path in (folder / "classes").iterdir())

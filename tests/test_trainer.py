@@ -805,3 +805,17 @@ def test_adapter_of_another_base_is_refused(nora_run, tmp_path):
         assert not any(
             "lora" in key or "nora" in key for m in adapter_components(other).values() for key in m.state_dict()
         )
+
+
+def test_the_measured_statistics_do_not_depend_on_the_batch(tmp_path):
+    """A batch of 4, or two of 2: the same samples are measured, and the outer factors are the same."""
+    ends = [
+        run(tmp_path / str(batch), train_batch_size=batch, gradient_accumulation_steps=4 // batch, max_train_steps=1)
+        for batch in (4, 2, 1)
+    ]
+    first, *others = (load_file(end / INNER_WEIGHTS) for end in ends)
+    statistics = [key for key in first if key.endswith(".awsvd_stats")]
+    for other in others:
+        for key in statistics:
+            assert torch.allclose(other[key].float(), first[key].float(), rtol=2e-3), key  # a digit of float16
+    assert statistics
