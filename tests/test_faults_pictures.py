@@ -11,7 +11,7 @@ import pillow_heif
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
 from dreambooth.data import find_examples, held_out_examples, read_concepts
 from dreambooth.prepare import read_pictures
@@ -349,6 +349,22 @@ def test_orientation_is_read_whatever_stands_beside_it(kind):
     else:
         data = encoded(ramp(), kind, exif=b"Exif\0\0" + block)
     assert open_image(data).size == (32, 48)
+
+
+@pytest.mark.parametrize("short", [0, 40])
+def test_a_jpeg_whose_resolution_pillow_chokes_on(capsys, short):
+    """It keeps its profile and its orientation, also where its end is missing."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A], exif[0x0128] = 6, 72.0, 2
+    block = exif.tobytes()
+    odd = block.replace(struct.pack(">HH", 0x011A, 5), struct.pack(">HH", 0x011A, 7))
+    noisy = Image.effect_noise((96, 200), 60).convert("RGB")
+    good, data = (encoded(noisy, "JPEG", icc_profile=P3, exif=some) for some in (block, odd))
+    with pytest.raises(UnidentifiedImageError):
+        Image.open(io.BytesIO(data))
+    shown, right = pixels(open_image(data[: len(data) - short], "x.jpg")), pixels(open_image(good))
+    assert shown.shape == right.shape and (shown[:, 16:] == right[:, 16:]).all()
+    assert ("last bytes are missing" in capsys.readouterr().err) == bool(short)
 
 
 @needs_faults
