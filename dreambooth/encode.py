@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,10 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from dreambooth.buckets import nearest_bucket
-from dreambooth.data import Crop, Example, content_hash, crops
+from dreambooth.data import Crop, Example, content_hash, cover, crops
 from dreambooth.draws import CROPS, generator_for
 from dreambooth.encoded import EncodedPicture, EncodedPrompts
 from dreambooth.encoded_cache import EncodedCache
+from storage.decoding import MOST_PIXELS
 from storage.pictures import open_image, open_mask
 
 Tokens = Mapping[str, torch.Tensor]  # input_ids and attention_mask, each (P, tokens)
@@ -128,10 +130,20 @@ def cut_picture(picture: Inspected, settings: CropSettings, bucket: tuple[int, i
 
     Args:
         bucket: (height, width) to cut for; None: the one whose shape is nearest.
+
+    Raises:
+        ValueError: for a picture so long and narrow that no memory holds it once its short side is large enough.
     """
+    target = bucket or nearest_bucket(picture.size, settings.buckets)
+    if math.prod(resized := cover(picture.size, target)) > MOST_PIXELS:
+        (height, width), (new_height, new_width) = picture.size, resized
+        raise ValueError(
+            f"{picture.example.name} is {width} x {height}, which would be enlarged to {new_width} x {new_height}, and "
+            f"up to {MOST_PIXELS / 1e6:.0f} megapixels are taken: cut it to a wider shape"
+        )
     found = crops(
         picture.size,
-        bucket or nearest_bucket(picture.size, settings.buckets),
+        target,
         center_crop=settings.center_crop,
         random_flip=settings.random_flip,
         variants=settings.variants,

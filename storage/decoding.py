@@ -1,7 +1,7 @@
 """Bytes of a picture -> its pixels upright, and what says how its colours are meant.
 
-Viewers open more than Pillow does. So a PNG that Pillow refuses is tried again without what lies beside its pixels, and
-a JPEG whose last bytes are missing is read.
+Viewers open more than Pillow does. So a PNG or JPEG that Pillow refuses is tried again without what lies beside its
+pixels, and a JPEG whose last bytes are missing is read.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ LAST_ROWS = 16  # of a JPEG: its largest blocks; that much may be missing
 # Compressed text or a profile in a PNG: Pillow stops at a megabyte, which a workflow or a printer's profile exceeds.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 _PNG, _JPEG, _END_OF_JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"\xff\xd9"
+_APP1, _APP15, _COMMENT, _START_OF_SCAN = 0xE1, 0xEF, 0xFE, 0xDA  # markers of JPEG
 _PNG_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
 _PNG_COLORS = {b"cICP", b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"eXIf"}
 _UPRIGHT = {
@@ -81,13 +82,24 @@ def _decode(data: bytes) -> Decoded:
             with contextlib.suppress(Exception):
                 return _load(_png_of(data, _PNG_PIXELS | _PNG_COLORS))
             return _load(_png_of(data, _PNG_PIXELS), "its profile or its EXIF is damaged, and is passed over")
-        if data.startswith(_JPEG) and (image := _cut_off_jpeg(data)):
-            return image
+        if data.startswith(_JPEG):  # the same of a JPEG, and then an end that is missing
+            bare, exif = _bare_jpeg(data)
+            with contextlib.suppress(Exception):
+                return _load(bare, exif=exif)
+            if image := _cut_off_jpeg(bare, exif):
+                return image
         raise
 
 
-def _load(data: bytes, problem: str | None = None) -> Decoded:
+def _load(data: bytes, problem: str | None = None, exif: bytes | None = None) -> Decoded:
+    """What Pillow reads.
+
+    Args:
+        exif: a block that stood beside it.
+    """
     with Image.open(io.BytesIO(data)) as file:
+        if exif is not None:
+            file.info["exif"] = exif
         if file.format == "TIFF":
             _keep_orientation_alone(file)
         file.load()
@@ -98,7 +110,7 @@ def _load(data: bytes, problem: str | None = None) -> Decoded:
         return Decoded(file.transpose(turn) if turn is not None else file.copy(), info, _is_adobe(file), problem)
 
 
-def _cut_off_jpeg(data: bytes) -> Decoded | None:
+def _cut_off_jpeg(data: bytes, exif: bytes | None) -> Decoded | None:
     """A JPEG whose end is missing, if no more than its last rows are, which are then gray.
 
     What a decoder makes of the missing part depends on what stands there instead, and nothing else does.
@@ -109,7 +121,25 @@ def _cut_off_jpeg(data: bytes) -> Decoded | None:
     lost = [box for image in filled if (box := ImageChops.difference(plain, image).getbbox())]
     if any(top < plain.height - LAST_ROWS for _, top, _, _ in lost):
         return None
-    return _load(data + _END_OF_JPEG, "its last bytes are missing, and its end may be gray" if lost else None)
+    return _load(data + _END_OF_JPEG, "its last bytes are missing, and its end may be gray" if lost else None, exif)
+
+
+def _bare_jpeg(data: bytes) -> tuple[bytes, bytes | None]:
+    """A JPEG with no more than its pixels, its ICC profile and how its colours are stored; and its EXIF block."""
+    kept, exif, place = [data[:2]], None, 2
+    while place + 4 <= len(data):
+        start, marker, length = struct.unpack_from(">BBH", data, place)
+        if start != 0xFF or marker == _START_OF_SCAN:
+            break
+        segment = data[place : place + 2 + length]
+        if marker == _APP1 and segment[4:].startswith(b"Exif\0\0"):
+            exif = exif or segment[4:]
+        elif not (_APP1 <= marker <= _APP15 or marker == _COMMENT) or segment[4:].startswith(
+            (b"ICC_PROFILE", b"Adobe")
+        ):
+            kept.append(segment)
+        place += 2 + length
+    return b"".join([*kept, data[place:]]), exif
 
 
 def _png_of(data: bytes, kinds: set[bytes]) -> bytes:

@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pillow_heif
 import pytest
+import torch
+from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
+from tiny_sdxl import build_pipeline
 
 from dreambooth.data import find_examples, held_out_examples, read_concepts
-from dreambooth.prepare import read_pictures
+from dreambooth.prepare import encode_run, read_pictures
 from inference.manifest import image_names, text_digest, write_image
 from settings.columns import CompareConfig
 from settings.sampling import MAX_SEED
@@ -351,6 +354,22 @@ def test_orientation_is_read_whatever_stands_beside_it(kind):
     assert open_image(data).size == (32, 48)
 
 
+@pytest.mark.parametrize("short", [0, 40])
+def test_a_jpeg_whose_resolution_pillow_chokes_on(capsys, short):
+    """It keeps its profile and its orientation, also where its end is missing."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A], exif[0x0128] = 6, 72.0, 2
+    block = exif.tobytes()
+    odd = block.replace(struct.pack(">HH", 0x011A, 5), struct.pack(">HH", 0x011A, 7))
+    noisy = Image.effect_noise((96, 200), 60).convert("RGB")
+    good, data = (encoded(noisy, "JPEG", icc_profile=P3, exif=some) for some in (block, odd))
+    with pytest.raises(UnidentifiedImageError):
+        Image.open(io.BytesIO(data))
+    shown, right = pixels(open_image(data[: len(data) - short], "x.jpg")), pixels(open_image(good))
+    assert shown.shape == right.shape and (shown[:, 16:] == right[:, 16:]).all()
+    assert ("last bytes are missing" in capsys.readouterr().err) == bool(short)
+
+
 @needs_faults
 def test_a_comfyui_picture_with_a_large_workflow():
     assert open_image(FAULTS / "bigtext" / "comfy.png").size == Image.open(FAULTS / "icc" / "adobe.png").size
@@ -531,6 +550,36 @@ def test_held_out_pictures_without_masks_are_said(tmp_path, capsys):
     one = config(instance_data_dir=str(tmp_path / "cat"), mask_data_dir=str(tmp_path / "masks"))
     read_pictures(one.data, one.prior, 8, held_out_dir=str(save(tmp_path / "held", "h.png")))
     assert "the validation loss counts everywhere" in capsys.readouterr().err
+
+
+def test_the_validation_loss_is_of_their_own_captions_and_masks(tmp_path):
+    """And what is measured of the base before training doesn't know them."""
+    save(tmp_path / "cat", "a.png")
+    save(tmp_path / "held", "h.png")
+    (tmp_path / "held" / "h.txt").write_text("[V] cat asleep")
+    save(tmp_path / "masks", "a.png", "h.png", mode="L")
+    Image.new("L", (40, 30), 128).save(tmp_path / "masks" / "h.png")
+    one = config(instance_data_dir=str(tmp_path / "cat"), mask_data_dir=str(tmp_path / "masks"))
+    pipeline = build_pipeline()
+
+    def encode(**options):
+        pictures = read_pictures(one.data, one.prior, 8, **options)
+        return encode_run(pipeline, pictures, Accelerator(cpu=True), cache_dir=tmp_path / "encoded")
+
+    without, encoded = encode(), encode(held_out_dir=str(tmp_path / "held"))
+    (picture,) = encoded.held_out
+    asleep = pipeline.tokenizer("[V] cat asleep").input_ids
+    assert encoded.tokens[0]["input_ids"][picture.prompt, : len(asleep)].tolist() == asleep
+    assert picture.mask is not None and abs(float(picture.mask.mean()) - 128 / 255) < 0.01
+    for one_, other in zip(without.calibration_tokens, encoded.calibration_tokens):
+        assert torch.equal(one_["input_ids"], other["input_ids"])
+
+
+def test_a_strip_that_no_memory_holds_is_refused(tmp_path):
+    Image.new("RGB", (60_000, 1)).save(tmp_path / "strip.png")
+    one = config(instance_data_dir=str(tmp_path), resolution=1024)
+    with pytest.raises(ValueError, match="strip.png is 60000 x 1, which would be enlarged to 61440000 x 1024"):
+        read_pictures(one.data, one.prior, 8)
 
 
 # --- names of drawn pictures ------------------------------------------------------------------------------------------

@@ -27,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from diffusers.utils import convert_state_dict_to_kohya
 from PIL import Image, ImageCms
 from safetensors.torch import save_file
@@ -49,6 +48,7 @@ from storage.pictures import open_image, open_mask
 BASE = Path(__file__).parent.parent / "assets" / "tiny-sdxl"
 LONGEST_MESSAGE = 1000
 PICTURES = ("JPEG", "PNG", "WEBP")
+OTHER_PICTURES = ("GIF", "TIFF", "BMP", "AVIF", "HEIF")
 UPRIGHT = (40, 24)  # width, height of what `photo` shows
 ORIENTATION = 0x0112
 
@@ -155,7 +155,7 @@ def exif_case(folder: Path, rng: random.Random) -> Case:
 
 
 def picture_case(folder: Path, rng: random.Random) -> Case:
-    kind = rng.choice(PICTURES)
+    kind = rng.choice(PICTURES if rng.random() < 0.8 else OTHER_PICTURES)
     image = photo().convert(rng.choice(("RGB", "L") if kind != "PNG" else ("RGB", "L", "RGBA", "P", "1", "LA")))
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     stream = io.BytesIO()
@@ -253,7 +253,7 @@ def load_and_unload(path: Path) -> None:
 def other_header(data: bytes, length: int, rng: random.Random) -> bytes:
     """JSON that says something else: types, shapes, places, names, metadata."""
     header = json.loads(data[8:length])
-    name = rng.choice(sorted(header))
+    name = "__metadata__" if rng.random() < 0.4 and "__metadata__" in header else rng.choice(sorted(header))
     odd = [None, 0, -1, 2**63, 1e300, "", "x", [], {}, [[]], True, "\0", "[" * 200]
     if name == "__metadata__":
         part = rng.choice(sorted(header[name]))
@@ -281,26 +281,22 @@ def other_header(data: bytes, length: int, rng: random.Random) -> bytes:
 
 # --- configurations ---------------------------------------------------------------------------------------------------
 
-_SCALARS = (
-    """
-no yes on off true null ~ 0042 010 0x1f 1_000 1e-4 1E5 .5 5. -1 .inf -.inf .nan 2026-01-01 12:30:45 1:2 '' "" 'no' nora
-lora !!python/object:os.system !!binary !!set [] {} [1,[2]] {a:1} <<: *a &a - ? : | > % @ ` # ä 猫 \ufeff
-""".strip("\n")
-    .replace("\n", " ")
-    .split(" ")
-)
+# what YAML 1.1 takes for something else than text, and what isn't YAML
+_TEXT = "no yes on off true 0042 010 0x1f 1_000 1e-4 1E5 .5 5. -1 .inf .nan 2026-01-01 12:30:45 1:2 ä 猫"
+_OTHER = "null ~ '' 'no' nora !!python/object:os.system !!binary !!set [] {} [1,[2]] <<: *a &a - ? : | % @"
+_WORDS, _SCALARS = _TEXT.split(), f"{_TEXT} {_OTHER}".split()
 
 
 def config_case(folder: Path, rng: random.Random) -> Case:
-    lines = []
-    for _ in range(rng.randrange(0, 6)):
-        name = rng.choice((rng.choice(sorted(FLAGS)), rng.choice(sorted(FLAGS)), rng.choice(_SCALARS), "no_such_flag"))
+    word = rng.choice(_WORDS)
+    lines = [f"output_dir: {word}"]
+    sound = rng.random() < 0.4  # then it is read, as it was written
+    for _ in range(0 if sound else rng.randrange(0, 5)):
+        name = rng.choice((*rng.sample(sorted(FLAGS), 4), rng.choice(_SCALARS), "no_such_flag"))
         value = " ".join(rng.choice(_SCALARS) for _ in range(rng.choice((1, 1, 1, 2))))
-        if rng.random() < 0.1:
-            value = yaml.safe_dump([rng.random(), None, rng.randrange(10**12)], default_flow_style=True).strip()
         lines.append(f"{name}{rng.choice((': ', ': ', ': ', ':', ' '))}{value}")
     data = "\n".join(lines).encode()
-    data = damage(data, rng) if data and rng.random() < 0.3 else data
+    data = damage(data, rng) if not sound and rng.random() < 0.3 else data
     path = folder / "run.yaml"
     path.write_bytes(data)
     needed = ("pretrained_model_name_or_path=base", "instance_data_dir=x", "instance_prompt=a [V] cat")
@@ -310,11 +306,13 @@ def config_case(folder: Path, rng: random.Random) -> Case:
         stream = io.StringIO()
         try:
             with contextlib.redirect_stderr(stream), contextlib.redirect_stdout(stream):
-                parse_config(TrainConfig, argv)
+                config = parse_config(TrainConfig, argv)
         except SystemExit as exit_:
             said = [line for line in stream.getvalue().splitlines() if "error: " in line]
             assert exit_.code == USER_ERROR and len(said) == 1, stream.getvalue()
+            assert not sound, f"{word} is text: {said[0]}"
             raise ValueError(said[0]) from exit_
+        assert not sound or config.output.output_dir == word, f"{word} is {config.output.output_dir}"
 
     return Case("yaml", [path], read)
 
@@ -350,7 +348,7 @@ def run_case(kind: str, seed: int) -> tuple[str, str, str | None]:
                 case.read()
             outcome, problem = "read", None
         except (ValueError, OSError) as error:
-            outcome, problem = "refused", _not_a_sentence(str(error))
+            outcome, problem = "refused", _not_a_sentence(str(error), case.files[0])
         except Exception:
             outcome, problem = "wrong", traceback.format_exc()
         problem = problem or (f"unpickled {_unpickled[0]}" if _unpickled else None)
@@ -359,7 +357,9 @@ def run_case(kind: str, seed: int) -> tuple[str, str, str | None]:
         return case.kind, "wrong" if problem else outcome, problem
 
 
-def _not_a_sentence(message: str) -> str | None:
+def _not_a_sentence(message: str, file: Path) -> str | None:
+    if file.name not in message and str(file.parent) not in message and file.suffix != ".yaml":  # it may name a flag
+        return f"this names no file: {message[:LONGEST_MESSAGE]!r}"
     if not message.strip() or len(message) > LONGEST_MESSAGE or "Traceback" in message:
         return f"this is no sentence: {message[:LONGEST_MESSAGE]!r}"
     return None
