@@ -23,7 +23,7 @@ from runs.record import is_metrics, recorded_files
 from storage.files import move_others, read_json
 
 STATE = "training_state.json"
-LOCK = ".lock"
+LOCK = ".run-in-progress.lock"  # no name that a user would give a file
 # What is in it: the step, what makes the run the same (`identity`), and the digest of every other file.
 _STATE_KINDS = {"step": int, "flags": dict, "content": dict, "files": dict}
 _NAME = re.compile(r"checkpoint-(\d+)")
