@@ -132,13 +132,10 @@ def build_basis(
     return Basis(found["A"], None, right_factor(found["A"], scale), found["fingerprint"].cpu(), kept)
 
 
-def held_pair(
-    base_layer: nn.Module, A: torch.Tensor, B: torch.Tensor | None, right: RightFactor | None
-) -> OuterFactors:
+def held_pair(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor | None, right: RightFactor | None) -> OuterFactors:
     """The pair as an adapted layer computes with it: A in the base's dtype and B as it is held, or else ``W R``."""
     if B is None:
         assert right is not None
-        W = oriented_weight(base_layer)
         wide = torch.promote_types(W.dtype, torch.float32)
         B = W.to(wide) @ right_product(torch.eye(A.shape[0], device=A.device, dtype=wide), A, right, 1.0)  # (m, r)
     return OuterFactors(A, B)

@@ -171,7 +171,7 @@ def read_inner(
         for name, layer in find_targets(components[prefix], inner.configs[prefix]).items():
             key, W = f"{prefix}.{name}", oriented_weight(layer)
             A, B, right, *_ = bases[name].to(W.dtype)  # as a live layer holds them
-            outer = OuterFactors(*(factor.cpu() for factor in held_pair(layer, A, B, right)))
+            outer = OuterFactors(*(factor.cpu() for factor in held_pair(W, A, B, right)))
             ranks = inner.configs[prefix].layer_ranks(name, tuple(W.shape))
             folded[prefix][name] = fold(inner.inner_A[key], inner.inner_B[key], outer, ranks.alpha / ranks.r)
     return folded

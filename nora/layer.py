@@ -141,11 +141,14 @@ class NoraLinear(nn.Module, BaseTunerLayer):
     def set_basis(self, adapter_name: str, basis: Basis) -> None:
         """Install the frozen pair with its fingerprint and the float16 statistic that it came from."""
         weight = self.base_weight
+        self._forget_basis(adapter_name)
         # The factors take the base's dtype: in fp32 they would double the frozen memory of a half-precision base.
         self.nora_outer_A[adapter_name] = basis.A.to(weight)
         if basis.B is not None:
             self.nora_outer_B[adapter_name] = basis.B.to(weight)
-        if basis.right is not None:
+        elif isinstance(self.base_layer, BaseTunerLayer):  # which must see x itself, not x with this update
+            self.nora_outer_B[adapter_name] = held_pair(self._unmerged_weight, basis.A, None, basis.right).B.to(weight)
+        elif basis.right is not None:
             self.nora_right_channel[adapter_name] = basis.right.channel.to(weight.device)
             self.nora_right_row[adapter_name] = basis.right.row.to(weight.device)
         # Copies: load_state_dict writes into the buffers in place, and the basis may be another layer's too.
@@ -308,7 +311,15 @@ class NoraLinear(nn.Module, BaseTunerLayer):
 
     def _pair(self, adapter_name: str) -> OuterFactors:
         A, B = self.nora_outer_A[adapter_name], self.nora_outer_B.get(adapter_name)
-        return held_pair(self.get_base_layer(), A, B, self._right(adapter_name))
+        return held_pair(self._unmerged_weight, A, B, self._right(adapter_name))
+
+    @property
+    def _unmerged_weight(self) -> torch.Tensor:
+        """(m, n), without what `merge` has added: B is this weight's, not the merged one's."""
+        if self._weight_before_merge is None:
+            return oriented_weight(self.get_base_layer())
+        weight = self._weight_before_merge.to(self.base_weight.device)
+        return weight.T if is_transposed(self.get_base_layer()) else weight
 
     def shares_basis(self, adapter_name: str, other: str) -> bool:
         """Whether both adapters have the same frozen factors here, to the bit."""
@@ -411,7 +422,7 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         """``W columns`` (m, k) of columns (n, k); of a quantised base what it computes with its weight."""
         layer = self.get_base_layer()
         if is_plain(self.base_weight):
-            return oriented_weight(layer).to(columns) @ columns
+            return self._unmerged_weight.to(columns) @ columns
         rows = columns.T.to(self.base_weight.device, self.base_weight.dtype)
         return (layer(rows) - layer(torch.zeros_like(rows[:1]))).T.to(columns)
 

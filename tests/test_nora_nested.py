@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nora_models import MLP, config_for, seeded
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -200,3 +200,32 @@ def test_dropout_sees_the_adapters_input_only():
     model.eval()
     update = layer(x) - base.lin0(x)
     assert float((mean - layer(x)).norm()) < 0.1 * float(update.norm())
+
+
+def test_adapters_merged_one_after_another_are_those_merged_together():
+    """The second one's B is W's, not that of W with the first one in it."""
+    torch.manual_seed(0)
+    model = get_peft_model(MLP().eval(), config_for(["lin0"], outer_init="svd", init_weights=False))
+    model.add_adapter("other", config_for(["lin0"], outer_init="svd", init_weights=False))
+    layer = model.base_model.model.lin0
+    weight = layer.base_layer.weight.detach().clone()
+    deltas = [layer.get_delta_weight(name) for name in ("default", "other")]
+    for name in ("default", "other"):
+        layer.merge(adapter_names=[name])
+    torch.testing.assert_close(layer.base_layer.weight.detach(), weight + sum(deltas))
+    torch.testing.assert_close(layer.get_delta_weight("other"), deltas[1])
+    layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, weight)
+
+
+def test_around_a_loras_layer_both_updates_are_added():
+    torch.manual_seed(0)
+    base, x = MLP().eval(), seeded(5, 16)
+    lora = inject_adapter_in_model(LoraConfig(target_modules=["lin0"], init_lora_weights=False), copy.deepcopy(base))
+    with_lora = lora.lin0(x)
+    config = config_for(["lin0"], outer_init="svd", init_weights=False)
+    both = inject_adapter_in_model(config, lora, "second").eval()
+    layer = both.lin0
+    layer.set_adapter("second")
+    lora_A, lora_B = layer.fold("second")
+    torch.testing.assert_close(layer(x), with_lora + x @ lora_A.T @ lora_B.T, rtol=1e-4, atol=1e-5)
