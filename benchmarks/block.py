@@ -15,7 +15,7 @@ import argparse
 import copy
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -95,13 +95,13 @@ def compare(blocks: Mapping[str, nn.Module], inputs: Inputs, repeats: int) -> di
     return {name: (medians[name] / medians[first], kept[name] / kept[first]) for name in blocks}
 
 
-def main(argv: Sequence[str] | None = None, build: Callable[[], nn.Module] = build_block) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=1024)
     args = parser.parse_args(argv)
     inputs = torch.randn(1, args.tokens, WIDTH), torch.randn(1, 77, CONTEXT)
-    found = compare(variants(build()), inputs, args.repeats)
+    found = compare(variants(build_block()), inputs, args.repeats)
     lora = found["LoRA 16"][0] - 1
     print("| | time | overhead, of LoRA 16's | kept |\n|---|---|---|---|")
     for name, (seconds, kept) in found.items():

@@ -148,9 +148,9 @@ def iterated_factors(W: torch.Tensor, r: int, scale: torch.Tensor | None = None,
     columns = r + max(8, r // 4)
     if columns >= min(W.shape):
         return outer_factors(W, r, scale, sigma_side)
-    device, W = W.device, where_float64_is(W).float()  # a device without float64 lacks these decompositions too
-    S = W.new_ones(W.shape[1]) if scale is None else scale.to(W)
-    M = W * S
+    wide = where_float64_is(W).float()  # a device without float64 lacks these decompositions too
+    S = wide.new_ones(W.shape[1]) if scale is None else scale.to(wide)
+    M = wide * S
     if W.shape[0] > W.shape[1]:
         M = M.T
     Q = gaussian(M.shape[0], columns).to(M.device)  # (k, columns)
@@ -170,7 +170,7 @@ def iterated_factors(W: torch.Tensor, r: int, scale: torch.Tensor | None = None,
     on_B = {"B": torch.ones_like(sigma), "A": 1 / sigma, "both": sigma.rsqrt()}[sigma_side]
     # B of the right vectors, not of the left ones: W R is what a layer computes with
     A, B = fix_signs(on_A[:, None] * right / S, (M @ right.T) * on_B)
-    return OuterFactors(A.contiguous().to(device), B.contiguous().to(device))
+    return OuterFactors(A.contiguous().to(W.device), B.contiguous().to(W.device))
 
 
 @functools.lru_cache(maxsize=8)

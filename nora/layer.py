@@ -337,11 +337,7 @@ class NoraLinear(nn.Module, BaseTunerLayer):
 
     def hold_both_factors(self, adapter_name: str) -> None:
         """Hold B too: for a base whose weight can't be read once it is split over processes."""
-        B = self.outer(adapter_name).B.to(self.base_weight.dtype)
-        for held in (self.nora_right_channel, self.nora_right_row):
-            if adapter_name in held:
-                del held[adapter_name]
-        self.nora_outer_B[adapter_name] = B
+        self.set_basis(adapter_name, self.basis(adapter_name)._replace(B=self.outer(adapter_name).B, right=None))
 
     def _check_has_basis(self, adapter_name: str) -> None:
         if adapter_name not in self.nora_outer_A:

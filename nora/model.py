@@ -219,10 +219,10 @@ class NoraModel(BaseTuner):
     def _bases(self, model: nn.Module, config: NoraConfig) -> dict[str, Basis]:
         """The targets' bases: what is ready, and the others computed, a core to a layer."""
         ready = _ready_bases.get()
+        if config.saved:  # they come with the weights
+            return ready
         targets = find_targets(model, config)
         missing = [name for name, layer in targets.items() if name not in ready and not base_weight(layer).is_meta]
-        if config.saved:
-            return ready
 
         def build(name: str) -> Basis:
             layer = targets[name]

@@ -145,6 +145,20 @@ RECORDS: dict[str, type[Record]] = {
 }
 assert list(RECORDS) == [field.name for field in fields(TrainConfig)]
 FLAGS = {name: field for record in RECORDS.values() for name, field in record.model_fields.items()}
+# Flags that name what a training reads: never cleared nor written over, and what another training is told by.
+SUBJECT_INPUTS = ("instance_data_dir", "class_data_dir")  # an entry of --concepts_list has them too
+INPUTS = (
+    "pretrained_model_name_or_path",
+    "pretrained_vae_model_name_or_path",
+    *SUBJECT_INPUTS,
+    "dataset_name",
+    "concepts_list",
+    "mask_data_dir",
+    "validation_data_dir",
+    "eval_protocol",
+    "clip",
+    "dino",
+)
 
 
 def _own(record: type[Record], flags: dict[str, Any]) -> dict[str, Any]:

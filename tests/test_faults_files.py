@@ -1,13 +1,12 @@
 """A user's files: nothing that a flag names is lost, nor anything that this suite has not written."""
 
-import io
 import json
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
+from drawn_pictures import encoded, ramp
 from PIL import Image
 from tiny_sdxl import saved_base
 
@@ -24,18 +23,6 @@ from storage.pictures import drawn_here, png_bytes
 from trainer.compare import check_places, plan
 from trainer.preflight import preflight
 from trainer.samples import Sample, keep_samples
-
-
-def ramp(mode="RGB", size=(48, 32)):
-    width, height = size
-    x, y = np.meshgrid(np.linspace(20, 235, width), np.linspace(20, 235, height))
-    return Image.fromarray(np.stack([x, y, 255 - x], -1).astype(np.uint8)).convert(mode)
-
-
-def encoded(image, kind="PNG", **options) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
 
 
 def save(folder, *names, mode="RGB"):

@@ -11,6 +11,7 @@ import pillow_heif
 import pytest
 import torch
 from accelerate import Accelerator
+from drawn_pictures import encoded, ramp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
@@ -33,18 +34,6 @@ needs_faults = pytest.mark.skipif(not FAULTS.is_dir(), reason="the faults' input
 
 def pixels(image) -> np.ndarray:
     return np.asarray(image).astype(int)
-
-
-def ramp(mode="RGB", size=(48, 32)):
-    width, height = size
-    x, y = np.meshgrid(np.linspace(20, 235, width), np.linspace(20, 235, height))
-    return Image.fromarray(np.stack([x, y, 255 - x], -1).astype(np.uint8)).convert(mode)
-
-
-def encoded(image, kind="PNG", **options) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
 
 
 # --- colours ----------------------------------------------------------------------------------------------------------

@@ -33,28 +33,13 @@ from methods.components import RUN_RECORD
 from settings.columns import BASE_COLUMN, CompareConfig, EvaluateConfig, GalleryConfig
 from settings.command_line import parse_config, parse_flags, run_command
 from settings.sampling import SamplingConfig
-from settings.training import TrainConfig
+from settings.training import INPUTS, SUBJECT_INPUTS, TrainConfig
 from storage.files import check_kept, check_own_output, check_writable_target, read_json, write_atomic
 from storage.state import local_state
 from storage.text import expand_home, load_yaml
 
 SCRIPT = Path(__file__).parent.parent / "train_dreambooth_nora_sdxl.py"
 COMMAND = "compare.json"  # in each run's folder: what it is trained with, and the record that it replaces
-# Flags that name what a training reads.
-INPUTS = (
-    "pretrained_model_name_or_path",
-    "pretrained_vae_model_name_or_path",
-    "instance_data_dir",
-    "dataset_name",
-    "concepts_list",
-    "mask_data_dir",
-    "class_data_dir",
-    "validation_data_dir",
-    "eval_protocol",
-    "clip",
-    "dino",
-)
-CONCEPT_INPUTS = ("instance_data_dir", "class_data_dir")  # the same of an entry of --concepts_list
 OWN_FLAGS = ("--output_dir", "--seed", "--resume_from_checkpoint", "--dry_run", "--config")
 CAPTION = (
     "Scores with 95 % intervals over all that there are several of: trainings, prompts and seeds of the pictures. "
@@ -175,7 +160,7 @@ def inputs(run: Run) -> dict[str, Any]:
     if listed := paths["concepts_list"]:
         # a list that can't be used is refused before the first training
         for number, entry in enumerate(load_yaml(expand_home(listed), "--concepts_list"), start=1):
-            paths |= {f"concepts_list, entry {number}: {name}": entry.get(name) for name in CONCEPT_INPUTS}
+            paths |= {f"concepts_list, entry {number}: {name}": entry.get(name) for name in SUBJECT_INPUTS}
     states = {name: local_state(expand_home(path)) if path else [] for name, path in paths.items()}
     for name in states:
         if name.endswith("class_data_dir"):  # the run itself draws what is missing
@@ -275,8 +260,7 @@ def check_places(
         ValueError: naming the input, or the file that is there.
     """
     page, table = output_dir / "gallery.html", output_dir / "table.md"
-    names = (*INPUTS, "class_data_dir", "validation_data_dir")
-    inputs = {(f"--{name}", str(path)) for flags in trained for name in names if (path := flags.get(name))}
+    inputs = {(f"--{name}", str(path)) for flags in trained for name in INPUTS if (path := flags.get(name))}
     inputs |= {("--instance_images", instance_images)} if instance_images else set()
     inputs = {(flag, path) for flag, path in inputs if Path(path).exists()}
     if same := [flag for flag, path in inputs if Path(path).resolve() == output_dir.resolve()]:

@@ -27,19 +27,13 @@ from runs.record import METRICS, SAMPLES, MetricsLog
 from settings.base import BaseOptions
 from settings.learning import LoopOptions, LossOptions, OptimizerOptions
 from settings.method import TextOptions
-from settings.training import TrainConfig, is_first_process
+from settings.training import INPUTS, SUBJECT_INPUTS, TrainConfig, is_first_process
 from settings.watching import OutputOptions, ValidationOptions
 from storage.files import check_kept, check_writable_target
 from trainer.accelerator import PRECISIONS, check_login, check_one_folder, check_same, make_accelerator
 from trainer.models import check_fits, make_run_adapter, reserve_new_tokens, trained_names
 from trainer.optimizer import check_optimizer, check_rates, scaled_learning_rate
 from trainer.samples import Base
-
-FOLDERS = ("instance_data_dir", "class_data_dir")  # of a subject
-INPUTS = (
-    "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name", "concepts_list",
-    "mask_data_dir", "validation_data_dir", "eval_protocol", "clip", "dino",
-)  # fmt: skip
 
 
 def preflight(config: TrainConfig) -> tuple[TrainConfig, Pictures]:
@@ -77,9 +71,9 @@ def preflight(config: TrainConfig) -> tuple[TrainConfig, Pictures]:
 
 def inputs(flags: Mapping[str, Any], pictures: Pictures) -> list[tuple[str, Path]]:
     """(flag, path) of everything on this disk that a run reads: what flags name, and each picture, maybe a link."""
-    named = [(f"--{name}", Path(path)) for name in INPUTS if (path := flags[name])]
+    named = [(f"--{name}", Path(path)) for name in INPUTS if name not in SUBJECT_INPUTS and (path := flags[name])]
     for concept in pictures.concepts:
-        named += [(f"--{name}", Path(path)) for name in FOLDERS if (path := getattr(concept, name))]
+        named += [(f"--{name}", Path(path)) for name in SUBJECT_INPUTS if (path := getattr(concept, name))]
     examples = [one.example for one in (*pictures.instance, *pictures.classes, *pictures.held_out)]
     named += [("the picture", one.image) for one in examples if isinstance(one.image, Path)]
     named += [("the mask", one.mask) for one in examples if one.mask is not None]
