@@ -20,6 +20,8 @@ from diffusers import StableDiffusionXLPipeline
 from dreambooth.data import folder_examples
 from dreambooth.encode import (
     CropSettings,
+    EncodedPicture,
+    EncodedPrompts,
     cut_picture,
     encode_pictures,
     encode_prompts,
@@ -43,8 +45,10 @@ SUBJECTS = Path(__file__).parent.parent / "assets" / "subjects"
 
 
 @torch.no_grad()
-def heldout_loss(pipeline: StableDiffusionXLPipeline, folder: Path, prompt: str, samples: int = 256) -> float:
-    """Mean squared error of the noise (or velocity) prediction over ``samples`` draws from the folder's pictures."""
+def encode_folder(
+    pipeline: StableDiffusionXLPipeline, folder: Path, prompt: str
+) -> tuple[list[EncodedPicture], EncodedPrompts]:
+    """The folder's pictures, whole, and the one prompt of all of them."""
     resolution = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     settings = CropSettings([(resolution, resolution)], center_crop=True, variants=1)
     examples = folder_examples(folder, prompt, flag="subject")
@@ -53,6 +57,12 @@ def heldout_loss(pipeline: StableDiffusionXLPipeline, folder: Path, prompt: str,
         pictures = encode_pictures(pipeline.vae, "", cuts, [0] * len(cuts), settings, EncodedCache(cache))
     tokens = tokenize([pipeline.tokenizer, pipeline.tokenizer_2], [prompt])
     prompts = encode_prompts([pipeline.text_encoder, pipeline.text_encoder_2], tokens)
+    return pictures, prompts
+
+
+def heldout_loss(pipeline: StableDiffusionXLPipeline, folder: Path, prompt: str, samples: int = 256) -> float:
+    """Mean squared error of the noise (or velocity) prediction over ``samples`` draws from the folder's pictures."""
+    pictures, prompts = encode_folder(pipeline, folder, prompt)
     return validation_loss(pipeline.unet, pictures, prompts, Objective(pipeline.scheduler), BATCH, samples)
 
 
