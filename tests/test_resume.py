@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -85,32 +84,11 @@ def test_killed_at_random_moments(tmp_path):
     flags += ["--encoded_cache_dir", str(tmp_path / "encoded"), "--train_text_encoder", "--random_flip"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(command(whole, *flags), env=environment, check=True, capture_output=True)
-    chance, kills, resumed_at = random.Random(0), 0, []
-    while kills < 10:
-        process = subprocess.Popen(
-            command(killed, *flags, "--resume_from_checkpoint", "latest"),
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        before = len((killed / "metrics.jsonl").read_text().splitlines()) if (killed / "metrics.jsonl").exists() else 0
-        wanted = max(before - 1, 0) + chance.randint(1, 5)
-        while process.poll() is None:
-            lines = (killed / "metrics.jsonl").read_bytes().count(b"\n") if (killed / "metrics.jsonl").exists() else 0
-            if lines >= min(wanted, steps - 1):
-                time.sleep(chance.uniform(0, 0.25))  # also while a checkpoint is being written
-                break
-            time.sleep(0.01)
-        if process.poll() is not None:
-            break  # it finished
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += 1
-        resumed_at.append(find_checkpoint("latest", killed))
-    assert kills == 10, f"the run was over after {kills} kills: {resumed_at}"
-    done = subprocess.run(
-        command(killed, *flags, "--resume_from_checkpoint", "latest"), env=environment, capture_output=True, text=True
-    )
+    last = command(killed, *flags, "--resume_from_checkpoint", "latest")
+    killing = [sys.executable, str(Path(__file__).parent / "killed_runs.py"), str(killed), str(steps), "10", *last[2:]]
+    kills = subprocess.run(killing, env=environment, check=True, capture_output=True, text=True)
+    assert kills.stdout.split() == ["10"], kills.stdout
+    done = subprocess.run(last, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     same_ends(whole, killed)
     assert [step for step, _ in checkpoints(killed)] == [steps - 4, steps - 2, steps]
