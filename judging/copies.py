@@ -7,9 +7,10 @@ is laid over the picture at every shift, by normalised cross-correlation (Lewis,
 measured at the best places:
 
 - `whole`: the correlation of all that overlaps. A copy has a high one however it was moved, recoloured or softened.
-- `part`: how much of the training image lies in the picture exactly: the mean over its edges of r^12, r the correlation
-  in a window of a seventh of its width. A copy before another background has it where the subject is, while other
-  pictures of the subject are alike nearly everywhere and the same almost nowhere.
+- `part`: how exactly the best part of the training image, half as wide and high, lies in the picture: the mean over
+  that part's edges of r^4, r the correlation in a window of a seventh of the training image's width. A copy before
+  another background has such a part where the subject is, while other pictures of the subject are alike nearly
+  everywhere and the same in small places only.
 
 How alike other pictures of a subject are depends on the subject: drawings repeat their parts, photographs never do. So
 the limits of both come from the run's own training images, each compared with the others; see `limits`. docs/judging.md
@@ -31,7 +32,11 @@ GRID = 48  # cells across a picture
 SCALES = (0.64, 0.72, 0.8, 0.9, 1.0, 1.11, 1.25, 1.39, 1.56)
 SHIFT = 14  # cells that a training image is moved at most, from centre on centre
 PEAKS = 3  # places of each size that are looked at in parts
-WINDOW, EXACT = 7, 12  # cells across a part, and the power by which only what is the same counts: 0.95 is 0.54
+WINDOW, EXACT = 7, 4  # cells across a place, and the power by which only what is the same counts: 0.95 is 0.81
+PART, EDGES = (
+    0.5,
+    0.6,
+)  # side of a part, and the edges it needs at least, as a share of what such a part has in the mean
 OVERLAP, COVERED = 0.45, 0.3  # shares of the training image's and of the picture's edges that must lie on each other
 SAME = 0.87  # correlation from which two training images are one that is there twice
 FALSE_ALARM_RATE = 0.05  # of the pictures of a run that copies nothing, at most; docs/judging.md has what was measured
@@ -45,10 +50,10 @@ class Likeness(NamedTuple):
     part: float
 
 
-WAY = Likeness(0.5, 0.22)  # from the training images' own likeness to 1: where the limit lies
-FLOOR = Likeness(0.84, 0.25)
+WAY = Likeness(0.5, 0.18)  # from the training images' own likeness to 1: where the limit lies
+FLOOR = Likeness(0.84, 0.75)
 # The likeness that stands in for a lone training image's, as high as that of drawings of one figure; a choice.
-LONE = Likeness(0.8, 0.7)
+LONE = Likeness(0.8, 0.9)
 
 
 @dataclass(frozen=True)
@@ -234,11 +239,18 @@ def _overlay(picture: torch.Tensor, templates: Templates) -> torch.Tensor:
     below = torch.stack([padded[:, top : top + size, left : left + size] for top, left in corners])
     fields, energy = fields.repeat_interleave(PEAKS, dim=0), energy.repeat_interleave(PEAKS, dim=0)
     sums = [(below[:, :2] * fields).sum(dim=1), below[:, :2].square().sum(dim=1), energy * below[:, 2]]
-    product, under, over = _windows(torch.stack(sums, dim=1), round(WINDOW * size / GRID) // 2 * 2 + 1).unbind(dim=1)
+    product, under, over = _windows(torch.stack(sums, dim=1), _odd(WINDOW * size / GRID)).unbind(dim=1)
     agreement = (product / (under * over).clamp(min=1e-4).sqrt()).clamp(0, 1)
-    weight = energy.sqrt()
-    part = (weight * agreement**EXACT).sum(dim=(1, 2)) / weight.sum(dim=(1, 2)).clamp(min=1e-6)
+    weight, side = energy.sqrt(), _odd(PART * size)
+    agreeing, edges_there = _windows(torch.stack([weight * agreement**EXACT, weight], dim=1), side).unbind(dim=1)
+    needed = EDGES * side**2 * weight.mean(dim=(1, 2))
+    parts = torch.where(edges_there > needed[:, None, None], agreeing / edges_there.clamp(min=1e-6), 0.0)
+    part = parts.amax(dim=(1, 2))
     return torch.stack([whole.amax(dim=(1, 2)), part.unflatten(0, (-1, PEAKS)).amax(dim=1)], dim=1)
+
+
+def _odd(width: float) -> int:
+    return round(width) // 2 * 2 + 1
 
 
 def _windows(fields: torch.Tensor, width: int) -> torch.Tensor:

@@ -90,7 +90,9 @@ FLOORS = {  # of 8 pictures of the sample subjects
     "brighter, paler": 0.85,
     "mirrored, moved, recoloured": 1.0,
     "a corner of 2/3": 0.6,
-    "another background": 0.6,
+    "another background": 0.9,
+    "another background, soft and noisy": 0.5,
+    "another background, mirrored, moved": 0.5,
 }
 
 
@@ -116,15 +118,18 @@ def test_copies_as_well_as_the_base_can_draw_them_are_found(detectors, pipeline)
 
 
 def photographs(count, width, height):
-    """Scenes of shapes at random, a third of them the same in each, as a subject is in different places."""
+    """Scenes of shapes at random, a third of them alike in each and in about the same place, as a subject is."""
     images = []
     for number in range(count):
         image = Image.new("RGB", (width, height), "grey")
         draw = ImageDraw.Draw(image)
-        for shape in range(36):
+        for shape in range(90):
             random = torch.Generator().manual_seed(shape if shape % 3 == 0 else 1000 * number + shape)
             x, y, size, *colour = torch.rand(6, generator=random).tolist()
-            box = (x * width, y * height, x * width + 20 + 40 * size, y * height + 20 + 30 * size)
+            if shape % 3 == 0:
+                across, down = torch.rand(2, generator=torch.Generator().manual_seed(999 * number + shape)).tolist()
+                x, y = 0.6 * x + 0.4 * across, 0.6 * y + 0.4 * down
+            box = (x * width, y * height, x * width + 12 + 24 * size, y * height + 12 + 18 * size)
             draw.ellipse(box, fill=tuple(int(255 * one) for one in colour))
         images.append(image.filter(ImageFilter.GaussianBlur(1)))
     return images
