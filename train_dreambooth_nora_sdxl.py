@@ -42,10 +42,10 @@ from trainer.memory import settle_memory
 from trainer.models import (
     add_new_tokens,
     check_fits,
+    component_passes,
     make_run_adapter,
     make_trainable,
     put_in,
-    run_passes,
     teach_by_base,
     trained_names,
 )
@@ -141,7 +141,7 @@ def train_in_folder(config: TrainConfig, lock: FolderLock) -> Path:
     first_step = read_step(checkpoint, same_run, config.loop.max_train_steps) if checkpoint else 0
     set_seed(config.loop.seed)  # for the adapters' first weights, whatever was drawn before
     measuring = {"batch_size": config.loop.train_batch_size, "seed": config.loop.seed, "accelerator": accelerator}
-    put_in(adapter, models, new_tokens, partial(run_passes, encoded, objective, **measuring), checkpoint)
+    put_in(adapter, models, new_tokens, partial(component_passes, encoded, objective, **measuring), checkpoint)
     make_trainable(models, config.hardware.gradient_checkpointing)
     settle_memory(models, encoded, config, accelerator)
     clock.lap("inject_seconds")

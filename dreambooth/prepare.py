@@ -36,6 +36,7 @@ from dreambooth.encode import (
 from dreambooth.encoded_cache import EncodedCache
 from dreambooth.passes import GENERIC_PROMPTS
 from dreambooth.prior import class_images, missing_seeds
+from methods.base_passes import GenericPrompts, encode_generic_prompts
 from settings.learning import LoopOptions
 from settings.pictures import DataOptions, PriorOptions
 from settings.training import is_first_process
@@ -119,6 +120,7 @@ class Encoded:
     class_rows: torch.Tensor  # (P,): the row of each row's class prompt
     tokens: list[Tokens]  # of the prompts, per text encoder, for encoding anew where these are trained
     calibration_tokens: list[Tokens]
+    generic: GenericPrompts  # for what is measured of the base alone
     teaching: torch.Tensor  # (P,) bool: prompts that what is trained of the text encoders learns from
     encoders: str  # fingerprint of the autoencoder and the text encoders
 
@@ -334,6 +336,7 @@ def encode_run(
         table.class_rows,
         tokens,
         tokenize(tokenizers, [*(spell(text, words or {}) for text in trained), *GENERIC_PROMPTS]),
+        encode_generic_prompts(pipeline),
         torch.tensor([not words or any(has_word(text, word) for word in words) for text in table.texts]),
         content_hash(vae_fingerprint, fingerprint, *map(configuration, [pipeline.vae, *text_encoders])),
     )

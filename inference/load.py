@@ -23,6 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from inference.adapter_files import AdapterFile, inspect_adapter
+from inference.base_statistics import base_statistics
 from inference.tokens import add_new_word, check_new_word, has_new_word, read_new_word, remove_new_words
 from methods.basis_cache import basis_cache
 from methods.components import COMPONENT_NAMES, FOLDED_WEIGHTS, INNER_WEIGHTS
@@ -97,7 +98,7 @@ class _Read(NamedTuple):
 
 def _read(pipeline: StableDiffusionXLPipeline, file: AdapterFile, in_place_of: str | None = None) -> _Read:
     components = _components(pipeline)
-    updates = read_file(file, components)
+    updates = read_file(file, components, base_statistics(pipeline))
     new_word = read_new_word(file.new_word) if file.new_word is not None else None
     if new_word is not None:
         check_new_word(pipeline, *new_word, in_place_of=in_place_of)

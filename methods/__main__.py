@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from methods.adapter import make_adapter
+from methods.adapter import Passes, make_adapter
 from methods.options import Method
 from methods.registry import METHODS, resolve
 
@@ -53,7 +53,8 @@ def trained_parameters(name: str) -> int:
         layers = nn.ModuleDict({"attention": nn.ModuleDict({"to_q": nn.Linear(n, m, bias=False)})})
         layer = layers["attention"]["to_q"]
         adapter = make_adapter(name, resolve(name, [], {}))
-        adapter.inject("unet", layers, partial(run_passes, layer))
+        run = partial(run_passes, layer)
+        adapter.inject("unet", layers, Passes(run, partial(run, 1), "", ""))
         total += count * sum(p.numel() for p in layers.parameters() if p.requires_grad)
     return total
 

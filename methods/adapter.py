@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import torch
@@ -26,6 +26,7 @@ from methods.components import TARGETS
 from methods.options import Method
 from methods.registry import find_method
 from methods.update import Update, measured_update
+from nora.files import BaseStatistics
 
 NAME = "default"  # of the adapter inside a model that is trained
 
@@ -45,6 +46,22 @@ def find_class(path: str) -> Any:
     """``module:Class``, or the name of a class of PEFT's."""
     module, _, name = path.rpartition(":")
     return getattr(importlib.import_module(module) if module else peft, name)
+
+
+class Passes(NamedTuple):
+    """Forward passes of one component, in which a method may measure what its layers see.
+
+    `of_run` makes so many over the run's own pictures or prompts, in all processes together; `of_base`, in each, those
+    of the base alone, which have the name `label` and depend on `identity` beside the component.
+    """
+
+    of_run: Callable[[int], None]
+    of_base: Callable[[], None]
+    label: str
+    identity: str
+
+
+NO_PASSES = Passes(lambda passes: None, lambda: None, "", "")
 
 
 class Adapter:
@@ -96,11 +113,11 @@ class Adapter:
                 "can have: lower it"
             )
 
-    def inject(self, component: str, model: nn.Module, measure: Callable[[int], None]) -> None:
+    def inject(self, component: str, model: nn.Module, passes: Passes) -> None:
         """Put the layers into the model, which computes what it did before: the update starts at 0.
 
         Args:
-            measure: runs the forward passes of a calibration, at most as many as it is told; for methods that have one.
+            passes: in which a method that measures something may do so.
         """
         self.wrap(component, model, self.config(component))
 
@@ -110,10 +127,16 @@ class Adapter:
         self.wrappers[component] = get_peft_model(model, config, NAME)
         model._hf_peft_config_loaded = True  # diffusers and transformers ask for it before they touch an adapter
 
-    def restore(self, models: Mapping[str, nn.Module], checkpoint: Path) -> None:
-        """Put the layers of a checkpoint's run into the components; their numbers follow, see `state_tensors`."""
+    def restore(
+        self, models: Mapping[str, nn.Module], checkpoint: Path, passes: Callable[[str, nn.Module], Passes]
+    ) -> None:
+        """Put the layers of a checkpoint's run into the components; their numbers follow, see `state_tensors`.
+
+        Args:
+            passes: of each component, as for `inject`.
+        """
         for component, model in models.items():
-            self.inject(component, model, lambda passes: None)
+            self.inject(component, model, NO_PASSES)
 
     # --- training ---------------------------------------------------------------------------------------------------
 
@@ -150,6 +173,11 @@ class Adapter:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
+
+    @property
+    def base_statistics(self) -> BaseStatistics | None:
+        """For `nora.read_inner`, where this adapter's own file leaves the base's statistics out."""
+        return None
 
     # --- out --------------------------------------------------------------------------------------------------------
 

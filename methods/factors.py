@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from methods.adapter import NAME, Adapter, adapted_layers
+from methods.adapter import NAME, Adapter, Passes, adapted_layers
 from methods.components import TARGETS
 from methods.peft_folder import write_lora_folder
 from methods.update import Update
@@ -27,8 +27,8 @@ from methods.update import Update
 class Factored(Adapter):
     """A method whose layers are LoRA's with other factors; its PEFT folder is a plain LoRA's."""
 
-    def inject(self, component: str, model: nn.Module, measure: Callable[[int], None]) -> None:
-        super().inject(component, model, measure)
+    def inject(self, component: str, model: nn.Module, passes: Passes) -> None:
+        super().inject(component, model, passes)
         for layer in adapted_layers(model).values():
             self.parametrize(layer)
 

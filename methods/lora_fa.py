@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from methods.adapter import NAME, Adapter, adapted_layers
+from methods.adapter import NAME, Adapter, Passes, adapted_layers
 
 
 class LoraFa(Adapter):
@@ -18,8 +16,8 @@ class LoraFa(Adapter):
     gradients here, it goes with any optimizer.
     """
 
-    def inject(self, component: str, model: nn.Module, measure: Callable[[int], None]) -> None:
-        super().inject(component, model, measure)
+    def inject(self, component: str, model: nn.Module, passes: Passes) -> None:
+        super().inject(component, model, passes)
         for layer in adapted_layers(model).values():
             layer.lora_A[NAME].requires_grad_(False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,17 +11,21 @@ from peft import get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
-from methods.adapter import NAME, Adapter
+from methods.adapter import NAME, Adapter, Passes
+from methods.base_statistic import base_statistic, from_first_process
 from methods.basis_cache import basis_cache
 from methods.components import INNER_WEIGHTS, adapter_components
 from methods.update import Update
-from nora import NoraLinear, check_targets, load_inner, preprocess_nora, save_inner
+from nora import NoraConfig, NoraLinear, check_targets, load_inner, preprocess_nora, save_inner
+from nora.files import BaseStatistics
 from nora.model import nora_layers
 from storage.tensors import write_safetensors
 
 
 class Nora(Adapter):
     """``W + s B B' A' A`` (arXiv 2408.10280)."""
+
+    label: str | None = None  # of the passes that measured the base's statistic
 
     def check_fits(self, component: str, model: nn.Module) -> None:
         try:
@@ -33,16 +38,45 @@ class Nora(Adapter):
         return {}  # its alpha is the rank by itself
 
     @basis_cache()
-    def inject(self, component: str, model: nn.Module, measure: Callable[[int], None]) -> None:
+    def inject(self, component: str, model: nn.Module, passes: Passes) -> None:
         config = self.config(component)
-        preprocess_nora(model, config, lambda: measure(self.args["calibration_passes"]))
+        if self.measures_base and config.needs_statistics:
+            self.label = passes.label
+            preprocess_nora(model, config, stats=self._base_statistic(model, config, passes))
+        else:
+            preprocess_nora(model, config, lambda: passes.of_run(self.args["calibration_passes"]))
         self.wrap(component, model, config)
 
+    @property
+    def measures_base(self) -> bool:
+        """Whether AwSVD's statistic is the base's, the same for every run on it, or the run's own."""
+        return self.args["statistic"] == "base"
+
     @basis_cache()
-    def restore(self, models: Mapping[str, nn.Module], checkpoint: Path) -> None:
-        """The outer factors come from the statistics in the file: nothing is measured again."""
-        load_inner(checkpoint / INNER_WEIGHTS, adapter_components(models))
+    def restore(
+        self, models: Mapping[str, nn.Module], checkpoint: Path, passes: Callable[[str, nn.Module], Passes]
+    ) -> None:
+        """The outer factors come from the statistics in the file, or from the base's own."""
+
+        def base(label: str, prefix: str, model: nn.Module, config: NoraConfig) -> dict[str, torch.Tensor]:
+            own = passes(prefix.removesuffix(".text_model"), model)
+            self.label = label
+            return self._base_statistic(model, config, own)
+
+        load_inner(checkpoint / INNER_WEIGHTS, adapter_components(models), base_statistics=base)
         self.models.update(models)
+
+    def _base_statistic(self, model: nn.Module, config: NoraConfig, passes: Passes) -> dict[str, torch.Tensor]:
+        return from_first_process(partial(base_statistic, model, config, passes.label, passes.identity, passes.of_base))
+
+    @property
+    def base_statistics(self) -> BaseStatistics:
+        """Those that the layers were made of."""
+
+        def held(label: str, prefix: str, model: nn.Module, config: NoraConfig) -> dict[str, torch.Tensor]:
+            return {name: layer.basis(NAME).statistic for name, layer in nora_layers(model, NAME).items()}
+
+        return held
 
     def state_tensors(self, component: str) -> dict[str, torch.Tensor]:
         """The inner factors; the outer ones come with the inner-only file."""
@@ -62,7 +96,8 @@ class Nora(Adapter):
         return Update(up, down)
 
     def save_more(self, folder: Path) -> list[str]:
-        save_inner(folder / INNER_WEIGHTS, adapter_components(self.models))
+        label = self.label if self.measures_base else None
+        save_inner(folder / INNER_WEIGHTS, adapter_components(self.models), base_statistic=label)
         return [INNER_WEIGHTS]
 
     def save_peft(self, component: str, folder: Path) -> None:

@@ -94,9 +94,17 @@ _METHODS = (
             ),
             Option("inner_std", 0.01, "Standard deviation of inner_init=normal.", "inner_std", "inner_std", above=0),
             Option(
+                "statistic",
+                "base",
+                "What AwSVD's statistic is measured on: pictures that the base draws by itself, once for all its "
+                "subjects, or the run's own.",
+                None,
+                choices=("base", "subject"),
+            ),
+            Option(
                 "calibration_passes",
                 32,
-                "UNet forward passes of 4 samples that measure AwSVD's statistics.",
+                "UNet forward passes of 4 samples that measure statistic=subject.",
                 None,
                 "calibration_passes",
                 at_least=1,
@@ -456,11 +464,13 @@ def _complete(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _nora(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in given.items() if value is not None}
+    if "calibration_passes" in given:
+        given = {"statistic": "subject", **given}
     values = _complete(method, PRESETS[given.get("preset", "default")] | given)
     defaults = {option.name: option.default for option in method.options}
     for name, needed in (
         ("awsvd_gamma", ("outer_init", "awsvd")),
-        ("calibration_passes", ("outer_init", "awsvd")),
+        ("statistic", ("outer_init", "awsvd")),
         ("inner_std", ("inner_init", "normal")),
     ):
         if given.get(name, defaults[name]) != defaults[name] and values[needed[0]] != needed[1]:

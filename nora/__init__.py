@@ -9,7 +9,7 @@ from .registration import ensure_peft_type, register
 ensure_peft_type()  # the config names the type when it is constructed, so the type must exist before
 
 from .cache import BasisCache, use_basis_cache  # noqa: E402
-from .calibration import calibration_mask, preprocess_nora  # noqa: E402
+from .calibration import calibration_mask, measure_statistics, preprocess_nora  # noqa: E402
 from .config import NoraConfig  # noqa: E402
 from .files import inner_prefixes, load_inner, read_inner, save_inner  # noqa: E402
 from .layer import NoraLinear  # noqa: E402
@@ -29,6 +29,7 @@ __all__ = [
     "fold_nora",
     "inner_prefixes",
     "load_inner",
+    "measure_statistics",
     "preprocess_nora",
     "read_inner",
     "save_inner",

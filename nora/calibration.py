@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -91,12 +91,25 @@ def preprocess_nora(
     for name in targets:
         check_unmerged(model.get_submodule(name), name, "calibrating")
     if run_model is not None:
-        measured = _measure(targets, model if hooked_model is None else hooked_model, config.awsvd_stat, run_model)
+        sums = _sum_channels(targets, model if hooked_model is None else hooked_model, config.awsvd_stat, run_model)
+        sums.reduce({name: oriented_weight(layer).shape[1] for name, layer in targets.items()})
+        measured = sums.means(targets)
     elif stats is not None:
         measured = _checked(stats, targets)
     for name, layer in targets.items():
         attach_statistic(layer, config.awsvd_stat, measured[name])
     return measured
+
+
+def measure_statistics(
+    model: nn.Module, config: NoraConfig, run_model: Callable[[], object]
+) -> dict[str, torch.Tensor]:
+    """The statistics alone, by this process alone: nothing is attached to the model, nothing added over processes.
+
+    Args and errors are those of `preprocess_nora`; adapters that are on the model are measured with it.
+    """
+    targets = find_targets(model, config)
+    return _sum_channels(targets, model, config.awsvd_stat, run_model).means(targets)
 
 
 class _ChannelSums:
@@ -148,10 +161,30 @@ class _ChannelSums:
         self.sums = dict(zip(widths, flat))
         self.counts = {name: int(count) for name, count in zip(widths, counts)}
 
+    def means(self, names: Collection[str]) -> dict[str, torch.Tensor]:
+        """Module name -> statistic (n,) float32.
 
-def _measure(
+        Raises:
+            ValueError: if a module saw no input, or numbers that are not finite.
+        """
+        silent = [name for name in names if not self.counts.get(name)]
+        if silent:
+            raise ValueError(
+                f"{len(silent)} of {len(names)} targeted modules saw no input in calibration: {', '.join(silent[:5])}: "
+                "make run_model reach them, or leave them out of target_modules"
+            )
+        measured = {}
+        for name in names:
+            mean = self.sums[name].cpu() / self.counts[name]
+            measured[name] = (mean.sqrt() if self.squared else mean).float()
+            if not bool(torch.isfinite(measured[name]).all()):
+                raise ValueError(f"{name} saw NaN or infinity in calibration: check the base's dtype and the inputs")
+        return measured
+
+
+def _sum_channels(
     targets: dict[str, nn.Module], hooked_model: nn.Module, kind: str, run_model: Callable[[], object]
-) -> dict[str, torch.Tensor]:
+) -> _ChannelSums:
     sums = _ChannelSums(squared=kind == "rms")
     handles = []
     try:
@@ -167,20 +200,7 @@ def _measure(
     finally:
         for handle in handles:
             handle.remove()
-    sums.reduce({name: oriented_weight(layer).shape[1] for name, layer in targets.items()})
-    silent = [name for name in targets if not sums.counts.get(name)]
-    if silent:
-        raise ValueError(
-            f"{len(silent)} of {len(targets)} targeted modules saw no input in calibration: {', '.join(silent[:5])}: "
-            "make run_model reach them, or leave them out of target_modules"
-        )
-    measured = {}
-    for name in targets:
-        mean = sums.sums[name].cpu() / sums.counts[name]
-        measured[name] = (mean.sqrt() if kind == "rms" else mean).float()
-        if not bool(torch.isfinite(measured[name]).all()):
-            raise ValueError(f"{name} saw NaN or infinity in calibration: check the base's dtype and the inputs")
-    return measured
+    return sums
 
 
 def _checked(stats: Mapping[str, torch.Tensor], targets: dict[str, nn.Module]) -> dict[str, torch.Tensor]:

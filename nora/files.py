@@ -6,16 +6,18 @@ One safetensors file. Tensors, for each component prefix ("unet", "text_encoder"
     {prefix}.{module}.lora_B.weight   B' (r, r')
     {prefix}.{module}.awsvd_stats     float16 statistic (n,), in units of its mean; one per distinct input
 
+where it was measured for this adapter. A statistic of the base alone can be measured anew and is left out (version 2).
+
 Header: `format_version`; `nora_config`, JSON of prefix -> config; `fingerprints`, JSON of "{prefix}.{module}" ->
-sketches of W, A and B; `awsvd_stats_aliases`, JSON of "{prefix}.{module}" -> the module that holds its statistic. Any
-further metadata is the caller's.
+sketches of W, A and B; `awsvd_stats_aliases`, JSON of "{prefix}.{module}" -> the module that holds its statistic;
+`base_statistic`, the name of the passes that measure it, where it was left out. Any further metadata is the caller's.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -32,9 +34,12 @@ from .model import check_in_memory, check_layer, find_targets, nora_layers, own_
 from .parallel import in_parallel
 from .safetensors_file import write_safetensors
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: with all statistics
 _HEADER_KEYS = ("format_version", "nora_config", "fingerprints", "awsvd_stats_aliases")
+_BASE_STATISTIC = "base_statistic"
 _STATS_SUFFIX = ".awsvd_stats"
+# (name of the passes, prefix, component, its config) -> module -> statistic (n,) of the base alone
+BaseStatistics = Callable[[str, str, nn.Module, NoraConfig], Mapping[str, torch.Tensor]]
 
 
 class InnerFile(NamedTuple):
@@ -45,6 +50,7 @@ class InnerFile(NamedTuple):
     inner_B: dict[str, torch.Tensor]
     statistics: dict[str, torch.Tensor]
     fingerprints: dict[str, torch.Tensor]
+    base_statistic: str | None
 
 
 def save_inner(
@@ -53,6 +59,7 @@ def save_inner(
     adapter_name: str = "default",
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
+    base_statistic: str | None = None,
 ) -> None:
     """Write the trained inner factors of the components, atomically.
 
@@ -62,12 +69,14 @@ def save_inner(
         adapter_name: which adapter.
         metadata: further header entries, string to string.
         dtype: of A' and B' in the file; None keeps theirs.
+        base_statistic: AwSVD's statistics were measured by the passes of this name, which depend on the base alone:
+            leave them out. None: they are in the file.
 
     Raises:
         ValueError: if a component lacks the adapter, still waits for its basis, or also trains modules_to_save, which
             this file doesn't hold; or if ``metadata`` uses a key of the format.
     """
-    reserved = sorted(set(metadata or {}) & set(_HEADER_KEYS))
+    reserved = sorted(set(metadata or {}) & {*_HEADER_KEYS, _BASE_STATISTIC})
     if reserved:
         raise ValueError(f"metadata uses {reserved}, which the file format itself writes: rename them")
     tensors: dict[str, torch.Tensor] = {}
@@ -92,7 +101,7 @@ def save_inner(
             basis = layer.basis(adapter_name)
             assert basis.fingerprint is not None  # only a basis on the meta device has none
             fingerprints[key] = [[float(f"{x:.6g}") for x in row] for row in basis.fingerprint.tolist()]
-            if basis.statistic is None:
+            if basis.statistic is None or base_statistic is not None:
                 continue
             owner = owners.setdefault(basis.statistic.cpu().numpy().tobytes(), key)
             if owner == key:
@@ -100,11 +109,13 @@ def save_inner(
             else:
                 aliases[key] = owner
     header = {
-        "format_version": str(FORMAT_VERSION),
+        "format_version": "1" if base_statistic is None else "2",
         "nora_config": json.dumps(configs),
         "fingerprints": json.dumps(fingerprints, separators=(",", ":")),
         "awsvd_stats_aliases": json.dumps(aliases, separators=(",", ":")),
     }
+    if base_statistic is not None:
+        header[_BASE_STATISTIC] = base_statistic
     write_safetensors(Path(path), tensors, {"format": "pt", **(metadata or {}), **header})
 
 
@@ -118,7 +129,12 @@ def inner_prefixes(path: str | os.PathLike) -> list[str]:
         return list(_configs(path, file.metadata() or {}))
 
 
-def load_inner(path: str | os.PathLike, components: Mapping[str, nn.Module], adapter_name: str = "default") -> None:
+def load_inner(
+    path: str | os.PathLike,
+    components: Mapping[str, nn.Module],
+    adapter_name: str = "default",
+    base_statistics: BaseStatistics | None = None,
+) -> None:
     """Inject the adapters of an inner-only file into the components and give them their trained inner factors.
 
     The outer factors are recomputed from the base weights (or read from the disk cache) and must match the file's
@@ -128,6 +144,8 @@ def load_inner(path: str | os.PathLike, components: Mapping[str, nn.Module], ada
         path: a file that `save_inner` wrote.
         components: key prefix -> base model, for exactly the prefixes in the file (see `inner_prefixes`).
         adapter_name: name for the adapter; must be new to every component.
+        base_statistics: called with (the name of the passes, prefix, component, config) for the statistics of the base
+            alone, module name -> (n,), where the file leaves them out.
 
     Raises:
         ValueError: if it isn't such a file, or one of a later format; if components, modules, keys or shapes don't
@@ -139,7 +157,7 @@ def load_inner(path: str | os.PathLike, components: Mapping[str, nn.Module], ada
         if adapter_name in getattr(model, "peft_config", {}):
             raise ValueError(f"component {prefix!r} already has an adapter {adapter_name!r}: choose another name")
     inner = _read(path)
-    bases = _checked_bases(path, inner, components)
+    bases = _checked_bases(path, inner, components, base_statistics)
     for prefix, model in components.items():
         with ready_bases(bases[prefix]):
             add_adapter = getattr(model, "add_adapter", None)
@@ -153,20 +171,21 @@ def load_inner(path: str | os.PathLike, components: Mapping[str, nn.Module], ada
 
 @torch.no_grad()
 def read_inner(
-    path: str | os.PathLike, components: Mapping[str, nn.Module]
+    path: str | os.PathLike, components: Mapping[str, nn.Module], base_statistics: BaseStatistics | None = None
 ) -> dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
     """Prefix -> module -> (``A' A`` (r', n), ``s B B'`` (m, r')) in float32 on the CPU; nothing is injected.
 
     Args:
         path: a file that `save_inner` wrote.
         components: as for `load_inner`; adapters that are on them already make no difference.
+        base_statistics: as for `load_inner`.
 
     Raises:
         ValueError: as `load_inner`.
     """
     inner = _read(path)
     folded: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
-    for prefix, bases in _checked_bases(path, inner, components).items():
+    for prefix, bases in _checked_bases(path, inner, components, base_statistics).items():
         folded[prefix] = {}
         for name, layer in find_targets(components[prefix], inner.configs[prefix]).items():
             key, W = f"{prefix}.{name}", oriented_weight(layer)
@@ -178,7 +197,10 @@ def read_inner(
 
 
 def _checked_bases(
-    path: str | os.PathLike, inner: InnerFile, components: Mapping[str, nn.Module]
+    path: str | os.PathLike,
+    inner: InnerFile,
+    components: Mapping[str, nn.Module],
+    base_statistics: BaseStatistics | None,
 ) -> dict[str, dict[str, Basis]]:
     """Prefix -> module -> the basis that its inner factors were trained in, after every check."""
     given, held = set(components), set(inner.configs)
@@ -186,6 +208,15 @@ def _checked_bases(
         raise ValueError(
             f"{path} holds {sorted(held)} but the components given are {sorted(given)}: pass exactly those"
         )
+    if inner.base_statistic is not None and any(one.needs_statistics for one in inner.configs.values()):
+        if base_statistics is None:
+            raise ValueError(
+                f"{path} leaves out the statistics of its base, which the passes {inner.base_statistic!r} measure: "
+                "pass base_statistics, load it with inference.load, or load a LoRA that fold_nora made of the adapter"
+            )
+        for prefix, model in components.items():
+            measured = base_statistics(inner.base_statistic, prefix, model, inner.configs[prefix])
+            inner.statistics.update({f"{prefix}.{name}": one for name, one in measured.items()})
     targets = {prefix: _matching_targets(path, prefix, model, inner) for prefix, model in components.items()}
     for prefix, layers in targets.items():  # cheap, so before the first decomposition
         for name, layer in layers.items():
@@ -331,4 +362,4 @@ def _read(path: str | os.PathLike) -> InnerFile:
         if owner not in statistics:
             raise ValueError(f"{path} lacks the key {owner}{_STATS_SUFFIX}, which {key} refers to: the file is damaged")
     statistics |= {key: statistics[owner] for key, owner in aliases.items()}
-    return InnerFile(configs, inner_A, inner_B, statistics, fingerprints)
+    return InnerFile(configs, inner_A, inner_B, statistics, fingerprints, header.get(_BASE_STATISTIC))

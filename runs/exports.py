@@ -75,7 +75,7 @@ def check_files(adapter: Adapter, folder: Path, files: Sequence[str]) -> None:
             return
         paths = [path for path in paths if path.name in (FOLDED_WEIGHTS, KOHYA_WEIGHTS)]
     for path in paths:
-        read = read_adapter(path, adapter.models)
+        read = read_adapter(path, adapter.models, adapter.base_statistics)
         for component in adapter.models:
             found = dict(read.get(component, {}))
             for layer, update in adapter.updates(component):

@@ -22,7 +22,7 @@ ROOMS = (  # from the ground up: a room imports those before it, but for what is
     "train_dreambooth_nora_sdxl",
     "tools",
 )
-BESIDE = {"nora": {"storage", "diffusers"}, "dreambooth": {"nora", "methods"}, "inference": {"dreambooth"}}
+BESIDE = {"nora": {"storage", "diffusers"}, "dreambooth": {"nora"}, "inference": {"dreambooth"}}
 OLD_NAMES = {"inference/evaluate.py"}  # commands that moved; the file only calls the new one
 
 

@@ -13,7 +13,8 @@ from tiny_sdxl import outputs
 import methods.__main__
 from inference.base import load_pipeline
 from inference.load import load_adapter, set_adapter_scale, swap_adapter, unload_adapters
-from methods.adapter import adapted_layers, make_adapter, without_adapters
+from methods.adapter import Passes, adapted_layers, make_adapter, without_adapters
+from methods.base_passes import LABEL, encode_generic_prompts, run_base
 from methods.components import COMPONENT_NAMES, FOLDED_WEIGHTS, INNER_WEIGHTS
 from methods.files import PEFT_FOLDER, approximate_file, has_lora_file, save_approximation, save_files
 from methods.registry import METHODS, resolve
@@ -45,6 +46,13 @@ def prediction(pipeline) -> torch.Tensor:
     return pipeline.unet(LATENTS, torch.tensor([100, 700]), embeds, added_cond_kwargs=conditioning).sample
 
 
+def passes(pipeline, component: str) -> Passes:
+    generic = encode_generic_prompts(pipeline)
+    of_base = functools.partial(run_base, component, getattr(pipeline, component), generic, pipeline.scheduler)
+    identity = generic.identity if component == "unet" else ""
+    return Passes(lambda count: prediction(pipeline), of_base, LABEL, identity)
+
+
 class Trained:
     """A method after three steps on the UNet and, where it can, both text encoders, with its files."""
 
@@ -57,7 +65,7 @@ class Trained:
         for component in self.components:
             model = getattr(self.pipeline, component)
             self.adapter.check_fits(component, model)
-            self.adapter.inject(component, model, lambda passes: prediction(self.pipeline))
+            self.adapter.inject(component, model, passes(self.pipeline, component))
         self.started = outputs(self.pipeline)
         self.first = {key: value.detach().clone() for key, value in self.parameters().items()}
         self.train()

@@ -11,7 +11,7 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from peft.optimizers import create_lorafa_optimizer
 from torch import nn
 
-from methods.adapter import NAME, adapted_layers, make_adapter
+from methods.adapter import NAME, Passes, adapted_layers, make_adapter
 from methods.options import Option
 from methods.registry import METHODS, resolve
 from methods.update import Update, measured_update
@@ -45,7 +45,7 @@ def adapted(name: str, model: nn.Module, *arguments: str, total_steps: int = STE
     torch.manual_seed(1)
     adapter = make_adapter(name, resolve(name, arguments, {}), seed=0, total_steps=total_steps)
     adapter.check_fits("unet", model)
-    adapter.inject("unet", model, lambda passes: model(X))
+    adapter.inject("unet", model, Passes(lambda passes: model(X), lambda: model(X), "", ""))
     return adapter
 
 

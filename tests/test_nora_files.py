@@ -301,7 +301,7 @@ def with_header(**entries):
         (lambda t: t | {f"vae.0.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}, None, "unexpected key vae.0"),
         (lambda t: t | {"plain.0.lora_A.weight": torch.ones(3, 12)}, None, r"shapes \(3, 12\)"),
         (lambda t: t | {"plain.0.awsvd_stats": torch.ones(5)}, None, r"and 5 in the file"),
-        (None, with_header(format_version="99"), "format_version 99, this code reads up to 1"),
+        (None, with_header(format_version="99"), "format_version 99, this code reads up to 2"),
         (None, with_header(format_version="x"), "format_version x"),
         (None, with_header(nora_config="{"), "nora_config that can't be read"),
         (None, with_header(nora_config='{"plain": {"colour": 1}}'), "nora_config that can't be read"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,8 @@ from dreambooth.loss import Objective
 from dreambooth.passes import run_unet_passes
 from dreambooth.prepare import Encoded
 from inference.tokens import add_new_word, check_new_word, token_names
-from methods.adapter import Adapter, make_adapter, without_adapters
+from methods.adapter import Adapter, Passes, make_adapter, without_adapters
+from methods.base_passes import LABEL, run_base
 from methods.components import ENCODERS, TEXT_ENCODERS
 from nora import calibration_mask
 from settings.method import TextOptions
@@ -84,28 +86,28 @@ def put_in(
     adapter: Adapter,
     models: Mapping[str, nn.Module],
     new_tokens: Mapping[str, list[int]],
-    measure: Callable[[str, nn.Module, int], None],
+    passes: Callable[[str, nn.Module], Passes],
     checkpoint: Path | None = None,
 ) -> None:
     """Let the models learn: new tokens in text encoders that have them, the method's layers elsewhere.
 
     Args:
         new_tokens: component -> ids.
-        measure: runs forward passes of a component, for methods that calibrate.
+        passes: of a component, for methods that measure something.
         checkpoint: of the same run; what learns gets the very numbers that it had.
     """
     adapted = {name: model for name, model in models.items() if name not in new_tokens}
     for name, ids in new_tokens.items():
         models[name].add_adapter(TrainableTokensConfig(token_indices=list(ids), target_modules=["token_embedding"]))
     if checkpoint:
-        adapter.restore(adapted, checkpoint)
+        adapter.restore(adapted, checkpoint, passes)
         state = load_file(checkpoint / TRAINED_STATE)
         with torch.no_grad():
             for name, tensor in state_tensors(adapter, models):
                 tensor.copy_(state[name])
         return
     for name, model in adapted.items():
-        adapter.inject(name, model, lambda passes, name=name, model=model: measure(name, model, passes))
+        adapter.inject(name, model, passes(name, model))
 
 
 def state_tensors(adapter: Adapter, models: Mapping[str, nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -133,19 +135,19 @@ def make_trainable(models: Mapping[str, nn.Module], gradient_checkpointing: bool
             (getattr(model, "enable_gradient_checkpointing", None) or model.gradient_checkpointing_enable)()
 
 
-def run_passes(
+def component_passes(
     encoded: Encoded,
     objective: Objective,
     component: str,
     model: nn.Module,
-    passes: int,
     *,
     accelerator: Accelerator,
     batch_size: int,
     seed: int,
-) -> None:
+) -> Passes:
     """The forward passes that measure what a component's attention sees: UNet batches, or all prompts."""
-    if component == "unet":
+
+    def unet_passes(passes: int) -> None:
         run_unet_passes(
             model,
             encoded.streams[INSTANCE],
@@ -158,12 +160,17 @@ def run_passes(
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
-        return
-    tokens = encoded.calibration_tokens[TEXT_ENCODERS.index(component)]
-    parts = (tokens[name].to(accelerator.device).split(PROMPTS_AT_ONCE) for name in ("input_ids", "attention_mask"))
-    for input_ids, attention_mask in zip(*parts):
-        with calibration_mask(attention_mask):  # padding does not count
-            model(input_ids)
+
+    def prompt_passes(_: int) -> None:
+        tokens = encoded.calibration_tokens[TEXT_ENCODERS.index(component)]
+        parts = (tokens[name].to(accelerator.device).split(PROMPTS_AT_ONCE) for name in ("input_ids", "attention_mask"))
+        for input_ids, attention_mask in zip(*parts):
+            with calibration_mask(attention_mask):  # padding does not count
+                model(input_ids)
+
+    of_run = unet_passes if component == "unet" else prompt_passes
+    of_base = partial(run_base, component, model, encoded.generic, objective.scheduler)
+    return Passes(of_run, of_base, LABEL, encoded.generic.identity if component == "unet" else "")
 
 
 @torch.no_grad()

@@ -1,0 +1,129 @@
+"""The forward passes in which a base is measured by itself: pictures that it draws, prompts of every kind.
+
+A function of the base alone: not of a run's pictures, prompts, resolution, batch, processes or new words.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from diffusers import (
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    SchedulerMixin,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import nn
+from transformers import BatchEncoding
+
+from methods.adapter import without_adapters
+from methods.base_statistic import base_identity
+from methods.components import TEXT_ENCODERS
+from nora import calibration_mask
+
+# Part of every file that relies on it: another list, schedule or size needs another name.
+LABEL = "generic-1"
+PROMPTS = (
+    "a photo of a person",
+    "a close-up photo of an animal in the wild",
+    "an old building by the sea at night",
+    "a bowl of fruit on a wooden table",
+    "a red car in a city street",
+    "a watercolor painting of mountains and a lake",
+    "a child playing in the snow",
+    "a toy robot on a white background",
+)
+STEPS = 8
+LARGEST_SIDE = 64  # of the latents: 512 pixels on SDXL, which costs a quarter of its 1024
+AT_ONCE = 4
+SEED = 240810280
+# What a base's own scheduler may ask for and its passes must not depend on.
+PLAIN_SCHEDULE = {
+    "timestep_spacing": "trailing",
+    "interpolation_type": "linear",
+    "final_sigmas_type": "zero",
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+}
+
+
+class GenericPrompts(NamedTuple):
+    """PROMPTS as a base's text encoders read them."""
+
+    embeds: torch.Tensor  # (P, tokens, d): every other row says nothing, in the base's way
+    pooled: torch.Tensor  # (P, d2)
+    tokens: list[BatchEncoding]  # per text encoder
+    pixels: int  # the side of the pictures that the base was trained on
+    identity: str  # of the text encoders
+
+
+@torch.no_grad()
+def encode_generic_prompts(pipeline: StableDiffusionXLPipeline) -> GenericPrompts:
+    """By the base's own text encoders: adapters on them are off."""
+    rows = []
+    with without_adapters(pipeline.text_encoder), without_adapters(pipeline.text_encoder_2):
+        for number, prompt in enumerate(PROMPTS):  # one by one: in a batch a kernel may round otherwise
+            embeds, nothing, pooled, nothing_pooled = pipeline.encode_prompt(prompt, do_classifier_free_guidance=True)
+            rows.append((nothing, nothing_pooled) if number % 2 else (embeds, pooled))
+    tokens = [
+        tokenizer(list(PROMPTS), padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
+        for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)
+    ]
+    pixels = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    embeds, pooled = map(torch.cat, zip(*rows))
+    return GenericPrompts(embeds, pooled, tokens, pixels, text_identity(pipeline))
+
+
+def text_identity(pipeline: StableDiffusionXLPipeline) -> str:
+    """Which text encoders a pipeline has."""
+    return "+".join(map(base_identity, (pipeline.text_encoder, pipeline.text_encoder_2)))
+
+
+def run_base(component: str, model: nn.Module, generic: GenericPrompts, scheduler: SchedulerMixin) -> None:
+    """The passes of LABEL through one component."""
+    if component == "unet":
+        run_own_pictures(model, generic, scheduler)
+    else:
+        run_generic_prompts(model, generic.tokens[TEXT_ENCODERS.index(component)])
+
+
+@torch.no_grad()
+def run_own_pictures(unet: UNet2DConditionModel, generic: GenericPrompts, scheduler: SchedulerMixin) -> None:
+    """Draw a picture for each prompt in STEPS steps, every other one without the prompt.
+
+    The steps are spread over all timesteps, and what the UNet sees at each is what it made itself at the one before.
+
+    Args:
+        scheduler: of the base, for its noise schedule and what the UNet predicts.
+    """
+    side = min(unet.config.sample_size, LARGEST_SIDE)
+    pixels = generic.pixels
+    count = len(generic.embeds)
+    draws = np.random.RandomState(SEED).standard_normal((count, unet.config.in_channels, side, side))
+    noise = torch.from_numpy(draws).float().to(unet.device)
+    time_ids = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], dtype=unet.dtype, device=unet.device)
+    kind = EDMEulerScheduler if isinstance(scheduler, EDMEulerScheduler) else EulerDiscreteScheduler
+    for first in range(0, count, AT_ONCE):
+        rows = slice(first, first + AT_ONCE)
+        embeds = generic.embeds[rows].to(unet.device, unet.dtype)
+        added = {"text_embeds": generic.pooled[rows].to(embeds), "time_ids": time_ids.expand(len(embeds), -1)}
+        sampler = kind.from_config(scheduler.config, **({} if kind is EDMEulerScheduler else PLAIN_SCHEDULE))
+        sampler.set_timesteps(STEPS, device=unet.device)
+        latents = noise[rows] * sampler.init_noise_sigma
+        for timestep in sampler.timesteps:
+            seen = sampler.scale_model_input(latents, timestep).to(unet.dtype)
+            predicted = unet(seen, timestep, embeds, added_cond_kwargs=added).sample
+            latents = sampler.step(predicted.float(), timestep, latents).prev_sample
+
+
+@torch.no_grad()
+def run_generic_prompts(text_encoder: nn.Module, tokens: BatchEncoding) -> None:
+    """PROMPTS through one text encoder; padding doesn't count."""
+    device = next(text_encoder.parameters()).device
+    mask = tokens["attention_mask"].to(device)
+    with calibration_mask(mask):
+        text_encoder(tokens["input_ids"].to(device))
