@@ -5,6 +5,8 @@ A function of the base alone: not of a run's pictures, prompts, resolution, batc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import numpy as np
@@ -17,10 +19,9 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import nn
-from transformers import BatchEncoding
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from methods.adapter import without_adapters
-from methods.base_statistic import base_identity
+from methods.base_statistic import base_identity, base_in_float32
 from methods.components import TEXT_ENCODERS
 from nora import calibration_mask
 
@@ -36,7 +37,7 @@ PROMPTS = (
     "a child playing in the snow",
     "a toy robot on a white background",
 )
-STEPS = 8
+STEPS = 4
 LARGEST_SIDE = 64  # of the latents: 512 pixels on SDXL, which costs a quarter of its 1024
 AT_ONCE = 4
 SEED = 240810280
@@ -63,19 +64,32 @@ class GenericPrompts(NamedTuple):
 
 @torch.no_grad()
 def encode_generic_prompts(pipeline: StableDiffusionXLPipeline) -> GenericPrompts:
-    """By the base's own text encoders: adapters on them are off."""
+    """By the base's own text encoders, in float32: adapters on them are off."""
+    text_encoders = [pipeline.text_encoder, pipeline.text_encoder_2]
+    tokens = [_tokens(tokenizer, PROMPTS) for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)]
+    nothing = [_tokens(tokenizer, [""]) for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)]
     rows = []
-    with without_adapters(pipeline.text_encoder), without_adapters(pipeline.text_encoder_2):
-        for number, prompt in enumerate(PROMPTS):  # one by one: in a batch a kernel may round otherwise
-            embeds, nothing, pooled, nothing_pooled = pipeline.encode_prompt(prompt, do_classifier_free_guidance=True)
-            rows.append((nothing, nothing_pooled) if number % 2 else (embeds, pooled))
-    tokens = [
-        tokenizer(list(PROMPTS), padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
-        for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)
-    ]
-    pixels = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    with ExitStack() as stack:
+        for text_encoder in text_encoders:
+            stack.enter_context(base_in_float32(text_encoder))
+        for number in range(len(PROMPTS)):  # one by one: in a batch a kernel may round otherwise
+            states = []
+            for text_encoder, some, none in zip(text_encoders, tokens, nothing):
+                ids = none["input_ids"] if number % 2 else some["input_ids"][number : number + 1]
+                output = text_encoder(ids.to(text_encoder.device), output_hidden_states=True)
+                states.append(output.hidden_states[-2])
+            embeds, pooled = torch.cat(states, dim=-1), output.text_embeds  # of the second (SDXL, 2.1)
+            if number % 2 and pipeline.config.force_zeros_for_empty_prompt:
+                embeds, pooled = torch.zeros_like(embeds), torch.zeros_like(pooled)
+            rows.append((embeds, pooled))
     embeds, pooled = map(torch.cat, zip(*rows))
+    pixels = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     return GenericPrompts(embeds, pooled, tokens, pixels, text_identity(pipeline))
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> BatchEncoding:
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    return tokenizer(list(prompts), max_length=tokenizer.model_max_length, **options)
 
 
 def text_identity(pipeline: StableDiffusionXLPipeline) -> str:
@@ -93,7 +107,7 @@ def run_base(component: str, model: nn.Module, generic: GenericPrompts, schedule
 
 @torch.no_grad()
 def run_own_pictures(unet: UNet2DConditionModel, generic: GenericPrompts, scheduler: SchedulerMixin) -> None:
-    """Draw a picture for each prompt in STEPS steps, every other one without the prompt.
+    """Draw a picture for each prompt in STEPS steps, every other one without the prompt; in `base_in_float32`.
 
     The steps are spread over all timesteps, and what the UNet sees at each is what it made itself at the one before.
 
@@ -105,24 +119,24 @@ def run_own_pictures(unet: UNet2DConditionModel, generic: GenericPrompts, schedu
     count = len(generic.embeds)
     draws = np.random.RandomState(SEED).standard_normal((count, unet.config.in_channels, side, side))
     noise = torch.from_numpy(draws).float().to(unet.device)
-    time_ids = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], dtype=unet.dtype, device=unet.device)
+    time_ids = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], dtype=torch.float32, device=unet.device)
     kind = EDMEulerScheduler if isinstance(scheduler, EDMEulerScheduler) else EulerDiscreteScheduler
     for first in range(0, count, AT_ONCE):
         rows = slice(first, first + AT_ONCE)
-        embeds = generic.embeds[rows].to(unet.device, unet.dtype)
-        added = {"text_embeds": generic.pooled[rows].to(embeds), "time_ids": time_ids.expand(len(embeds), -1)}
+        embeds = generic.embeds[rows].to(unet.device)
+        added = {"text_embeds": generic.pooled[rows].to(unet.device), "time_ids": time_ids.expand(len(embeds), -1)}
         sampler = kind.from_config(scheduler.config, **({} if kind is EDMEulerScheduler else PLAIN_SCHEDULE))
         sampler.set_timesteps(STEPS, device=unet.device)
         latents = noise[rows] * sampler.init_noise_sigma
         for timestep in sampler.timesteps:
-            seen = sampler.scale_model_input(latents, timestep).to(unet.dtype)
+            seen = sampler.scale_model_input(latents, timestep)
             predicted = unet(seen, timestep, embeds, added_cond_kwargs=added).sample
-            latents = sampler.step(predicted.float(), timestep, latents).prev_sample
+            latents = sampler.step(predicted, timestep, latents).prev_sample
 
 
 @torch.no_grad()
 def run_generic_prompts(text_encoder: nn.Module, tokens: BatchEncoding) -> None:
-    """PROMPTS through one text encoder; padding doesn't count."""
+    """PROMPTS through one text encoder; padding doesn't count. In `base_in_float32`."""
     device = next(text_encoder.parameters()).device
     mask = tokens["attention_mask"].to(device)
     with calibration_mask(mask):

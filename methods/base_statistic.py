@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -44,16 +45,48 @@ def base_statistic(
     if path:
         with contextlib.suppress(OSError, SafetensorError):
             return load_file(path)
-    training = model.training
-    model.eval()
-    with without_adapters(model):
+    with base_in_float32(model):
         measured = measure_statistics(model, config, run_model)
-    model.train(training)
     statistic = {name: canonical_statistic(one) for name, one in measured.items()}
     if path:
         with contextlib.suppress(OSError):  # a full disk must not stop who has it
             write_safetensors(path, statistic)
     return statistic
+
+
+@contextmanager
+def base_in_float32(model: nn.Module) -> Iterator[None]:
+    """Inside, the model without its adapters computes in float32, a module's half-precision weights at a time.
+
+    So the same base is measured alike on every device: in half precision the bases of files would not be found again.
+    """
+    training, kept = model.training, {}
+
+    def widen(module: nn.Module, _: object) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                kept[parameter] = parameter.data
+                parameter.data = parameter.data.float()
+
+    def restore(module: nn.Module, *_: object) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter in kept:
+                parameter.data = kept.pop(parameter)
+
+    model.eval()
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    handles = [module.register_forward_pre_hook(widen) for module in model.modules()]
+    handles += [module.register_forward_hook(restore, always_call=True) for module in model.modules()]
+    try:
+        off = torch.autocast(next(model.parameters()).device.type, enabled=False)
+        with without_adapters(model), torch.backends.cudnn.flags(allow_tf32=False), off:
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        for handle in handles:
+            handle.remove()
+        model.train(training)
 
 
 def from_first_process(make: Callable[[], Result]) -> Result:
