@@ -6,8 +6,16 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import nn
 
-from methods.base_passes import LABEL, encode_generic_prompts, run_base, text_identity
+from methods.base_passes import (
+    LABEL,
+    encode_generic_prompts,
+    generic_tokens,
+    run_generic_prompts,
+    run_own_pictures,
+    text_identity,
+)
 from methods.base_statistic import base_statistic
+from methods.components import TEXT_ENCODERS
 from nora import NoraConfig
 from nora.files import BaseStatistics
 
@@ -24,7 +32,10 @@ def base_statistics(pipeline: StableDiffusionXLPipeline) -> BaseStatistics:
         component = prefix.removesuffix(".text_model")
 
         def passes() -> None:
-            run_base(component, model, encode_generic_prompts(pipeline), pipeline.scheduler)
+            if component == "unet":
+                run_own_pictures(model, encode_generic_prompts(pipeline), pipeline.scheduler)
+            else:  # nothing may be encoded here: what is measured hears all
+                run_generic_prompts(model, generic_tokens(pipeline)[TEXT_ENCODERS.index(component)])
 
         identity = text_identity(pipeline) if component == "unet" else ""
         return base_statistic(model, config, label, identity, passes)

@@ -66,7 +66,7 @@ class GenericPrompts(NamedTuple):
 def encode_generic_prompts(pipeline: StableDiffusionXLPipeline) -> GenericPrompts:
     """By the base's own text encoders, in float32: adapters on them are off."""
     text_encoders = [pipeline.text_encoder, pipeline.text_encoder_2]
-    tokens = [_tokens(tokenizer, PROMPTS) for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)]
+    tokens = generic_tokens(pipeline)
     nothing = [_tokens(tokenizer, [""]) for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)]
     rows = []
     with ExitStack() as stack:
@@ -85,6 +85,11 @@ def encode_generic_prompts(pipeline: StableDiffusionXLPipeline) -> GenericPrompt
     embeds, pooled = map(torch.cat, zip(*rows))
     pixels = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     return GenericPrompts(embeds, pooled, tokens, pixels, text_identity(pipeline))
+
+
+def generic_tokens(pipeline: StableDiffusionXLPipeline) -> list[BatchEncoding]:
+    """PROMPTS by each tokenizer."""
+    return [_tokens(tokenizer, PROMPTS) for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)]
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> BatchEncoding:

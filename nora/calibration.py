@@ -66,7 +66,7 @@ def preprocess_nora(
         hooked_model: the model that ``run_model`` calls, if it isn't ``model`` itself but a copy with the same names.
 
     Returns:
-        module name -> statistic (n,) float32; empty if the config needs none (svd, random, awsvd_stat="weight").
+        module name -> statistic (n,), float32 or as given in float16; empty if the config needs none (svd, random, awsvd_stat="weight").
 
     Raises:
         ValueError: if a targeted module never fires, is missing from ``stats`` or has another width there, if the ranks
@@ -214,5 +214,7 @@ def _checked(stats: Mapping[str, torch.Tensor], targets: dict[str, nn.Module]) -
                 f"stats has shape {tuple(stats[name].shape)} for {name}, which has {n} input channels: these "
                 "statistics belong to another model"
             )
-        measured[name] = stats[name].detach().cpu().float()
+        given = stats[name].detach().cpu()
+        # in float16 it is canonical: normalising it twice could round some channels the other way
+        measured[name] = given if given.dtype == torch.float16 else given.float()
     return measured

@@ -44,7 +44,6 @@ QUICK = {
     "learning_rate": 1e-2,
     "text_encoder_lr": 1e-2,
     "center_crop": True,
-    "calibration_passes": 2,
     "num_validation_images": 0,
     "num_inference_steps": 2,
     "report_to": "none",
