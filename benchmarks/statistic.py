@@ -1,4 +1,4 @@
-"""Does it matter what AwSVD's statistic is measured on? The base's own pictures against the subject's, by held-out loss.
+"""AwSVD's statistic of the base against the subject's: does it matter? By the loss on held-out pictures.
 
     python -m benchmarks.statistic --base assets/tiny-sdxl --steps 400 --seeds 0 1 2 --results out/statistic.json
 

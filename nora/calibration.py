@@ -66,7 +66,8 @@ def preprocess_nora(
         hooked_model: the model that ``run_model`` calls, if it isn't ``model`` itself but a copy with the same names.
 
     Returns:
-        module name -> statistic (n,), float32 or as given in float16; empty if the config needs none (svd, random, awsvd_stat="weight").
+        module name -> statistic (n,), float32 or as given in float16; empty if the config needs none (svd, random,
+        awsvd_stat="weight").
 
     Raises:
         ValueError: if a targeted module never fires, is missing from ``stats`` or has another width there, if the ranks
