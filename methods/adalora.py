@@ -10,7 +10,6 @@ from peft.tuners.adalora import AdaLoraConfig, SVDLinear
 from torch import nn
 
 from methods.adapter import NAME, Adapter, adapted_layers
-from methods.components import TARGETS
 from methods.update import Update
 
 MEMORY = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # what the allocator remembers of earlier steps
@@ -26,7 +25,7 @@ class AdaLora(Adapter):
     def config(self, component: str) -> PeftConfig:
         options = {str(one.field): self.args[one.name] for one in self.method.options}
         options["lora_alpha"] = options["lora_alpha"] or self.args["init_rank"]
-        return AdaLoraConfig(**options, total_step=self.total_steps, target_modules=list(TARGETS[component]))
+        return AdaLoraConfig(**options, total_step=self.total_steps, target_modules=self.places.targets(component))
 
     def check_fits(self, component: str, model: nn.Module) -> None:
         tinit, tfinal = self.args["tinit"], self.args["tfinal"]
@@ -37,7 +36,7 @@ class AdaLora(Adapter):
             )
         super().check_fits(component, model)
 
-    def check_layer(self, layer: nn.Linear) -> None:
+    def check_layer(self, name: str, layer: nn.Linear) -> None:
         rank, side = self.args["init_rank"], min(layer.weight.shape)
         if rank > side:
             raise ValueError(f"--method_args init_rank={rank} exceeds min(out, in)={side} at {{layer}}: lower it")

@@ -8,10 +8,13 @@ what differs. The trainer calls, in this order: `check_fits`, `inject` (or `rest
 from __future__ import annotations
 
 import copy
+import difflib
 import importlib
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,30 +25,73 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from methods.components import TARGETS
+from methods.components import TARGET_SETS
 from methods.options import Method
-from methods.registry import find_method
+from methods.registry import METHODS, find_method
 from methods.update import Update, measured_update
 from nora.files import BaseStatistics
 
 NAME = "default"  # of the adapter inside a model that is trained
 
 
-def make_adapter(name: str, args: Mapping[str, Any], *, seed: int = 0, total_steps: int = 1) -> Adapter:
+def make_adapter(
+    name: str, args: Mapping[str, Any], *, seed: int = 0, total_steps: int = 1, places: Places | None = None
+) -> Adapter:
     """The method of that name with its options, as `registry.resolve` returns them.
 
     Args:
+        places: None: the attention layers, all of one rank.
         seed: of what a step draws; the first weights come from torch's global generator.
         total_steps: optimiser steps of the run.
     """
     method = find_method(name)
-    return find_class(method.adapter)(method, args, seed, total_steps)
+    return find_class(method.adapter)(method, args, seed, total_steps, places or Places())
 
 
 def find_class(path: str) -> Any:
     """``module:Class``, or the name of a class of PEFT's."""
     module, _, name = path.rpartition(":")
     return getattr(importlib.import_module(module) if module else peft, name)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Which layers are adapted, and which of them have a rank of their own.
+
+    Args:
+        where: a name of TARGET_SETS, or a regular expression for whole module paths.
+        ranks: regular expression that a layer's path has somewhere -> its rank; the first that fits counts.
+
+    Raises:
+        ValueError: for an expression that can't be read.
+    """
+
+    where: str = "attention"
+    ranks: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for flag, pattern in [("--targets", self.where), *(("--rank_pattern", one) for one in self.ranks)]:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{flag} {pattern} is no regular expression ({error})") from None
+
+    @property
+    def is_pattern(self) -> bool:
+        return self.where not in TARGET_SETS
+
+    def targets(self, component: str) -> list[str] | str:
+        """For PEFT: ends of paths, or the expression."""
+        return self.where if self.is_pattern else list(TARGET_SETS[self.where][component])
+
+    def includes(self, component: str, path: str) -> bool:
+        if self.is_pattern:
+            return re.fullmatch(self.where, path) is not None
+        ends = TARGET_SETS[self.where][component]
+        return path in ends or path.endswith(tuple(f".{end}" for end in ends))
+
+    def rank(self, path: str, default: int) -> int:
+        return next((rank for pattern, rank in self.ranks.items() if re.search(pattern, path)), default)
 
 
 class Passes(NamedTuple):
@@ -71,8 +117,11 @@ class Adapter:
         args: every option of the method with its value.
     """
 
-    def __init__(self, method: Method, args: Mapping[str, Any], seed: int, total_steps: int) -> None:
+    def __init__(
+        self, method: Method, args: Mapping[str, Any], seed: int, total_steps: int, places: Places = Places()
+    ) -> None:
         self.method, self.args, self.seed, self.total_steps = method, dict(args), seed, total_steps
+        self.places = places
         self.models: dict[str, nn.Module] = {}  # component -> the model that the layers are in
         self.wrappers: dict[str, PeftModel] = {}  # PEFT's own view of the same models
         self.base_names: dict[str, set[str]] = {}  # parameters and buffers of the base, before there were layers
@@ -83,7 +132,18 @@ class Adapter:
         """PEFT's configuration for one component: unet, text_encoder or text_encoder_2."""
         options = {one.field: self.args[one.name] for one in self.method.options if one.field is not None}
         given = {name: value for name, value in options.items() if value is not None}
-        return find_class(self.method.config)(target_modules=list(TARGETS[component]), **given, **self.extra_fields())
+        fields = given | self.extra_fields() | self._patterns(component)
+        return find_class(self.method.config)(target_modules=self.places.targets(component), **fields)
+
+    def _patterns(self, component: str) -> dict[str, Any]:
+        """Fields that give some layers another rank; their scale stays 1 where no alpha was asked for."""
+        ranks = {f".*(?:{pattern}).*": rank for pattern, rank in self.places.ranks.items()}
+        if not ranks:
+            return {}
+        alpha = self.method.option("alpha")
+        if alpha is None or self.args["alpha"] is not None or self.method.name == "nora":
+            return {"rank_pattern": ranks}  # NoRA's alpha is each layer's rank by itself
+        return {"rank_pattern": ranks, "alpha_pattern": ranks}
 
     def extra_fields(self) -> dict[str, Any]:
         """Fields of the configuration that no option says alone."""
@@ -98,18 +158,21 @@ class Adapter:
         Raises:
             ValueError: with the component, the layer and its limit.
         """
-        for name, layer in target_layers(component, model).items():
+        if self.places.ranks and not self.method.ranks_by_layer:
+            having = ", ".join(one.name for one in METHODS.values() if one.ranks_by_layer)
+            raise ValueError(f"--rank_pattern: --method {self.method.name} has one rank for all layers; {having} don't")
+        for name, layer in target_layers(component, model, self.places).items():
             try:
-                self.check_layer(layer)
+                self.check_layer(name, layer)
             except ValueError as error:
                 raise ValueError(f"{component}: {str(error).format(layer=name)}") from error
 
-    def check_layer(self, layer: nn.Linear) -> None:
+    def check_layer(self, name: str, layer: nn.Linear) -> None:
         """Raise ValueError, with "{layer}" for its name, for a layer that can't be adapted."""
         side = min(layer.weight.shape)
-        if self.method.low_rank and self.args["rank"] > side:
+        if self.method.low_rank and (rank := self.places.rank(name, self.args["rank"])) > side:
             raise ValueError(
-                f"--rank {self.args['rank']} exceeds min(out, in)={side} at {{layer}}, the most that an update of it "
+                f"--rank {rank} exceeds min(out, in)={side} at {{layer}}, the most that an update of it "
                 "can have: lower it"
             )
 
@@ -215,7 +278,7 @@ class RandLora(Adapter):
 class Oft(Adapter):
     """PEFT's OFT; its default block side is given as an argument, because PEFT refuses files that don't say it."""
 
-    def check_layer(self, layer: nn.Linear) -> None:
+    def check_layer(self, name: str, layer: nn.Linear) -> None:
         size, n = self.args["block_size"], layer.weight.shape[1]
         if n % size:
             raise ValueError(f"--method_args block_size={size} does not divide the {n} inputs of {{layer}}: lower it")
@@ -224,7 +287,7 @@ class Oft(Adapter):
 class Hra(Adapter):
     """PEFT's HRA."""
 
-    def check_layer(self, layer: nn.Linear) -> None:
+    def check_layer(self, name: str, layer: nn.Linear) -> None:
         rank, n = self.args["rank"], layer.weight.shape[1]
         if rank > n:
             raise ValueError(f"--rank {rank} exceeds the {n} inputs of {{layer}}, which is all there is to reflect")
@@ -233,7 +296,7 @@ class Hra(Adapter):
 class FourierFt(Adapter):
     """PEFT's FourierFT."""
 
-    def check_layer(self, layer: nn.Linear) -> None:
+    def check_layer(self, name: str, layer: nn.Linear) -> None:
         count, size = self.args["n_frequency"], math.prod(layer.weight.shape)
         if count > size:
             raise ValueError(f"--method_args n_frequency={count} exceeds the {size} entries of {{layer}}: lower it")
@@ -242,13 +305,28 @@ class FourierFt(Adapter):
 # --- layers -----------------------------------------------------------------------------------------------
 
 
-def target_layers(component: str, model: nn.Module) -> dict[str, nn.Linear]:
-    """The layers that a component's adapter goes into, before it does."""
-    return {
-        name: layer
-        for name, layer in model.named_modules()
-        if any(name.endswith(f".{target}") for target in TARGETS[component])
-    }
+def target_layers(component: str, model: nn.Module, places: Places) -> dict[str, nn.Linear]:
+    """The layers that a component's adapter goes into, before it does.
+
+    Raises:
+        ValueError: if the targets are a pattern that fits none of them, or something that is no linear layer.
+    """
+    modules = {name: module for name, module in model.named_modules() if places.includes(component, name)}
+    if places.is_pattern:
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        others = [name for name, module in modules.items() if not isinstance(module, nn.Linear)]
+        if others:
+            raise ValueError(
+                f"--targets {places.where} fits {others[0]}, which is no linear layer: let it end as the layers do, "
+                f"such as {linear[-1]}"
+            )
+        if not modules:
+            near = difflib.get_close_matches(places.where, linear, 3, 0) or linear[:3]
+            raise ValueError(
+                f"--targets {places.where} fits no layer of {component}: it is {', '.join(TARGET_SETS)} or a regular "
+                f"expression for whole paths, such as {', '.join(near)}"
+            )
+    return modules
 
 
 def adapted_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:

@@ -19,10 +19,24 @@ COMPONENT_NAMES = ("unet", "text_encoder", "text_encoder_2")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 # Keys of learned embeddings, as diffusers' advanced DreamBooth script writes them -> text encoder and tokenizer.
 ENCODERS = {"clip_l": ("text_encoder", "tokenizer"), "clip_g": ("text_encoder_2", "tokenizer_2")}
-# The attention layers that every method adapts, by the ends of their paths.
-TARGETS = {
+# The attention layers, which every method adapts by default, by the ends of their paths.
+TARGETS: dict[str, tuple[str, ...]] = {
     "unet": ("to_q", "to_k", "to_v", "to_out.0"),
     **dict.fromkeys(TEXT_ENCODERS, ("q_proj", "k_proj", "v_proj", "out_proj")),
+}
+_FEED_FORWARD: dict[str, tuple[str, ...]] = {
+    "unet": ("ff.net.0.proj", "ff.net.2"),
+    **dict.fromkeys(TEXT_ENCODERS, ("fc1", "fc2")),
+}
+_OTHER_LINEAR: dict[str, tuple[str, ...]] = {
+    "unet": ("proj_in", "proj_out", "time_emb_proj", "linear_1", "linear_2"),
+    "text_encoder": (),
+    "text_encoder_2": ("text_projection",),
+}
+TARGET_SETS: dict[str, dict[str, tuple[str, ...]]] = {
+    "attention": TARGETS,
+    "attention-mlp": {name: (*ends, *_FEED_FORWARD[name]) for name, ends in TARGETS.items()},
+    "all-linear": {name: (*ends, *_FEED_FORWARD[name], *_OTHER_LINEAR[name]) for name, ends in TARGETS.items()},
 }
 
 

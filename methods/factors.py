@@ -19,7 +19,6 @@ from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from methods.adapter import NAME, Adapter, Passes, adapted_layers
-from methods.components import TARGETS
 from methods.peft_folder import write_lora_folder
 from methods.update import Update
 
@@ -74,7 +73,7 @@ class Started(Factored):
             r=2 * self.args["rank"],
             lora_alpha=2 * self.alpha,
             lora_dropout=self.args["dropout"],
-            target_modules=list(TARGETS[component]),
+            target_modules=self.places.targets(component),
         )
 
     def parametrize(self, layer: LoraLayer) -> None:

@@ -102,6 +102,7 @@ class Method:
         start: how it starts at the base.
         vectors: it trains vectors too, which some optimizers don't take.
         plans_ahead: what a step does depends on how many the run has.
+        ranks_by_layer: layers may have ranks of their own (PEFT's rank_pattern).
     """
 
     name: str
@@ -120,6 +121,7 @@ class Method:
     not_decayed: tuple[str, ...] = ()
     vectors: bool = False
     plans_ahead: bool = False
+    ranks_by_layer: bool = False
 
     def option(self, name: str) -> Option | None:
         return next((option for option in self.options if option.name == name), None)

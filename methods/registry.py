@@ -112,6 +112,7 @@ _METHODS = (
         ),
         "B' = 0; inner_init=normal, as published, starts a little beside it",
         adapter="methods.nora:Nora",
+        ranks_by_layer=True,
     ),
     Method(
         "lora",
@@ -122,6 +123,7 @@ _METHODS = (
         LORA,
         LORA_START,
         fixed={"init_lora_weights": "gaussian"},
+        ranks_by_layer=True,
     ),
     Method(
         "dora",
@@ -137,6 +139,7 @@ _METHODS = (
         no_text_encoders="makes a file that diffusers reads without the text encoders' magnitudes",
         not_decayed=("lora_magnitude_vector",),
         vectors=True,
+        ranks_by_layer=True,
     ),
     Method(
         "rslora",
@@ -148,6 +151,7 @@ _METHODS = (
         LORA_START,
         fixed={"init_lora_weights": "gaussian", "use_rslora": True},
         rates="LoRA's / √rank",
+        ranks_by_layer=True,
     ),
     Method(
         "pissa",
@@ -235,6 +239,7 @@ _METHODS = (
         low_rank=False,
         rates="1e-3",
         limits=(DENSE,),
+        ranks_by_layer=True,
     ),
     Method(
         "loha",
@@ -247,6 +252,7 @@ _METHODS = (
         low_rank=False,
         rates="1e-4",
         limits=("its update's rank may be rank², so that a LoRA file holds it only approximately (--convert_to_lora)",),
+        ranks_by_layer=True,
     ),
     Method(
         "randlora",
@@ -337,6 +343,7 @@ _METHODS = (
         "A = 0",
         fixed={"init_lora_weights": "mica"},
         rates="1e-4 to 1e-3",
+        ranks_by_layer=True,
     ),
     Method(
         "lora-fa",
@@ -349,6 +356,7 @@ _METHODS = (
         fixed={"init_lora_weights": "gaussian"},
         adapter="methods.lora_fa:LoraFa",
         rates="1e-4 to 4e-4",
+        ranks_by_layer=True,
     ),
     Method(
         "loraplus",
@@ -360,6 +368,7 @@ _METHODS = (
         LORA_START,
         fixed={"init_lora_weights": "gaussian"},
         rates="half of LoRA's",
+        ranks_by_layer=True,
     ),
     Method(
         "moslora",

@@ -32,7 +32,8 @@ def calibration_mask(mask: torch.Tensor | None) -> Iterator[None]:
                 with calibration_mask(batch.attention_mask):
                     text_encoder(batch.input_ids)
 
-    Every target that fires inside must see (batch, tokens, n) inputs. None counts every token.
+    Every target that fires inside must see (batch, tokens, n) inputs, or (batch, n), which have no padding. None counts
+    every token.
     """
     token = _token_mask.set(mask)
     try:
@@ -135,7 +136,7 @@ class _ChannelSums:
             seen, version, seen_mask, total, count = self._recent[key]
             if seen() is x and version == x._version and seen_mask is mask:
                 return total, count
-        if mask is not None:
+        if mask is not None and values.shape[:-1] != mask.shape[:1]:
             if mask.shape != values.shape[:-1]:
                 raise ValueError(
                     f"calibration_mask has shape {tuple(mask.shape)} but the input of {name} is {tuple(values.shape)}: "

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from methods.components import TARGET_SETS
 from methods.registry import METHODS, find_method, resolve
 from settings.record import BelowOne, Count, Fraction, NotNegative, Positive, Record, option
+
+# Flags that are about every method; the others are options of some.
+NOT_OPTIONS = ("method", "method_args", "use_dora", "targets", "rank_pattern")
 
 
 class MethodOptions(Record):
@@ -20,6 +24,13 @@ class MethodOptions(Record):
     )
     method_args: list[str] | None = option(
         None, "Options of the method as key=value; --method NAME --method_args help lists them."
+    )
+    targets: str = option(
+        "attention",
+        f"Which layers are adapted: {', '.join(TARGET_SETS)}, or a regular expression for whole module paths.",
+    )
+    rank_pattern: list[str] | None = option(
+        None, "Ranks of some layers, as PATTERN=RANK: a regular expression that their path has, as down_blocks.2=8."
     )
     preset: Literal["default", "paper", "tiny"] | None = option(
         None, "Ranks and inner init of NoRA: default (8 x 16, 16), paper (64, 32, normal), tiny (8 x 8, 8)."
@@ -60,9 +71,25 @@ class MethodOptions(Record):
         Raises:
             ValueError: for one that the method doesn't have, and for a wrong value.
         """
-        flags = {name: value for name, value in self if name not in ("method", "method_args", "use_dora")}
+        flags = {name: value for name, value in self if name not in NOT_OPTIONS}
         flags["lora_dropout"] = self.lora_dropout or None  # 0 is what diffusers' commands say without meaning it
         return resolve(self.name, self.method_args or (), flags)
+
+    def ranks(self) -> dict[str, int]:
+        """--rank_pattern's: pattern -> rank.
+
+        Raises:
+            ValueError: for one without a rank of at least 1, or given twice.
+        """
+        ranks: dict[str, int] = {}
+        for given in self.rank_pattern or ():
+            pattern, _, rank = given.rpartition("=")
+            if not pattern or not rank.isdecimal() or int(rank) < 1:
+                raise ValueError(f"--rank_pattern {given} must look like down_blocks.2=8, with a rank of at least 1")
+            if pattern in ranks:
+                raise ValueError(f"--rank_pattern {pattern} is given twice: leave one out")
+            ranks[pattern] = int(rank)
+        return ranks
 
     def settled(self) -> MethodOptions:
         """The same with every option said: as ``method_args``, and as the flag where there is one."""

@@ -20,7 +20,7 @@ from dreambooth.loss import Objective
 from dreambooth.passes import run_unet_passes
 from dreambooth.prepare import Encoded
 from inference.tokens import add_new_word, check_new_word, token_names
-from methods.adapter import Adapter, Passes, make_adapter, without_adapters
+from methods.adapter import Adapter, Passes, Places, make_adapter, without_adapters
 from methods.base_passes import LABEL, run_base
 from methods.components import ENCODERS, TEXT_ENCODERS
 from nora import calibration_mask
@@ -40,7 +40,9 @@ def trained_names(text: TextOptions) -> list[str]:
 def make_run_adapter(config: TrainConfig) -> Adapter:
     """The method that the flags name."""
     method, loop = config.method, config.loop
-    return make_adapter(method.name, method.arguments(), seed=loop.seed, total_steps=loop.max_train_steps)
+    places = Places(method.targets, method.ranks())
+    arguments = {"seed": loop.seed, "total_steps": loop.max_train_steps, "places": places}
+    return make_adapter(method.name, method.arguments(), **arguments)
 
 
 def check_fits(adapter: Adapter, models: Mapping[str, nn.Module], text: TextOptions) -> None:
