@@ -1,0 +1,122 @@
+"""What fits a budget: counts against the layers themselves, files against files, SDXL's figures against the literature."""
+
+import functools
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from tiny_sdxl import saved_base
+from torch import nn
+
+from benchmarks.sdxl_shape import build_sdxl_shape
+from methods import budget
+from methods.adapter import Passes, Places, make_adapter
+from methods.files import save_files
+from methods.registry import METHODS, find_method, resolve
+
+# Trained parameters in SDXL's UNet, 560 attention layers, of the methods' own papers and code (Σ(m + n) = 1,451,520).
+SDXL = {
+    "lora": (["rank=4"], 5_806_080),
+    "dora": (["rank=4"], 6_471_680),
+    "mica": (["rank=4"], 3_143_680),
+    "lora-fa": (["rank=4"], 2_662_400),
+    "adalora": (["init_rank=12"], 17_424_960),
+    "vera": (["rank=256"], 808_960),
+    "moslora": (["rank=4"], 5_815_040),
+    "lokr": (["rank=8", "factor=-1"], 904_640),
+    "loha": (["rank=4"], 11_612_160),
+    "randlora": (["rank=32"], 26_265_600),
+    "oft": (["block_size=32"], 12_181_760),
+    "hra": (["rank=8"], 6_287_360),
+    "fourierft": (["n_frequency=1000"], 560_000),
+    "nora": (["rank=16", "outer_rank=128"], 2_293_760),
+}
+
+
+@functools.cache
+def sdxl_layers():
+    with init_empty_weights():
+        return budget.layers_of({"unet": build_sdxl_shape("full").unet}, Places())
+
+
+@pytest.mark.parametrize("name", SDXL)
+def test_counts_on_sdxl(name):
+    arguments, expected = SDXL[name]
+    found = budget.setting(find_method(name), resolve(name, arguments, {}), sdxl_layers())
+    assert found.parameters == expected
+
+
+OPTIONS = {"oft": ["block_size=4"], "adalora": ["init_rank=3", "target_rank=2"], "fourierft": ["n_frequency=50"]}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_counts_are_those_of_the_layers_and_of_the_smallest_file(name, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.attn = nn.ModuleDict({"to_q": nn.Linear(24, 16), "to_k": nn.Linear(32, 48, bias=False)})
+    args = resolve(name, OPTIONS.get(name, ["rank=2"]), {})
+    adapter = make_adapter(name, args, total_steps=2)
+    inputs = torch.randn(3, 24), torch.randn(3, 32)
+
+    def run(*_):
+        model.attn["to_q"](inputs[0])
+        model.attn["to_k"](inputs[1])
+
+    adapter.inject("unet", model, Passes(run, run, "test", ""))
+    layers = [budget.Layer(16, 24, 1), budget.Layer(48, 32, 1)]
+    found = budget.setting(find_method(name), args, layers)
+    assert found.parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    files = [path for path in save_files(adapter, tmp_path, kohya=False, peft=True) if path.endswith(".safetensors")]
+    sizes = []
+    for path in files:
+        with safe_open(tmp_path / path, "pt") as file:
+            sizes.append(sum(file.get_tensor(key).numel() for key in file.keys()))  # noqa: SIM118 (no mapping)
+    assert found.file_numbers == pytest.approx(min(sizes), rel=0.01)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_setting_is_the_largest_within_the_budget(name):
+    layers, method = sdxl_layers(), find_method(name)
+    limit = 30e6
+    found = budget.nearest(method, layers, lambda one: one.parameters, limit)
+    assert found is not None and found.parameters <= limit
+    option, values = budget.SIZES.get(name, ("rank", range(1, budget.LARGEST + 1)))
+    value = int(found.said.partition("=")[2].split()[0])
+    place = list(values).index(value) + 1
+    if place < len(values):
+        args = {"target_rank": 1} if name == "adalora" else {}
+        args = resolve(name, [], {}) | args | {option: values[place]}
+        fits = budget._fits(name, args, layers)
+        assert not fits or budget.setting(method, args, layers).parameters > limit
+
+
+@pytest.mark.parametrize("flags", [["--params", "20K"], ["--file", "60KB", "--text_encoders"], ["--memory", "1GB"]])
+def test_the_command(flags, capsys):
+    budget.main(["--base", str(saved_base()), *flags])
+    out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows[1:]] == list(METHODS)
+    shares = [float(row.split(" | ")[-1].rstrip(" |")) for row in rows[1:] if "none fits" not in row]
+    assert len(shares) > 10 and max(shares) <= 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--params", "many"], "many must look like 2.3M"),
+        (["--file", "1"], "1 must look like 1MB or 6GB"),
+        ([], "give one of --params, --file and --memory"),
+        (["--params", "1M", "--file", "1MB"], "give one of"),
+    ],
+)
+def test_what_is_no_budget(flags, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        budget.main(["--base", str(saved_base()), *flags])
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_base(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        budget.main(["--base", str(tmp_path), "--params", "1M"])
+    assert "has no configuration of an SDXL base" in capsys.readouterr().err
