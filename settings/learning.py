@@ -116,14 +116,14 @@ class HardwareOptions(Record):
     gradient_checkpointing: bool = option(False, "Trade time for memory.")
     selective_checkpointing: Literal["none", "activation", "feed_forward"] = option(
         "none",
-        "Trade less time for less memory in the UNet's transformer blocks: compute again GEGLU's activation, a fifth of "
-        "what they keep, or their feed-forward layers, half of it. Both keep layer norms' inputs in half precision "
-        "where the base is.",
+        "Trade less time for less memory in the UNet's transformer blocks: compute again GEGLU's activation, a fifth "
+        "of what they keep, or their feed-forward layers, half of it. Both keep layer norms' inputs in half "
+        "precision where the base is.",
     )
     compile: Literal["auto", "on", "off"] = option(
         "off",
-        "Compile the repeated blocks (torch.compile), in the first step. auto: on CUDA with a whole and plain base, from "
-        f"{COMPILE_PAYS} pictures of 1024 × 1024 in all. Where it fails, the run goes on without.",
+        "Compile the repeated blocks (torch.compile), in the first step. auto: on CUDA with a whole and plain base, "
+        f"from {COMPILE_PAYS} pictures of 1024 × 1024 in all. Where it fails, the run goes on without.",
     )
     quantize_base: Literal["none", "int8"] | None = option(None, "Keep the frozen base in 8 bits (torchao).")
     low_vram: bool = option(False, "Sets " + ", ".join(f"--{name} {value}" for name, value in LOW_VRAM.items()) + ".")

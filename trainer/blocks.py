@@ -19,10 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from settings.learning import COMPILE_PAYS, HardwareOptions, LoopOptions
 from storage.text import first_line
+from trainer.memory import HALF
 from trainer.sharding import SplittingAccelerator
-
-HALF = (torch.float16, torch.bfloat16)
-
 
 # --- what is kept for the backward pass -------------------------------------------------------------------------------
 
@@ -49,7 +47,7 @@ class GatedGelu(torch.autograd.Function):
 
 
 class RecomputedGEGLU(GEGLU):
-    """GEGLU (arXiv 2002.05202) whose activation is computed again in the backward pass; its projection may be adapted."""
+    """GEGLU (arXiv 2002.05202) that computes its activation again for the backward pass; its projection may be adapted."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return GatedGelu.apply(self.proj(hidden_states))  # type: ignore[no-any-return]
@@ -124,23 +122,23 @@ def wants_compiled(
 
 
 def repeated_blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The layers that a model repeats, by the names that diffusers (regional compilation) and transformers give them."""
+    """The layers that a model repeats, by the names that diffusers (for regional compilation) and transformers give."""
     names = getattr(model, "_repeated_blocks", None) or model._no_split_modules
     return (module for module in model.modules() if type(module).__name__ in names)
 
 
-def compile_blocks(models: Mapping[str, nn.Module]) -> None:
+def compile_blocks(models: Mapping[str, nn.Module], backend: str = "inductor") -> None:
     """Compile the repeated blocks where they are trained, as diffusers' ``compile_repeated_blocks`` does.
 
-    Compilation happens in the first step. Where it fails, the block is computed as before, one warning says so, and the
-    run goes on. Passes without gradients, such as samples and the validation loss, are never compiled: each of their
-    shapes would cost a compilation. Names of weights don't change.
+    SDXL's 70 blocks share a graph for each width. Compilation happens in the first step. Where it fails, the block is
+    computed as before, one warning says so, and the run goes on. Passes without gradients, such as samples and the
+    validation loss, are never compiled: each of their shapes would cost a compilation. Names of weights don't change.
     """
     torch._functorch.config.force_non_lazy_backward_lowering = True  # a backward pass that can't be compiled fails here
     state = _Compilation()
     for model in models.values():
         for block in repeated_blocks(model):
-            block.compile()
+            block.compile(backend=backend)
             block._compiled_call_impl = partial(state.call, block, block._compiled_call_impl)
 
 
