@@ -1,12 +1,18 @@
 """What the benchmarks measure on."""
 
+import json
+from pathlib import Path
+
+import pytest
 import torch
 from accelerate import init_empty_weights
 
-from benchmarks import basis, block
+from benchmarks import basis, block, gpu
 from benchmarks.sdxl_shape import base_folder, build_sdxl_shape
 from inference.base import base_geometry, load_pipeline
 from methods.components import TARGETS
+
+PERFORMANCE = (Path(__file__).parent.parent / "docs" / "performance.md").read_text()
 
 
 def test_the_full_shape_is_sdxls():
@@ -19,9 +25,8 @@ def test_the_full_shape_is_sdxls():
     assert len(targets) == 560
 
 
-def test_a_shape_is_a_base_like_any_other(monkeypatch):
-    monkeypatch.setitem(build_sdxl_shape.__globals__["SHAPES"], "sixteenth", 16)
-    with base_folder("sixteenth") as folder:
+def test_a_shape_is_a_base_like_any_other(sixteenth):
+    with base_folder(sixteenth) as folder:
         assert base_geometry(folder) == (512, 32)
         pipeline = load_pipeline(folder, torch.float32, "cpu")
         latents = torch.randn(1, 4, 8, 8)
@@ -41,7 +46,39 @@ def test_what_an_adapter_adds_to_a_block(capsys, monkeypatch):
     assert kept["frozen"] == 1 < kept["NoRA (64, 8)"] < kept["LoRA 16"]
 
 
-def test_the_bases_of_a_whole_model(capsys, monkeypatch):
-    monkeypatch.setitem(build_sdxl_shape.__globals__["SHAPES"], "sixteenth", 16)
-    basis.main(["--base", "sixteenth", "--outer_rank", "16"])
+def test_the_bases_of_a_whole_model(sixteenth, capsys):
+    basis.main(["--base", sixteenth, "--outer_rank", "16"])
     assert "736 layers" in capsys.readouterr().out
+
+
+@pytest.fixture
+def sixteenth(monkeypatch):
+    monkeypatch.setitem(build_sdxl_shape.__globals__["SHAPES"], "sixteenth", 16)
+    return "sixteenth"
+
+
+def test_every_way_to_step(sixteenth, capsys, tmp_path, monkeypatch):
+    """The benchmark of a GPU on a CPU: a cell of each kind; one that fails is named, and one that is too long."""
+    nora = gpu.Cell(method="NoRA (8, 4)")
+    cells = [gpu.Cell(method="frozen"), nora, gpu.Cell(method="LoRA x"), nora._replace(checkpointing="feed_forward")]
+    cells += [gpu.Cell("bf16", "LoRA 2", 2, "all"), nora._replace(compiled=True)]
+    monkeypatch.setattr(gpu, "planned", lambda: cells)
+    monkeypatch.setattr(
+        gpu, "CLAIMS", (gpu.Claim("small", "peak_mb", 1e9, nora), gpu.Claim("fast", "seconds", 0, nora))
+    )
+    small = ["--pixels", "64", "--steps", "1", "--seconds", str(gpu.COMPILATION)]
+    gpu.main(["--shape", sixteenth, "--device", "cpu", *small, "--output", str(tmp_path / "gpu.json")])
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    figures = [cell.get("seconds") for cell in record["cells"]]
+    assert [figure is not None for figure in figures] == [True, True, False, True, True]
+    assert record["cells"][2]["failed"] and record["left_out"][0]["compiled"]
+    assert [claim["verdict"] for claim in record["claims"]] == ["confirmed", "refuted"]
+    assert "left out for time: fp32, NoRA (8, 4), batch 1, compiled" in capsys.readouterr().out
+
+
+def test_a_gpus_claims_are_the_documents():
+    document = " ".join(PERFORMANCE.split())
+    cells = set(gpu.planned())
+    for claim in gpu.CLAIMS:
+        assert claim.words in document, claim.words
+        assert {cell for cell in (claim.of, claim.to, claim.floor) if cell} <= cells, claim

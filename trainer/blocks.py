@@ -47,7 +47,7 @@ class GatedGelu(torch.autograd.Function):
 
 
 class RecomputedGEGLU(GEGLU):
-    """GEGLU (arXiv 2002.05202) that computes its activation again for the backward pass; its projection may be adapted."""
+    """GEGLU (arXiv 2002.05202) whose activation is computed again in the backward pass; `proj` may be adapted."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return GatedGelu.apply(self.proj(hidden_states))  # type: ignore[no-any-return]
