@@ -214,7 +214,8 @@ def prepared(unet: UNet2DConditionModel, cell: Cell) -> Iterator[float]:
         unet.set_attn_processor(AttnProcessor2_0())
         for module, kind in classes.items():
             module.__class__, module._compiled_call_impl = kind, None
-        torch._dynamo.reset()
+        if cell.compiled:
+            torch._dynamo.reset()
         unet.zero_grad()
         gc.collect()
         if unet.device.type == "cuda":
