@@ -5,8 +5,8 @@
 
 A NoRA adapter with random weights is written once as the diffusers file (a LoRA of the same rank) and as the inner-only
 file. `swap_adapter` copies weights into the layers that are there; the others take off what is on the pipeline and put
-one file on. They take turns, medians of the process's CPU time are compared. An inner-only file also needs its outer factors, which are computed
-anew: layers with a side below 512, and both bases have no others, are not kept in the cache on disk.
+one file on. They take turns, medians of the process's CPU time are compared. An inner-only file also needs its outer
+factors, from the cache on disk.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from methods.components import FOLDED_WEIGHTS, INNER_WEIGHTS, TARGETS
 from settings.command_line import quiet_libraries
 from storage.tensors import write_safetensors
 from storage.text import expand_home
-
 
 STOCK, INNER = "diffusers, LoRA", "inner-only, by load_adapter"
 

@@ -103,9 +103,9 @@ def _read(pipeline: StableDiffusionXLPipeline, file: AdapterFile, in_place_of: s
     if new_word is not None:
         check_new_word(pipeline, *new_word, in_place_of=in_place_of)
     for component, found in updates.items():
-        layers = base_layers(components[component])
+        layers, dtype = base_layers(components[component]), components[component].dtype  # which walks the model
         for path, update in found.items():
-            found[path] = placed = _place(update, layers[path].weight, components[component].dtype)
+            found[path] = placed = _place(update, layers[path].weight, dtype)
             if not placed.is_finite():
                 raise ValueError(f"adapter {file.path} is too large for {placed.up.dtype} in {component}.{path}")
     return _Read(updates, new_word)
