@@ -153,6 +153,7 @@ def _inject(model: nn.Module, updates: Mapping[str, Update], name: str) -> None:
         alpha_pattern=others,
         target_modules=_exactly(updates),
         inference_mode=True,
+        init_lora_weights=False,  # they come below
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there are several adapters, which is meant

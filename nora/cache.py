@@ -110,9 +110,9 @@ def cached_tensors(
 
 def cache_key(W: torch.Tensor, statistic: torch.Tensor | None, settings: tuple) -> str:
     """Hash of all that determines the factors: weight (m, n), float16 statistic (n,) or None, and the settings."""
-    digest = hashlib.blake2b(digest_size=20)
+    digest = hashlib.sha256()  # processors have instructions for it, and a whole model is hashed
     digest.update(repr((ALGORITHM_VERSION, str(W.dtype), tuple(W.shape), settings)).encode())
     for tensor in (W, statistic):
         if tensor is not None:
             digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()
+    return digest.hexdigest()[:40]

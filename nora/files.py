@@ -246,7 +246,8 @@ def _checked_bases(
         key, layer = f"{prefix}.{name}", targets[prefix][name]
         names = own_name(components[prefix], name), name
         outer_r, statistic = inner.inner_A[key].shape[1], inner.statistics.get(key)
-        basis = rebuild_basis(key, names, layer, inner.configs[prefix], outer_r, statistic, inner.fingerprints[key])
+        config, expected = inner.configs[prefix], inner.fingerprints[key]
+        basis = rebuild_basis(key, names, layer, config, outer_r, statistic, expected, base_checked=True)
         return basis.to(oriented_weight(layer).dtype)
 
     places = [(prefix, name) for prefix, layers in targets.items() for name in layers]
