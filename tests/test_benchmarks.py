@@ -7,10 +7,12 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 
-from benchmarks import basis, block, gpu
+from benchmarks import __main__ as bench
+from benchmarks import basis, block, cards, gpu
 from benchmarks.sdxl_shape import base_folder, build_sdxl_shape
 from inference.base import base_geometry, load_pipeline
 from methods.components import TARGETS
+from trainer.blocks import HalfLayerNorm
 
 PERFORMANCE = (Path(__file__).parent.parent / "docs" / "performance.md").read_text()
 
@@ -83,3 +85,31 @@ def test_a_gpus_claims_are_the_documents():
     for claim in gpu.CLAIMS:
         assert claim.words in document, claim.words
         assert {cell for cell in (claim.of, claim.to, claim.floor) if cell} <= cells, claim
+
+
+def test_what_cards_hold_is_computed():
+    """One row of the documents' table; `python -m benchmarks.cards` makes them all."""
+    nora, lora = (
+        cards.need(cards.unet_without_numbers("full", method), 768, "activation") for method in (gpu.NORA, gpu.LORA_16)
+    )
+    assert cards.row(768, 4, "activation", nora, lora) in PERFORMANCE
+    assert nora.activations < lora.activations and nora.learning < 0.1 * lora.learning
+
+
+def test_cudas_autocast_is_imitated():
+    """What it keeps of a norm's input, and that a norm outside of it keeps that in half precision."""
+    norm, hidden = torch.nn.LayerNorm(8, dtype=torch.bfloat16), torch.zeros(2, 8, dtype=torch.bfloat16)
+    with cards.CudaAutocast(), torch.autocast("cpu", torch.bfloat16):
+        assert norm(hidden).dtype == torch.float32
+        norm.__class__ = HalfLayerNorm
+        assert norm(hidden).dtype == torch.bfloat16
+
+
+def test_goals_are_met_or_not(capsys):
+    """A row whose measurement is computed, in a process of its own; and one that has failed."""
+    bench.main(["--only", "memory"])
+    assert "| frozen factors at outer rank 128, SDXL's UNet, fp16 | MB | ≤ 190 | 205 | no |" in capsys.readouterr().out
+    assert bench.rows("memory", [180.0])[0].endswith("| 180 | yes |")
+    assert "failed: too small" in bench.rows("block", "too small")[1]
+    titles = [figure.name for group in bench.GROUPS.values() for figure in group.figures]
+    assert len(titles) == 12 and all(f"| {title} |" in PERFORMANCE for title in titles)
