@@ -22,6 +22,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.training_utils import cast_training_params
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from benchmarks.gpu import LORA_16, NORA, config_of
 from benchmarks.sdxl_shape import build_unet
@@ -54,7 +55,7 @@ class CudaAutocast(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (F.layer_norm, F.group_norm) and torch.is_autocast_enabled("cpu"):
-            args = [arg.float() if isinstance(arg, torch.Tensor) else arg for arg in args]
+            args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.float, (args, kwargs))
         return func(*args, **(kwargs or {}))
 
 

@@ -397,6 +397,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu.")
     parser.add_argument("--seconds", type=float, default=440, help="No cell starts that would end after them.")
     parser.add_argument("--steps", type=int, default=8, help="Measured ones of a cell.")
+    parser.add_argument("--only", help='Cells whose line in the table has this text, such as "batch 1".')
     parser.add_argument("--pixels", type=int, help="A picture's side. Default: the shape's own.")
     parser.add_argument("--output", type=home_path, help="A JSON file with everything.")
     args = parser.parse_args(argv)
@@ -415,6 +416,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             claim._replace(**{name: on_cpu(cell) for name, cell in claim._asdict().items() if isinstance(cell, Cell)})
             for claim in claims
         ]
+    cells = [cell for cell in cells if (args.only or "") in str(cell)]
+    if not cells:
+        parser.error(f"--only {args.only} is in no cell's line, such as {planned()[0]}")
     default = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[cells[0].dtype])  # in fp32 the weights alone would fill a small card
     try:
