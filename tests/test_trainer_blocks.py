@@ -10,12 +10,14 @@ from accelerate import Accelerator
 from diffusers.models.attention import BasicTransformerBlock
 from peft import LoraConfig, inject_adapter_in_model
 from test_trainer import run
+from tiny_sdxl import build_pipeline
 from torch import nn
 from torch._dynamo.utils import counters
 
 from methods.components import FOLDED_WEIGHTS
 from settings.learning import HardwareOptions, LoopOptions
-from trainer.blocks import GatedGelu, HalfLayerNorm, compile_blocks, keep_less, wants_compiled
+from settings.training import TrainConfig
+from trainer.blocks import GatedGelu, HalfLayerNorm, compile_blocks, keep_less, repeated_blocks, wants_compiled
 
 FEED_FORWARD = ["ff.net.0.proj", "ff.net.2"]
 
@@ -129,6 +131,20 @@ def test_compiled_blocks_compute_the_same_under_the_same_names():
         copy.deepcopy(model)(torch.randn(1, 6, 32), torch.randn(1, 3, 24))
         model(torch.randn(1, 6, 32), torch.randn(1, 3, 24))
     assert counters["stats"]["unique_graphs"] == 1  # samples are not compiled
+
+
+def test_what_is_repeated():
+    pipeline = build_pipeline()
+    kinds = {
+        type(block).__name__ for model in (pipeline.unet, pipeline.text_encoder) for block in repeated_blocks(model)
+    }
+    assert kinds == {"BasicTransformerBlock", "CLIPEncoderLayer"}
+
+
+def test_feed_forward_layers_are_computed_again_once():
+    flags = {"pretrained_model_name_or_path": "x", "instance_data_dir": "y", "instance_prompt": "z", "low_vram": True}
+    with pytest.raises(ValueError, match="--selective_checkpointing feed_forward out"):
+        TrainConfig.of(**flags, selective_checkpointing="feed_forward")
 
 
 def test_a_compiler_that_fails_is_one_warning(capsys, tmp_path, monkeypatch):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -121,10 +122,12 @@ def wants_compiled(
     return accelerator.device.type == "cuda" and plain and pictures * megapixels >= COMPILE_PAYS
 
 
-def repeated_blocks(model: nn.Module) -> Iterator[nn.Module]:
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     """The layers that a model repeats, by the names that diffusers (for regional compilation) and transformers give."""
     names = getattr(model, "_repeated_blocks", None) or model._no_split_modules
-    return (module for module in model.modules() if type(module).__name__ in names)
+    found = [module for module in model.modules() if type(module).__name__ in names]
+    times = Counter(map(type, found))
+    return [module for module in found if times[type(module)] > 1]  # embeddings have such a name too
 
 
 def compile_blocks(models: Mapping[str, nn.Module], backend: str = "inductor") -> None:
