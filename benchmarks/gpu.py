@@ -217,9 +217,13 @@ def prepared(unet: UNet2DConditionModel, cell: Cell) -> Iterator[float]:
         if cell.compiled:
             torch._dynamo.reset()
         unet.zero_grad()
-        gc.collect()
-        if unet.device.type == "cuda":
-            torch.cuda.empty_cache()
+
+
+def release(device: torch.device) -> None:
+    """Give back what the cell before has held; after its exception is gone, whose traceback held it too."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def take_off_adapters(unet: nn.Module) -> None:
@@ -335,6 +339,7 @@ def run_cells(
         if results and before - start + needed > budget:
             left_out.append(cell)
             continue
+        release(unet.device)
         try:
             unet.to(DTYPES[cell.dtype])
             results[cell] = measure(unet, cell, side, steps)
