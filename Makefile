@@ -16,7 +16,7 @@ SUBJECT = assets/subjects/robot
 PROMPT = a photo of [V] robot
 OUT = out/demo
 
-.PHONY: demo test check format
+.PHONY: demo test bench check format
 
 demo: $(VENV)/.installed
 	@echo "The base is $(BASE). assets/tiny-sdxl is a tiny SDXL (64 x 64 pixels, a small world of drawings),"
@@ -26,6 +26,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PYTHON) -m pytest --numprocesses auto --dist worksteal
+
+# Goals of docs/performance.md, on idle cores; FULL=1 adds the rows that need 18 GB and an hour.
+bench: $(VENV)/.installed
+	@HF_HUB_OFFLINE=1 $(PYTHON) -m benchmarks $(if $(FULL),--full)
 
 check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

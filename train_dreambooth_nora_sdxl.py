@@ -35,6 +35,7 @@ from settings.command_line import quiet_libraries, run_command
 from storage.tensors import module_fingerprint
 from trainer.accelerator import PRECISIONS, end_training, start_trackers, take_folder
 from trainer.best_adapter import RunJudge
+from trainer.blocks import compile_blocks, wants_compiled
 from trainer.diagnostics import check_loss, explained
 from trainer.finish import finish
 from trainer.hooks import Checkpoints, ClearEarlier, EarlyStop, Hook, Interruption, Log, Look, Step
@@ -142,8 +143,10 @@ def train_in_folder(config: TrainConfig, lock: FolderLock) -> Path:
     set_seed(config.loop.seed)  # for the adapters' first weights, whatever was drawn before
     measuring = {"batch_size": config.loop.train_batch_size, "seed": config.loop.seed, "accelerator": accelerator}
     put_in(adapter, models, new_tokens, partial(component_passes, encoded, objective, **measuring), checkpoint)
-    make_trainable(models, config.hardware.gradient_checkpointing)
+    make_trainable(models, config.hardware)
     settle_memory(models, encoded, config, accelerator)
+    if wants_compiled(config.hardware, config.loop, accelerator, encoded.largest_shape):
+        compile_blocks(models)
     clock.lap("inject_seconds")
 
     # 5. The loop.

@@ -53,6 +53,21 @@ def all_bases(layers: Sequence[nn.Linear], config: NoraConfig) -> float:
     return time.perf_counter() - start
 
 
+def measure(base: str, outer_rank: int, basis: str = "iterated") -> tuple[int, float, float, float]:
+    """Layers, seconds for all of them, seconds from the cache on disk, and its GB."""
+    config = NoraConfig(r=1, outer_r=outer_rank, target_modules=["x"], outer_init="awsvd", basis=basis)
+    generator = torch.Generator().manual_seed(0)
+    layers = []
+    for m, n in layer_shapes(base):
+        layer = nn.Linear(n, m, bias=False, dtype=torch.half)
+        layer.weight.data = (torch.randn(m, n, generator=generator) / n**0.5).half()
+        layers.append(layer.requires_grad_(False))
+    with tempfile.TemporaryDirectory() as folder, use_basis_cache(BasisCache(Path(folder))):
+        cold, cached = all_bases(layers, config), all_bases(layers, config)
+        size = sum(path.stat().st_size for path in Path(folder).iterdir())
+    return len(layers), cold, cached, size / 1e9
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base", choices=list(SHAPES), default="full")
@@ -60,18 +75,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--exact", action="store_true", help="The exact decomposition instead of subspace iteration.")
     args = parser.parse_args(argv)
     basis = "exact" if args.exact else "iterated"
-    config = NoraConfig(r=1, outer_r=args.outer_rank, target_modules=["x"], outer_init="awsvd", basis=basis)
-    generator = torch.Generator().manual_seed(0)
-    layers = []
-    for m, n in layer_shapes(args.base):
-        layer = nn.Linear(n, m, bias=False, dtype=torch.half)
-        layer.weight.data = (torch.randn(m, n, generator=generator) / n**0.5).half()
-        layers.append(layer.requires_grad_(False))
-    with tempfile.TemporaryDirectory() as folder, use_basis_cache(BasisCache(Path(folder))):
-        cold, cached = all_bases(layers, config), all_bases(layers, config)
-        size = sum(path.stat().st_size for path in Path(folder).iterdir())
-    print(f"{len(layers)} layers, {torch.get_num_threads()} threads, {basis}: {cold:.1f} s, then {cached:.1f} s")
-    print(f"cache on disk: {size / 1e9:.2f} GB")
+    layers, cold, cached, size = measure(args.base, args.outer_rank, basis)
+    print(f"{layers} layers, {torch.get_num_threads()} threads, {basis}: {cold:.1f} s, then {cached:.1f} s")
+    print(f"cache on disk: {size:.2f} GB")
 
 
 if __name__ == "__main__":

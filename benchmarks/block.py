@@ -1,6 +1,7 @@
 """What an adapter adds to one of SDXL's transformer blocks: time, and what autograd keeps, over the frozen block.
 
     OMP_NUM_THREADS=1 python -m benchmarks.block --repeats 15
+    OMP_NUM_THREADS=1 python -m benchmarks.block --repeats 15 --checkpointing
 
 The block is 1280 wide, with 1024 tokens and a context of 77 x 2048; forward and backward, fp32. All take turns;
 medians of the process's CPU time are compared. Measure on idle cores: beside other work the differences drown.
@@ -21,9 +22,11 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from methods.components import TARGETS
 from nora import NoraConfig
+from trainer.blocks import keep_less
 
 WIDTH, CONTEXT, HEADS = 1280, 2048, 20
 Inputs = tuple[torch.Tensor, torch.Tensor]  # hidden states (1, tokens, WIDTH), context (1, 77, CONTEXT)
@@ -33,6 +36,10 @@ def build_block() -> nn.Module:
     torch.manual_seed(0)
     block = BasicTransformerBlock(WIDTH, HEADS, WIDTH // HEADS, cross_attention_dim=CONTEXT)
     return block.requires_grad_(False)
+
+
+def make_inputs(tokens: int = 1024) -> Inputs:
+    return torch.randn(1, tokens, WIDTH), torch.randn(1, 77, CONTEXT)
 
 
 def adapted(block: nn.Module, config: PeftConfig) -> nn.Module:
@@ -50,6 +57,27 @@ def variants(block: nn.Module) -> dict[str, nn.Module]:
         config = NoraConfig(r=r, outer_r=outer_r, target_modules=targets, outer_init="svd")
         found[f"NoRA ({outer_r}, {r})"] = adapted(block, config)
     return found
+
+
+class Checkpointed(nn.Module):
+    """A block that is computed again as a whole, as diffusers' gradient checkpointing does."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.block, hidden, encoder_hidden_states=encoder_hidden_states, use_reentrant=False)
+
+
+def checkpointing_variants(block: nn.Module) -> dict[str, nn.Module]:
+    """The frozen block, and NoRA in one that keeps less."""
+    nora = variants(block)["NoRA (128, 16)"]
+    found = {"frozen": block, "NoRA (128, 16)": nora}
+    for name in ("activation", "feed_forward"):
+        found[f"selective_checkpointing {name}"] = smaller = copy.deepcopy(nora)
+        keep_less(smaller, name)
+    return found | {"gradient_checkpointing": Checkpointed(copy.deepcopy(nora))}
 
 
 def step(block: nn.Module, inputs: Inputs) -> torch.Tensor:
@@ -99,8 +127,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--checkpointing", action="store_true", help="What the ways to keep less cost, instead.")
     args = parser.parse_args(argv)
-    inputs = torch.randn(1, args.tokens, WIDTH), torch.randn(1, 77, CONTEXT)
+    inputs = make_inputs(args.tokens)
+    if args.checkpointing:
+        found = compare(checkpointing_variants(build_block()), inputs, args.repeats)
+        print("| | time | kept |\n|---|---|---|")
+        for name, (seconds, kept) in found.items():
+            print(f"| {name} | {seconds:.3f} | {kept:.3f} |")
+        return
     found = compare(variants(build_block()), inputs, args.repeats)
     lora = found["LoRA 16"][0] - 1
     print("| | time | overhead, of LoRA 16's | kept |\n|---|---|---|---|")

@@ -97,12 +97,23 @@ SHAPES = {"once": encode_once, "every_step": encode_every_step}
 
 
 def measure(shape: str, base: str, steps: int, batch: int) -> tuple[float, float]:
-    """Seconds and peak MB of one run in a process of its own, imports not counted in the time."""
+    """Seconds (of a CPU: its own work) and peak MB of one run in a process of its own, imports not counted."""
     flags = ["--base", base, "--steps", str(steps), "--batch", str(batch), "--one", shape]
     command = [sys.executable, "-m", "benchmarks.loop_shape", *flags]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     result = json.loads(done.stdout.strip().splitlines()[-1])
     return result["seconds"], result["peak_mb"]
+
+
+def compare(base: str, steps: int, batch: int, repeats: int) -> tuple[float, float]:
+    """Time and peak memory of encoding once, as multiples of encoding at every step; medians."""
+    runs: dict[str, list[tuple[float, float]]] = {shape: [] for shape in SHAPES}
+    with base_folder(base) as folder:
+        for _ in range(repeats):
+            for shape in SHAPES:
+                runs[shape].append(measure(shape, folder, steps, batch))
+    once, every = ([statistics.median(column) for column in zip(*figures)] for figures in runs.values())
+    return once[0] / every[0], once[1] / every[1]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -115,10 +126,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     quiet_libraries()
     if args.one:
-        started = time.perf_counter()
+        clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+        started = clock()
         with tempfile.TemporaryDirectory() as folder:
             SHAPES[args.one](args.base, args.steps, args.batch, folder)
-        seconds = time.perf_counter() - started
+        seconds = clock() - started
         peak = (
             torch.cuda.max_memory_allocated() / 1e6
             if torch.cuda.is_available()
@@ -126,15 +138,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         print(json.dumps({"seconds": seconds, "peak_mb": peak}))
         return
-    runs = {shape: [] for shape in SHAPES}
-    with base_folder(args.base) as base:
-        for _ in range(args.repeats):
-            for shape in SHAPES:
-                runs[shape].append(measure(shape, base, args.steps, args.batch))
-    medians = {shape: [statistics.median(column) for column in zip(*figures)] for shape, figures in runs.items()}
+    seconds, peak = compare(args.base, args.steps, args.batch, args.repeats)
     print("| loop | whole run, ratio | peak memory, ratio |\n|---|---|---|")
-    for shape, (seconds, peak) in medians.items():
-        print(f"| {shape} | {seconds / medians['every_step'][0]:.2f} | {peak / medians['every_step'][1]:.2f} |")
+    print(f"| once | {seconds:.2f} | {peak:.2f} |\n| every_step | 1.00 | 1.00 |")
 
 
 if __name__ == "__main__":

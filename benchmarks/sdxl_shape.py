@@ -31,6 +31,30 @@ SHAPES = {"full": 1, "quarter": 4}
 BASE_HELP = f"a folder, a Hub id, or {' or '.join(SHAPES)}: SDXL's architecture with random weights"
 
 
+def build_unet(name: str) -> UNet2DConditionModel:
+    """SDXL's UNet with random weights, in torch's default dtype and on its default device."""
+    part = SHAPES[name]
+    return UNet2DConditionModel(
+        sample_size=pixels(name) // 8,
+        block_out_channels=(320 // part, 640 // part, 1280 // part),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048 // part,
+        norm_num_groups=math.gcd(320 // part, 32),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256 // part,
+        projection_class_embeddings_input_dim=(6 * 256 + 1280) // part,
+    )
+
+
+def pixels(name: str) -> int:
+    """A side of the pictures that a shape is for."""
+    return 1024 if name == "full" else 512
+
+
 def build_sdxl_shape(name: str) -> StableDiffusionXLPipeline:
     """SDXL with random weights, in bf16: half of the memory and of the file."""
     part = SHAPES[name]
@@ -49,31 +73,17 @@ def build_sdxl_shape(name: str) -> StableDiffusionXLPipeline:
             **words,
         )
 
-    pixels = 1024 if name == "full" else 512
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        unet = UNet2DConditionModel(
-            sample_size=pixels // 8,
-            block_out_channels=(320 // part, 640 // part, 1280 // part),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048 // part,
-            norm_num_groups=math.gcd(320 // part, 32),
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256 // part,
-            projection_class_embeddings_input_dim=(6 * 256 + 1280) // part,
-        )
+        unet = build_unet(name)
         vae = AutoencoderKL(
             block_out_channels=(128 // part, 256 // part, 512 // part, 512 // part),
             down_block_types=["DownEncoderBlock2D"] * 4,
             up_block_types=["UpDecoderBlock2D"] * 4,
             layers_per_block=2,
             norm_num_groups=math.gcd(128 // part, 32),
-            sample_size=pixels,
+            sample_size=pixels(name),
             scaling_factor=0.13025,
         )
         text_encoder = CLIPTextModel(text_config(768, 12, 12))

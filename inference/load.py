@@ -103,9 +103,9 @@ def _read(pipeline: StableDiffusionXLPipeline, file: AdapterFile, in_place_of: s
     if new_word is not None:
         check_new_word(pipeline, *new_word, in_place_of=in_place_of)
     for component, found in updates.items():
-        layers = base_layers(components[component])
+        layers, dtype = base_layers(components[component]), components[component].dtype  # which walks the model
         for path, update in found.items():
-            found[path] = placed = _place(update, layers[path].weight, components[component].dtype)
+            found[path] = placed = _place(update, layers[path].weight, dtype)
             if not placed.is_finite():
                 raise ValueError(f"adapter {file.path} is too large for {placed.up.dtype} in {component}.{path}")
     return _Read(updates, new_word)
@@ -153,6 +153,7 @@ def _inject(model: nn.Module, updates: Mapping[str, Update], name: str) -> None:
         alpha_pattern=others,
         target_modules=_exactly(updates),
         inference_mode=True,
+        init_lora_weights=False,  # they come below
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there are several adapters, which is meant

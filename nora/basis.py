@@ -154,17 +154,20 @@ def rebuild_basis(
     outer_r: int,
     statistic: torch.Tensor | None,
     expected: torch.Tensor,
+    base_checked: bool = False,
 ) -> Basis:
     """The basis of a saved adapter, made anew from the base weight and checked against its fingerprint (3, k).
 
     Args:
         label: names the layer in errors.
         names: the module's own name, then others that may have seeded its random factors.
+        base_checked: `check_base` was called just before.
 
     Raises:
         ValueError: if the base weight or the outer pair isn't the one that the fingerprint was taken of.
     """
-    check_base(label, base_layer, expected)
+    if not base_checked:
+        check_base(label, base_layer, expected)
     for name in names if config.outer_init == "random" else names[:1]:
         basis = build_basis(name, base_layer, config, outer_r, statistic)
         if fingerprints_agree(basis.fingerprint, expected):

@@ -26,11 +26,12 @@ from peft import PeftModel, inject_adapter_in_model
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .basis import Basis, check_base, held_pair, oriented_weight, rebuild_basis
+from .basis import Basis, check_base, oriented_weight, rebuild_basis
 from .config import NoraConfig, plain_config
 from .functional import OuterFactors, fold
 from .layer import NoraLinear, check_unmerged
 from .model import check_in_memory, check_layer, find_targets, nora_layers, own_name, ready_bases
+from .nested import RightFactor, right_product
 from .parallel import in_parallel
 from .safetensors_file import write_safetensors
 
@@ -190,10 +191,27 @@ def read_inner(
         for name, layer in find_targets(components[prefix], inner.configs[prefix]).items():
             key, W = f"{prefix}.{name}", oriented_weight(layer)
             A, B, right, *_ = bases[name].to(W.dtype)  # as a live layer holds them
-            outer = OuterFactors(*(factor.cpu() for factor in held_pair(W, A, B, right)))
             ranks = inner.configs[prefix].layer_ranks(name, tuple(W.shape))
-            folded[prefix][name] = fold(inner.inner_A[key], inner.inner_B[key], outer, ranks.alpha / ranks.r)
+            folded[prefix][name] = _fold(W, A, B, right, inner.inner_A[key], inner.inner_B[key], ranks.alpha / ranks.r)
     return folded
+
+
+def _fold(
+    W: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor | None,
+    right: RightFactor | None,
+    inner_A: torch.Tensor,
+    inner_B: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`fold` on the CPU; where B is W R, W is multiplied by the few columns of ``R B'`` and B isn't formed."""
+    A = A.cpu()
+    if B is not None:
+        return fold(inner_A, inner_B, OuterFactors(A, B.cpu()), scaling)
+    assert right is not None
+    columns = right_product(inner_B.float(), A, RightFactor(*(diagonal.cpu() for diagonal in right)), scaling)
+    return inner_A.float() @ A.float(), W.cpu().float() @ columns
 
 
 def _checked_bases(
@@ -228,7 +246,8 @@ def _checked_bases(
         key, layer = f"{prefix}.{name}", targets[prefix][name]
         names = own_name(components[prefix], name), name
         outer_r, statistic = inner.inner_A[key].shape[1], inner.statistics.get(key)
-        basis = rebuild_basis(key, names, layer, inner.configs[prefix], outer_r, statistic, inner.fingerprints[key])
+        config, expected = inner.configs[prefix], inner.fingerprints[key]
+        basis = rebuild_basis(key, names, layer, config, outer_r, statistic, expected, base_checked=True)
         return basis.to(oriented_weight(layer).dtype)
 
     places = [(prefix, name) for prefix, layers in targets.items() for name in layers]

@@ -237,14 +237,19 @@ def sketch(M: torch.Tensor) -> torch.Tensor:
     u_i, v_i are seeded Gaussian vectors, so the mean square of the difference of two sketches estimates, without bias,
     ``‖M − M'‖² / ‖M‖²``: rounding shows as rounding, and a sign flip, a permutation or a rotation at its real size.
     """
-    draws = np.random.RandomState(SKETCH_SEED)
-    m, n = M.shape
     M = float64(M)
-    u = torch.from_numpy(draws.standard_normal((SKETCH_SIZE, m))).to(M.device)
-    v = torch.from_numpy(draws.standard_normal((SKETCH_SIZE, n))).to(M.device)
+    u, v = (vectors.to(M.device) for vectors in _sketch_vectors(*M.shape))
     norm = M.norm()
     projections = ((u @ M) * v).sum(dim=1) / norm.clamp_min(torch.finfo(torch.float64).tiny)
     return torch.cat([norm[None], projections]).cpu()
+
+
+@functools.lru_cache(maxsize=64)  # a model has few shapes and many layers
+def _sketch_vectors(m: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The u_i (SKETCH_SIZE, m) and v_i (SKETCH_SIZE, n) of `sketch`."""
+    draws = np.random.RandomState(SKETCH_SEED)
+    u, v = (torch.from_numpy(draws.standard_normal((SKETCH_SIZE, size))) for size in (m, n))
+    return u, v
 
 
 def fingerprint(W: torch.Tensor, outer: OuterFactors) -> torch.Tensor:

@@ -35,13 +35,14 @@ FREE_TO_CHANGE = {
     "validation_data_dir", "validation_loss_steps", "sample_batch_size", "push_to_hub", "hub_token", "hub_model_id",
     "output_kohya_format", "output_peft_format", "convert_to_lora", "local_rank", "dry_run", "low_vram",
     "prior_generation_precision",
+    "compile",  # rounds otherwise, as another card or version of PyTorch does
     # compared by content instead
     "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "instance_data_dir",
     "class_data_dir", "dataset_name", "dataset_config_name", "concepts_list", "mask_data_dir",
 }  # fmt: skip
 
 # Flags that are compared where both have them: earlier checkpoints said the same with others, or not at all.
-IN_BOTH = {"method_args", "max_train_steps"}
+IN_BOTH = {"method_args", "max_train_steps", "selective_checkpointing"}
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:

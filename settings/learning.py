@@ -26,6 +26,9 @@ UNPLANNED = ("constant", "constant_with_warmup")  # schedules whose rates don't 
 LR_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 # What --low_vram sets, unless the command line says otherwise.
 LOW_VRAM = {"gradient_checkpointing": True, "quantize_base": "int8"}
+# Pictures of a megapixel from which --compile auto compiles: a minute of warm-up against a seventh of .25 s a picture.
+# Taken from what others report of their cards, not measured here.
+COMPILE_PAYS = 2000
 
 
 class LossOptions(Record):
@@ -111,6 +114,17 @@ class HardwareOptions(Record):
         None, "Of the frozen base; what is trained stays fp32. Default: accelerate's configuration, or fp16 on a GPU."
     )
     gradient_checkpointing: bool = option(False, "Trade time for memory.")
+    selective_checkpointing: Literal["none", "activation", "feed_forward"] = option(
+        "none",
+        "Trade less time for less memory in the UNet's transformer blocks: compute again GEGLU's activation, a fifth "
+        "of what they keep, or their feed-forward layers, half of it. Both keep layer norms' inputs in half "
+        "precision where the base is.",
+    )
+    compile: Literal["auto", "on", "off"] = option(
+        "off",
+        "Compile the repeated blocks (torch.compile), in the first step. auto: on CUDA with a whole and plain base, "
+        f"from {COMPILE_PAYS} pictures of 1024 × 1024 in all. Where it fails, the run goes on without.",
+    )
     quantize_base: Literal["none", "int8"] | None = option(None, "Keep the frozen base in 8 bits (torchao).")
     low_vram: bool = option(False, "Sets " + ", ".join(f"--{name} {value}" for name, value in LOW_VRAM.items()) + ".")
     allow_tf32: bool = option(False, "Matrix products in TF32 on Ampere GPUs and later.")

@@ -188,7 +188,7 @@ def check(config: TrainConfig, given: set[str]) -> None:
     Raises:
         ValueError: with the value, the limit and the fix.
     """
-    for sentences in (_data, _prior, _loss, _optimizer, _text, _method, _looking, _output):
+    for sentences in (_data, _prior, _loss, _optimizer, _text, _method, _hardware, _looking, _output):
         for sentence in sentences(config):
             raise ValueError(sentence)
     defaults = {name: field.default for name, field in FLAGS.items()}
@@ -282,6 +282,15 @@ def _method(config: TrainConfig) -> Iterator[str]:
         yield f"--convert_to_lora has no effect with --method {method.name}, whose LoRA file is exact: leave it out"
     if not output.output_peft_format and not lora_file:
         yield f"--output_peft_format False would leave nothing of --method {method.name}: leave it out"
+
+
+def _hardware(config: TrainConfig) -> Iterator[str]:
+    hardware = config.hardware
+    if hardware.gradient_checkpointing and hardware.selective_checkpointing == "feed_forward":
+        yield (
+            "--gradient_checkpointing, which --low_vram sets, computes feed-forward layers again as it is: leave "
+            "--selective_checkpointing feed_forward out, or that"
+        )
 
 
 def _looking(config: TrainConfig) -> Iterator[str]:

@@ -1,12 +1,20 @@
 """What the benchmarks measure on."""
 
+import json
+from pathlib import Path
+
+import pytest
 import torch
 from accelerate import init_empty_weights
 
-from benchmarks import basis, block
+from benchmarks import __main__ as bench
+from benchmarks import basis, block, cards, gpu
 from benchmarks.sdxl_shape import base_folder, build_sdxl_shape
 from inference.base import base_geometry, load_pipeline
 from methods.components import TARGETS
+from trainer.blocks import HalfLayerNorm
+
+PERFORMANCE = (Path(__file__).parent.parent / "docs" / "performance.md").read_text()
 
 
 def test_the_full_shape_is_sdxls():
@@ -19,9 +27,8 @@ def test_the_full_shape_is_sdxls():
     assert len(targets) == 560
 
 
-def test_a_shape_is_a_base_like_any_other(monkeypatch):
-    monkeypatch.setitem(build_sdxl_shape.__globals__["SHAPES"], "sixteenth", 16)
-    with base_folder("sixteenth") as folder:
+def test_a_shape_is_a_base_like_any_other(sixteenth):
+    with base_folder(sixteenth) as folder:
         assert base_geometry(folder) == (512, 32)
         pipeline = load_pipeline(folder, torch.float32, "cpu")
         latents = torch.randn(1, 4, 8, 8)
@@ -41,7 +48,66 @@ def test_what_an_adapter_adds_to_a_block(capsys, monkeypatch):
     assert kept["frozen"] == 1 < kept["NoRA (64, 8)"] < kept["LoRA 16"]
 
 
-def test_the_bases_of_a_whole_model(capsys, monkeypatch):
-    monkeypatch.setitem(build_sdxl_shape.__globals__["SHAPES"], "sixteenth", 16)
-    basis.main(["--base", "sixteenth", "--outer_rank", "16"])
+def test_the_bases_of_a_whole_model(sixteenth, capsys):
+    basis.main(["--base", sixteenth, "--outer_rank", "16"])
     assert "736 layers" in capsys.readouterr().out
+
+
+@pytest.fixture
+def sixteenth(monkeypatch):
+    monkeypatch.setitem(build_sdxl_shape.__globals__["SHAPES"], "sixteenth", 16)
+    return "sixteenth"
+
+
+def test_every_way_to_step(sixteenth, capsys, tmp_path, monkeypatch):
+    """The benchmark of a GPU on a CPU: a cell of each kind; one that fails is named, and one that is too long."""
+    lora = gpu.Cell("bf16", "LoRA 2", checkpointing="feed_forward")
+    cells = [gpu.Cell(method="frozen"), lora, gpu.Cell(method="LoRA x"), lora._replace(compiled=True)]
+    monkeypatch.setattr(gpu, "planned", lambda: cells)
+    monkeypatch.setattr(
+        gpu, "CLAIMS", (gpu.Claim("small", "peak_mb", 1e9, lora), gpu.Claim("fast", "seconds", 0, lora))
+    )
+    monkeypatch.setattr(gpu, "WARM_UP", 0)
+    small = ["--pixels", "64", "--steps", "1", "--seconds", str(gpu.COMPILATION)]
+    gpu.main(["--shape", sixteenth, "--device", "cpu", *small, "--output", str(tmp_path / "gpu.json")])
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert [cell.get("seconds") is not None for cell in record["cells"]] == [True, True, False]
+    assert record["cells"][2]["failed"] and record["left_out"][0]["compiled"]
+    assert [claim["verdict"] for claim in record["claims"]] == ["confirmed", "refuted"]
+    assert "left out for time: bf16, LoRA 2, batch 1, checkpointing feed_forward, compiled" in capsys.readouterr().out
+
+
+def test_a_gpus_claims_are_the_documents():
+    document = " ".join(PERFORMANCE.split())
+    cells = set(gpu.planned())
+    for claim in gpu.CLAIMS:
+        assert claim.words in document, claim.words
+        assert {cell for cell in (claim.of, claim.to, claim.floor) if cell} <= cells, claim
+
+
+def test_what_cards_hold_is_computed():
+    """A cell of the documents' table; `python -m benchmarks.cards` makes them all."""
+    lora = cards.need(cards.unet_without_numbers("full", gpu.LORA_16), 768, "none")
+    row = cards.row(768, 4, "none", lora, lora).split("|")
+    documented = next(line.split("|") for line in PERFORMANCE.splitlines() if line.startswith("| 768, 4 | none"))
+    assert documented[4] == row[4] == f" {(lora.weights + lora.learning + 4 * lora.activations) / 1e9:.1f} "
+
+
+def test_cudas_autocast_is_imitated():
+    """What it keeps of a norm's input, and that a norm outside of it keeps that in half precision."""
+    norm, hidden = torch.nn.LayerNorm(8, dtype=torch.bfloat16), torch.zeros(2, 8, dtype=torch.bfloat16)
+    with cards.CudaAutocast(), torch.autocast("cpu", torch.bfloat16):
+        assert norm(hidden).dtype == torch.float32
+        norm.__class__ = HalfLayerNorm
+        assert norm(hidden).dtype == torch.bfloat16
+
+
+def test_goals_are_met_or_not(capsys):
+    bench.main(["--one", "memory"])
+    (megabytes,) = json.loads(capsys.readouterr().out)
+    assert f"{megabytes:.0f} MB in fp16" in PERFORMANCE
+    assert bench.rows("memory", [megabytes])[0].endswith("| 205 | no |")
+    assert bench.rows("memory", [180.0])[0].endswith("| 180 | yes |")
+    assert "failed: too small" in bench.rows("block", "too small")[1]
+    figures = [figure for group in bench.GROUPS.values() for figure in group.figures]
+    assert all(f"| {figure.name} | {figure.peer} | ≤ {figure.goal:g} |" in PERFORMANCE for figure in figures)

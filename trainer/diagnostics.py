@@ -32,8 +32,8 @@ def explained(train_batch_size: int, output_dir: str) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         raise ValueError(
-            f"out of memory with --train_batch_size {train_batch_size}: lower it, add "
-            "--gradient_checkpointing or --low_vram, or use --mixed_precision fp16"
+            f"out of memory with --train_batch_size {train_batch_size}: lower it, add --selective_checkpointing "
+            "feed_forward, --gradient_checkpointing or --low_vram, or use --mixed_precision fp16"
         ) from error
     except OSError as error:
         if error.errno != errno.ENOSPC:

@@ -16,6 +16,7 @@ from dreambooth.prepare import Encoded
 from methods.adapter import adapted_layers
 from settings.training import TrainConfig
 
+HALF = (torch.float16, torch.bfloat16)
 OPTIMIZER_BYTES = 8  # two fp32 moments a parameter, as Adam keeps them
 GRADIENT_BYTES = 4
 ADAPTER_PARTS = tuple(f"{prefix}" for prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values())
@@ -80,7 +81,10 @@ def size(count: int) -> str:
 
 
 def saved_activation_bytes(unet: UNet2DConditionModel, batch_size: int, shape: tuple[int, int], tokens: int) -> int:
-    """What autograd keeps for the backward pass of one batch, on tensors without storage: nothing is computed."""
+    """What autograd keeps for the backward pass of one batch, on tensors without storage: nothing is computed.
+
+    A base in half precision computes under autocast, as in the loop.
+    """
     kept: dict[int, torch.Tensor] = {}  # by storage: several operations keep the same tensor
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -97,7 +101,8 @@ def saved_activation_bytes(unet: UNet2DConditionModel, batch_size: int, shape: t
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         state = {name: mode.from_tensor(t) for name, t in (*unet.named_parameters(), *unet.named_buffers())}
         own = {tensor.untyped_storage()._cdata for tensor in state.values()}
-        options = {"device": unet.device, "dtype": unet.dtype}
+        dtype = unet.conv_in.weight.dtype
+        options = {"device": unet.device, "dtype": dtype}
         conditioning = {
             "text_embeds": torch.empty(batch_size, pooled, **options),
             "time_ids": torch.empty(batch_size, 6, device=unet.device),
@@ -107,7 +112,10 @@ def saved_activation_bytes(unet: UNet2DConditionModel, batch_size: int, shape: t
             torch.zeros(batch_size, device=unet.device, dtype=torch.long),
             torch.empty(batch_size, tokens, config.cross_attention_dim, **options),
         )
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with (
+            torch.autocast(unet.device.type, dtype, enabled=dtype in HALF, cache_enabled=False),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
             # no ties: a module that several layers share would keep what has no storage
             functional_call(unet, state, inputs, {"added_cond_kwargs": conditioning}, tie_weights=False)
     for layer in deciding:

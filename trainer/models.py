@@ -24,9 +24,11 @@ from methods.adapter import Adapter, Passes, Places, make_adapter, without_adapt
 from methods.base_passes import LABEL, run_base
 from methods.components import ENCODERS, TEXT_ENCODERS
 from nora import calibration_mask
+from settings.learning import HardwareOptions
 from settings.method import TextOptions
 from settings.training import TrainConfig
 from storage.tensors import write_safetensors
+from trainer.blocks import keep_less
 from trainer.sharding import share_frozen
 
 TRAINED_STATE = "trained.safetensors"
@@ -127,13 +129,14 @@ def save_state(adapter: Adapter, models: Mapping[str, nn.Module], folder: Path) 
     write_safetensors(folder / TRAINED_STATE, dict(state_tensors(adapter, models)))
 
 
-def make_trainable(models: Mapping[str, nn.Module], gradient_checkpointing: bool) -> None:
-    """Prepare the models for the loop: what learns is in fp32."""
+def make_trainable(models: Mapping[str, nn.Module], hardware: HardwareOptions) -> None:
+    """Prepare the models for the loop: what learns is in fp32, and as much is kept for the backward pass as asked."""
     for model in models.values():
         cast_training_params(model, dtype=torch.float32)
         model.train()  # a text encoder's dropout is 0 in SDXL; gradient checkpointing asks for training mode
         share_frozen(model)
-        if gradient_checkpointing:  # diffusers and transformers name it differently
+        keep_less(model, hardware.selective_checkpointing)
+        if hardware.gradient_checkpointing:  # diffusers and transformers name it differently
             (getattr(model, "enable_gradient_checkpointing", None) or model.gradient_checkpointing_enable)()
 
 
