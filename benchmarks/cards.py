@@ -14,22 +14,19 @@ import inference  # noqa: F401 -- before the libraries, because it quietens what
 # isort: split
 import argparse
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.training_utils import cast_training_params
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
 from benchmarks.gpu import LORA_16, NORA, config_of
 from benchmarks.sdxl_shape import build_unet
+from methods.memory import GRADIENT_BYTES, OPTIMIZER_BYTES, CudaAutocast, saved_activation_bytes
 from nora.functional import FINGERPRINT_SHAPE
 from nora.model import nora_layers
 from trainer.blocks import keep_less
-from trainer.memory import GRADIENT_BYTES, OPTIMIZER_BYTES, saved_activation_bytes
 
 CARDS = (8, 12, 16, 24, 32)
 GIB = 2**30
@@ -45,18 +42,6 @@ class Need(NamedTuple):
     weights: int  # of the frozen base and the adapter's frozen factors
     learning: int  # trained parameters, gradients and moments
     activations: int  # of a picture
-
-
-class CudaAutocast(TorchFunctionMode):
-    """Norms as CUDA's autocast computes them, in float32, where the CPU's leaves them alone.
-
-    Only where autocast is on, so that `HalfLayerNorm` is as it is on a GPU.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (F.layer_norm, F.group_norm) and torch.is_autocast_enabled("cpu"):
-            args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.float, (args, kwargs))
-        return func(*args, **(kwargs or {}))
 
 
 def unet_without_numbers(name: str, method: str, dtype: torch.dtype = torch.float16) -> UNet2DConditionModel:

@@ -22,8 +22,8 @@ from diffusers import UNet2DConditionModel
 from benchmarks.cards import CHECKPOINTING, TOKENS
 from benchmarks.gpu import NORA, Cell, config_of, make_inputs
 from benchmarks.sdxl_shape import SHAPES, build_unet, pixels
+from methods.memory import saved_activation_bytes
 from trainer.blocks import keep_less
-from trainer.memory import saved_activation_bytes
 
 
 @contextlib.contextmanager

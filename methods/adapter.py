@@ -23,6 +23,8 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from torch import nn
 
 from methods.components import TARGET_SETS
@@ -30,6 +32,7 @@ from methods.options import Method
 from methods.registry import METHODS, find_method
 from methods.update import Update, measured_update
 from nora.files import BaseStatistics
+from storage.tensors import write_safetensors
 
 NAME = "default"  # of the adapter inside a model that is trained
 
@@ -273,6 +276,13 @@ class RandLora(Adapter):
 
     def extra_fields(self) -> dict[str, Any]:
         return {} if self.args["alpha"] is not None else {"randlora_alpha": 20 * self.args["rank"]}
+
+    def save_peft(self, component: str, folder: Path) -> None:
+        """With the shared random pair once; PEFT writes it for every layer, 4 GB for SDXL."""
+        super().save_peft(component, folder)
+        path = folder / SAFETENSORS_WEIGHTS_NAME
+        shared = re.compile(r".*(?<!^base_model)\.randlora_[AB]$")
+        write_safetensors(path, {key: one for key, one in load_file(path).items() if not shared.match(key)})
 
 
 class Oft(Adapter):

@@ -25,11 +25,13 @@ from storage.text import expand_home
 
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9}
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 LARGEST = 4096  # of any rank that is tried
 # The option that makes a method larger or smaller, where it is not the rank; and what it can be.
 SIZES: dict[str, tuple[str, Sequence[int]]] = {
     "adalora": ("init_rank", range(2, LARGEST + 1)),
     "fourierft": ("n_frequency", range(1, 100_001)),
+    "lokr": ("rank", range(1, 65)),  # from half of a factor's side on it is whole, and no rank changes it
     "hra": ("rank", range(2, LARGEST + 1, 2)),
     "oft": ("block_size", [2**power for power in range(1, 13)]),
     "randlora": ("rank", range(LARGEST, 0, -1)),  # a smaller one trains more
@@ -41,7 +43,7 @@ class Layer(NamedTuple):
 
     m: int
     n: int
-    count: int
+    number: int
 
 
 class Setting(NamedTuple):
@@ -55,7 +57,7 @@ class Setting(NamedTuple):
 
 def trained_count(method: str, args: Mapping[str, Any], m: int, n: int) -> int:
     """Parameters that a method trains in a layer of m outputs and n inputs."""
-    r = args.get("rank")
+    r: Any = args.get("rank")
     if method in ("lora", "rslora", "loraplus", "pissa", "olora", "dylora"):
         return r * (m + n)
     if method == "lokr":
@@ -91,14 +93,14 @@ def _lokr_count(args: Mapping[str, Any], m: int, n: int) -> int:
 
 def file_count(method: Method, args: Mapping[str, Any], layers: Sequence[Layer]) -> int:
     """Numbers in the smallest file that is the whole adapter: a LoRA file, NoRA's inner factors, or PEFT's folder."""
-    trained = sum(layer.count * trained_count(method.name, args, layer.m, layer.n) for layer in layers)
+    trained = sum(layer.number * trained_count(method.name, args, layer.m, layer.n) for layer in layers)
     if method.name == "nora":
         return trained
     if method.low_rank:
-        rank = {"pissa": 2, "olora": 2}.get(method.name, 1) * args.get("rank", args.get("init_rank"))
+        rank = {"pissa": 2, "olora": 2}.get(method.name, 1) * args.get("rank", args.get("target_rank"))
         if method.name == "dylora":
             rank = args["save_rank"] or rank
-        return sum(layer.count * rank * (layer.m + layer.n) for layer in layers)
+        return sum(layer.number * rank * (layer.m + layer.n) for layer in layers)
     if method.name in ("vera", "randlora"):  # the shared random factors are in the file
         sides = max(layer.m for layer in layers), max(layer.n for layer in layers)
         per = args["rank"] * (1 if method.name == "vera" else math.ceil(min(sides) / args["rank"]))
@@ -107,23 +109,19 @@ def file_count(method: Method, args: Mapping[str, Any], layers: Sequence[Layer])
 
 
 def setting(method: Method, args: Mapping[str, Any], layers: Sequence[Layer]) -> Setting:
-    parameters = sum(layer.count * trained_count(method.name, args, layer.m, layer.n) for layer in layers)
+    parameters = sum(layer.number * trained_count(method.name, args, layer.m, layer.n) for layer in layers)
     name, _ = SIZES.get(method.name, ("rank", ()))
     said = f"{name}={args[name]}"
     frozen = 0
     if method.name == "nora":
         outer = [args["outer_rank"] or min(8 * args["rank"], layer.m, layer.n) for layer in layers]
         said += f" outer_rank={args['outer_rank'] or max(outer)}"
-        frozen = sum(layer.count * r * layer.n for layer, r in zip(layers, outer))
+        frozen = sum(layer.number * r * layer.n for layer, r in zip(layers, outer))
     return Setting(said, parameters, file_count(method, args, layers), frozen)
 
 
 def nearest(method: Method, layers: Sequence[Layer], cost: Callable[[Setting], float], budget: float) -> Setting | None:
-    """The largest setting whose cost is within the budget, by bisection, because cost grows with it; None if none is.
-
-    Raises:
-        ValueError: never for a method of the registry; its options are the defaults but for its size.
-    """
+    """The largest setting whose cost is within the budget, all else at its defaults; None if none is."""
     name, values = SIZES.get(method.name, ("rank", range(1, LARGEST + 1)))
 
     def at(value: int) -> Setting | None:
@@ -196,15 +194,18 @@ def amount(text: str, unit: str = "") -> float:
     Raises:
         ValueError: for anything else.
     """
-    found = re.fullmatch(rf"([0-9.]+)\s*([KMG]?){unit}", text, re.IGNORECASE)
-    try:
-        return float(found[1]) * UNITS[found[2].upper()] if found else math.nan or _refuse(text, unit)
-    except ValueError:
-        return _refuse(text, unit)
+    found = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*([KMG]?){unit}", text, re.IGNORECASE)
+    if not found:
+        raise ValueError(f"{text} must look like {'1MB or 6GB' if unit else '2.3M'}")
+    return float(found[1]) * UNITS[found[2].upper()]
 
 
-def _refuse(text: str, unit: str) -> float:
-    raise ValueError(f"{text} must look like {'2.3M' if not unit else '1MB or 6GB'}")
+def _least(method: Method, layers: Sequence[Layer], cost: Callable[[Setting], float], budget: float) -> str:
+    name, values = SIZES.get(method.name, ("rank", range(1, LARGEST + 1)))
+    args = resolve(method.name, [], {}) | ({"target_rank": 1} if method.name == "adalora" else {}) | {name: values[0]}
+    if not _fits(method.name, args, layers):
+        return f"no layer can hold {name}={values[0]}"
+    return f"{name}={values[0]} takes {cost(setting(method, args, layers)) / budget:.2f} of it"
 
 
 def table(layers: Sequence[Layer], cost: Callable[[Setting], float], budget: float, bytes_each: int) -> str:
@@ -213,13 +214,10 @@ def table(layers: Sequence[Layer], cost: Callable[[Setting], float], budget: flo
     for method in METHODS.values():
         found = nearest(method, layers, cost, budget)
         if found is None:
-            name, values = SIZES.get(method.name, ("rank", range(1, 2)))
-            rows.append(f"| {method.name} | none fits: {name}={values[0]} is too much or unfit | | | |")
+            rows.append(f"| {method.name} | none fits: {_least(method, layers, cost, budget)} | | | |")
             continue
-        size = found.file_numbers * bytes_each
-        rows.append(
-            f"| {method.name} | {found.said} | {found.parameters:,} | {size / 1e6:.2f} MB | {cost(found) / budget:.2f} |"
-        )
+        size, share = f"{found.file_numbers * bytes_each / 1e6:.2f} MB", f"{cost(found) / budget:.2f}"
+        rows.append(f"| {method.name} | {found.said} | {found.parameters:,} | {size} | {share} |")
     return "\n".join(rows)
 
 
@@ -247,10 +245,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif args.file:
             print(table(layers, lambda one: one.file_numbers * each, amount(args.file, "B"), each))
         else:
+            import torch
+
             from methods.memory import training_bytes
 
-            pixels = {"resolution": args.resolution, "batch_size": args.batch, "dtype": args.dtype}
-            fixed = training_bytes(models, **pixels)
+            pixels = {
+                "resolution": args.resolution,
+                "batch_size": args.batch,
+                "dtype": getattr(torch, DTYPES[args.dtype]),
+            }
+            fixed = training_bytes(models, Places(args.targets), **pixels)
             budget = amount(args.memory, "B")
             print(f"the base alone, with what autograd keeps beside adapters: {fixed / 1e9:.2f} GB")
             print(table(layers, lambda one: fixed + 16 * one.parameters + each * one.frozen_numbers, budget, each))

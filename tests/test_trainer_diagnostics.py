@@ -14,9 +14,10 @@ from dreambooth.draws import VALIDATION, fixed_batches
 from dreambooth.encode import EncodedPicture, EncodedPrompts
 from dreambooth.loss import Objective
 from dreambooth.validation import SEED, validation_loss
+from methods.memory import saved_activation_bytes
 from runs.record import MetricsLog
 from trainer.diagnostics import TrainingFailure, check_loss, explained, gradient_norms
-from trainer.memory import memory_line, quantize_frozen, saved_activation_bytes
+from trainer.memory import memory_line, quantize_frozen
 
 
 @pytest.fixture

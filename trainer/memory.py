@@ -6,19 +6,13 @@ from collections.abc import Callable, Mapping
 
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DConditionModel
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
 
 from dreambooth.prepare import Encoded
-from methods.adapter import adapted_layers
+from methods.memory import GRADIENT_BYTES, OPTIMIZER_BYTES, saved_activation_bytes
 from settings.training import TrainConfig
 
-HALF = (torch.float16, torch.bfloat16)
-OPTIMIZER_BYTES = 8  # two fp32 moments a parameter, as Adam keeps them
-GRADIENT_BYTES = 4
 ADAPTER_PARTS = tuple(f"{prefix}" for prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values())
 
 
@@ -78,49 +72,6 @@ def settle_memory(
 def size(count: int) -> str:
     """Bytes for people: 12 MB, 3.4 GB (powers of ten)."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def saved_activation_bytes(unet: UNet2DConditionModel, batch_size: int, shape: tuple[int, int], tokens: int) -> int:
-    """What autograd keeps for the backward pass of one batch, on tensors without storage: nothing is computed.
-
-    A base in half precision computes under autocast, as in the loop.
-    """
-    kept: dict[int, torch.Tensor] = {}  # by storage: several operations keep the same tensor
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    # LoHa and LoKr draw in training mode whether to drop a layer, which a tensor without storage can't decide
-    deciding = [layer for layer in adapted_layers(unet).values() if layer.training]
-    for layer in deciding:
-        layer.training = False
-    config = unet.config
-    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    # what a method keeps outside of buffers, such as FourierFT's places, is small and stays as it is
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        state = {name: mode.from_tensor(t) for name, t in (*unet.named_parameters(), *unet.named_buffers())}
-        own = {tensor.untyped_storage()._cdata for tensor in state.values()}
-        dtype = unet.conv_in.weight.dtype
-        options = {"device": unet.device, "dtype": dtype}
-        conditioning = {
-            "text_embeds": torch.empty(batch_size, pooled, **options),
-            "time_ids": torch.empty(batch_size, 6, device=unet.device),
-        }
-        inputs = (
-            torch.empty(batch_size, config.in_channels, *shape, **options),
-            torch.zeros(batch_size, device=unet.device, dtype=torch.long),
-            torch.empty(batch_size, tokens, config.cross_attention_dim, **options),
-        )
-        with (
-            torch.autocast(unet.device.type, dtype, enabled=dtype in HALF, cache_enabled=False),
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        ):
-            # no ties: a module that several layers share would keep what has no storage
-            functional_call(unet, state, inputs, {"added_cond_kwargs": conditioning}, tie_weights=False)
-    for layer in deciding:
-        layer.training = True
-    return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
 
 
 def import_torchao() -> tuple[Callable, type]:

@@ -184,6 +184,9 @@ def _build(
         for path, layer in adapted_layers(bare).items():
             starts[path] = tuple(side[NAME].weight.detach().clone() for side in (layer.lora_B, layer.lora_A))
     wanted = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    # what all layers share may be there once, above them
+    above = {key: tensors.get(f"base_model.{key.rpartition('.')[2]}") for key in set(wanted) - set(tensors)}
+    tensors = {**tensors, **{key: tensor for key, tensor in above.items() if tensor is not None}}
     for key in sorted(set(wanted) ^ set(tensors)):
         what = "has no place for" if key in tensors else "needs"
         raise ValueError(f"adapter {folder}: {_kind(config)} with its configuration {what} {key}")
