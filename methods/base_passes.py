@@ -111,7 +111,9 @@ def run_base(component: str, model: nn.Module, generic: GenericPrompts, schedule
 
 
 @torch.no_grad()
-def run_own_pictures(unet: UNet2DConditionModel, generic: GenericPrompts, scheduler: SchedulerMixin) -> None:
+def run_own_pictures(
+    unet: UNet2DConditionModel, generic: GenericPrompts, scheduler: SchedulerMixin, seed: int = SEED
+) -> None:
     """Draw a picture for each prompt in STEPS steps, every other one without the prompt; in `base_in_float32`.
 
     The steps are spread over all timesteps, and what the UNet sees at each is what it made itself at the one before.
@@ -122,7 +124,7 @@ def run_own_pictures(unet: UNet2DConditionModel, generic: GenericPrompts, schedu
     side = min(unet.config.sample_size, LARGEST_SIDE)
     pixels = generic.pixels
     count = len(generic.embeds)
-    draws = np.random.RandomState(SEED).standard_normal((count, unet.config.in_channels, side, side))
+    draws = np.random.RandomState(seed).standard_normal((count, unet.config.in_channels, side, side))
     noise = torch.from_numpy(draws).float().to(unet.device)
     time_ids = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], dtype=torch.float32, device=unet.device)
     kind = EDMEulerScheduler if isinstance(scheduler, EDMEulerScheduler) else EulerDiscreteScheduler

@@ -18,9 +18,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from methods.memory import HALF
 from settings.learning import COMPILE_PAYS, HardwareOptions, LoopOptions
 from storage.text import first_line
-from trainer.memory import HALF
 from trainer.sharding import SplittingAccelerator
 
 # --- what is kept for the backward pass -------------------------------------------------------------------------------
