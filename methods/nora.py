@@ -51,7 +51,7 @@ class Nora(Adapter):
     def outer_ranks(self) -> list[int]:
         """The distinct outer ranks that the layers got."""
         layers = [layer for model in self.models.values() for layer in nora_layers(model, NAME).values()]
-        return sorted({layer.nora_inner_A[NAME].in_features for layer in layers})
+        return sorted({layer.outer_rank(NAME) for layer in layers})
 
     def rate(self, name: str) -> float:
         return (self.args["lr_ratio"] or 1.0) if "nora_inner_B" in name else 1.0

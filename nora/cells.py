@@ -7,7 +7,7 @@ paper's r; k: rank of the update, its r'.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 
@@ -62,31 +62,10 @@ class Cell:
         """``up`` (m, ·) and ``down`` (·, n) from all matrices of the chain; ``ΔW = s · up · down``."""
         return product(self.up, matrices), product(self.down, matrices)
 
-    def spread_before_last(
-        self, matrices: Mapping[str, torch.Tensor], channel: torch.Tensor
-    ) -> tuple[float, float, float]:
-        """What `matched_std` needs of the chain around the last two trained matrices X₂ · X₁, or X₂ alone.
-
-        Returns:
-            ``‖L‖_F`` of what comes after X₂ (√m for the identity), ``‖F D‖_F`` of what comes before X₁, and the rows of
-            X₁; D = diag(channel) (n,).
-        """
-        names = [name for name in self.chain if name in self.trained]
-        after = self.chain[self.chain.index(names[-1]) + 1 :]
-        left = float(matrices["B"].norm()) if after else float(matrices[names[-1]].shape[0]) ** 0.5
-        before = self.chain[: self.chain.index(names[-2])]
-        if not before:
-            return left, float(channel.norm()), float(matrices[names[-2]].shape[0])
-        # column norms of a product with a diagonal, without forming what is (m, n)
-        first = matrices[before[0]].to(channel) * channel
-        right = reduce(lambda done, name: matrices[name].to(channel) @ done, before[1:], first)
-        return left, float(right.norm()), float(matrices[names[-2]].shape[0])
-
 
 def product(names: tuple[str, ...], matrices: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The matrices' product, the first one rightmost."""
-    step: Callable[[torch.Tensor, str], torch.Tensor] = lambda done, name: matrices[name] @ done  # noqa: E731
-    return reduce(step, names[1:], matrices[names[0]])
+    return reduce(lambda done, name: matrices[name] @ done, names[1:], matrices[names[0]])
 
 
 # (structure, position). The parallel cells hold B A ≈ W itself, which would double W: only their deviation from it.
