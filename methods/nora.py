@@ -30,7 +30,7 @@ class Nora(Adapter):
         super().check_fits(component, model)
 
     def extra_fields(self) -> dict:
-        return {}  # its alpha is the rank by itself
+        return dict(self.method.fixed)  # its alpha is the rank by itself
 
     @basis_cache()
     def inject(self, component: str, model: nn.Module, measure: Callable[[int], None]) -> None:
@@ -55,6 +55,10 @@ class Nora(Adapter):
 
     def rate(self, name: str) -> float:
         return (self.args["lr_ratio"] or 1.0) if "nora_inner_B" in name else 1.0
+
+    def decays(self, name: str) -> bool:
+        """Not where 0 is no start: the update is the deviation from one."""
+        return not any(model.peft_config[NAME].has_residual for model in self.models.values()) and super().decays(name)
 
     @torch.no_grad()
     def layer_update(self, layer: NoraLinear) -> Update:

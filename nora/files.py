@@ -274,8 +274,8 @@ def _matching_targets(path, prefix: str, model: nn.Module, inner: InnerFile) -> 
             raise ValueError(f"{path} lacks the key {key}{_START_SUFFIX}: the file is damaged")
         if found != wanted_shapes:
             raise ValueError(
-                f"{path} has A', B' of shapes {found} for {key}, and its config asks for {wanted_shapes}: the base or "
-                "the file is another one"
+                f"{path} has {_listed(found)} for {key}, and its config asks for {_listed(wanted_shapes)}: the base "
+                "or the file is another one"
             )
         if config.needs_statistics:
             statistic = inner.statistics.get(key)
@@ -290,6 +290,10 @@ def _matching_targets(path, prefix: str, model: nn.Module, inner: InnerFile) -> 
                     f"{statistic.shape[0]} in the file; load the base that the adapter was trained on"
                 )
     return layers
+
+
+def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return f"{', '.join(sorted(shapes))} of shapes {', '.join(str(shapes[entry]) for entry in sorted(shapes))}"
 
 
 def _prefix_of(key: str, configs: Mapping[str, NoraConfig]) -> str:

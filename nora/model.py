@@ -438,12 +438,11 @@ class NoraModel(BaseTuner):
                 layers are checked before the first is changed.
         """
         saved = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in state_dict.items()}
-        loaded = {
-            name: layer
-            for name, layer in nora_layers(model, adapter_name).items()
-            if any(key.startswith(f"{name}.nora_{next(iter(layer.trained(adapter_name)))}.") for key in saved)
-            and not layer.is_on_meta(adapter_name)
-        }
+        loaded = {}
+        for name, layer in nora_layers(model, adapter_name).items():
+            held = tuple(f"{name}.nora_{trained}." for trained in layer.trained(adapter_name))
+            if any(key.startswith(held) for key in saved) and not layer.is_on_meta(adapter_name):
+                loaded[name] = layer
         for name, layer in loaded.items():
             layer.check_unmerged("loading")
             layer.check_base_is_here()

@@ -36,8 +36,8 @@ def spreads(
 ) -> dict[str, Spread]:
     """Name of each trained matrix, in the cell's order -> how its start is drawn.
 
-    "matched" is `matched_std` of the second to last, with the last at 0: LoRA of rank 4's first step in every cell. What
-    serial ab has before them starts at ``A' ~ N(0, 1/r)``, ``B' ~ N(0, 1/r')``.
+    "matched" is `matched_std` of the second to last, with the last at 0: LoRA of rank 4's first step in every cell.
+    What serial ab has before them starts at ``A' ~ N(0, 1/r)``, ``B' ~ N(0, 1/r')``.
 
     Args:
         outer: the pair, where `needs_pair` says so.
