@@ -40,7 +40,7 @@ OPTIONS = [
     *({"structure": structure, "position": position} for structure, position in CELLS),
     {"inner_init": "diag"},
     {"inner_init": "diag", "sigma_side": "both"},
-    {"inner_init": "normal", "residual": True, "structure": "serial", "position": "ab"},
+    {"inner_init": "normal", "inner_std": 0.3, "residual": True, "structure": "serial", "position": "ab"},
     {"outer_part": "last"},
     {"structure": "parallel", "outer_init": "random"},
     {"generator": "nola", "coefficients": 10},
