@@ -124,9 +124,10 @@ def build_basis(
         used = canonical_statistic(statistic).to(W.device)
         scale = awsvd_scale(used, config.awsvd_gamma)
     part = config.outer_part
-    settings = (config.outer_init, outer_r, config.sigma_side, config.awsvd_gamma, STATISTIC_FLOOR, config.basis)
+    settings: tuple = (config.outer_init, outer_r, config.sigma_side)
+    settings += (config.awsvd_gamma, STATISTIC_FLOOR, config.basis)
     if part != "top":
-        settings = (*settings, part)
+        settings += (part,)
 
     def decompose() -> dict[str, torch.Tensor]:
         if config.basis == "exact" or part != "top":
