@@ -54,7 +54,7 @@ class Nora(Adapter):
         return sorted({layer.outer_rank(NAME) for layer in layers})
 
     def rate(self, name: str) -> float:
-        return (self.args["lr_ratio"] or 1.0) if "nora_inner_B" in name else 1.0
+        return (self.args.get("lr_ratio") or 1.0) if "nora_inner_B" in name else 1.0
 
     def decays(self, name: str) -> bool:
         """Not where 0 is no start: the update is the deviation from one."""
