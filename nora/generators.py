@@ -68,7 +68,7 @@ class Generated(nn.Module):
         self.name, self.in_features, self.out_features, self.seed = name, in_features, out_features, seed
         self.coefficients = nn.Parameter(torch.zeros(count))
         self.register_buffer("offset_scale", torch.zeros(()))
-        self._fetch()
+        self.__dict__["_bases"] = None  # fetched on the device where the layer goes
 
     def _fetch(self) -> None:
         device = self.coefficients.device
@@ -105,6 +105,8 @@ class Generated(nn.Module):
         """(out, in), in float32 or the coefficients' wider dtype."""
         coefficients = self.coefficients
         wide = torch.promote_types(coefficients.dtype, torch.float32)
+        if self._bases is None:
+            self._fetch()
         with torch.autocast(coefficients.device.type, enabled=False):
             offset, bases = self._bases.offset.to(wide), self._bases.bases.to(wide)
             flat = torch.addmv(offset * self.offset_scale, bases.T, coefficients.to(wide))

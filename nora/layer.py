@@ -422,7 +422,9 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         """``A' A`` (r', n) and ``s B B'`` (m, r') on the device; float32, or float64 for a float64 base."""
         self._check_has_basis(adapter_name)
         dtype, cell = self._merging_dtype, self.cell(adapter_name)
-        trained = {name: module.weight.detach().to(device, dtype) for name, module in self.trained(adapter_name).items()}
+        trained = {
+            name: module.weight.detach().to(device, dtype) for name, module in self.trained(adapter_name).items()
+        }
         down, up = self._factors(adapter_name, cell, trained, scaling)
         start = self.start(adapter_name)
         if start is None:

@@ -132,7 +132,7 @@ def test_a_generated_matrix_is_the_sum_over_numpy_s_bases_and_leaves_other_draws
     layer = Generated("inner_A", 4, 2, 3, seed=5)
     other = Generated("inner_A", 4, 2, 3, seed=5)
     assert torch.equal(torch.get_rng_state(), state[0]) and (np.random.get_state()[1] == state[1]).all()
-    assert layer._bases is other._bases  # one for all layers of a shape
+    assert torch.equal(layer.weight, other.weight) and layer._bases is other._bases  # one for all layers of a shape
     layer.coefficients.data = torch.tensor([0.5, -1.0, 2.0])
     layer.offset_scale.fill_(0.25)
     found = shared_bases("inner_A", (2, 4), 3, 5, torch.device("cpu"))
