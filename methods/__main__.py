@@ -40,7 +40,7 @@ def files(method: Method) -> str:
         parts.append("LoRA")
     if method.name == "dora":
         parts.append("LoRA with magnitudes (diffusers reads it)")
-    if method.name == "nora":
+    if method.adapter == "methods.nora:Nora":
         parts.append("inner factors alone")
     return ", ".join(parts if method.low_rank else [*parts, "*LoRA*"])
 

@@ -42,7 +42,7 @@ def written(method: Method) -> str:
     files = ["a PEFT folder (peft/)"]
     if method.low_rank or method.name == "dora":
         files.append("a LoRA file (pytorch_lora_weights.safetensors)")
-    if method.name == "nora":
+    if method.adapter == "methods.nora:Nora":
         files.append("the inner factors alone (nora_inner_weights.safetensors)")
     if not method.low_rank:
         files.append("with --convert_to_lora RANK an approximate LoRA file")

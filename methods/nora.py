@@ -35,7 +35,7 @@ class Nora(Adapter):
         super().check_fits(component, model)
 
     def extra_fields(self) -> dict:
-        return {}  # its alpha is the rank by itself
+        return dict(self.method.fixed)  # its alpha is the rank by itself
 
     @basis_cache()
     def inject(self, component: str, model: nn.Module, passes: Passes) -> None:
@@ -85,10 +85,14 @@ class Nora(Adapter):
     def outer_ranks(self) -> list[int]:
         """The distinct outer ranks that the layers got."""
         layers = [layer for model in self.models.values() for layer in nora_layers(model, NAME).values()]
-        return sorted({layer.nora_inner_A[NAME].in_features for layer in layers})
+        return sorted({layer.outer_rank(NAME) for layer in layers})
 
     def rate(self, name: str) -> float:
-        return (self.args["lr_ratio"] or 1.0) if "nora_inner_B" in name else 1.0
+        return (self.args.get("lr_ratio") or 1.0) if "nora_inner_B" in name else 1.0
+
+    def decays(self, name: str) -> bool:
+        """Not where 0 is no start: the update is the deviation from one."""
+        return not any(model.peft_config[NAME].has_residual for model in self.models.values()) and super().decays(name)
 
     @torch.no_grad()
     def layer_update(self, layer: NoraLinear) -> Update:

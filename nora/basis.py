@@ -99,6 +99,9 @@ def build_basis(
     On the meta device (to count parameters of a model that isn't there) the pair has its shape and no content.
     """
     W = oriented_weight(base_layer)  # (m, n)
+    if config.structure == "plain":  # no factors: a pair of width 0
+        outer = OuterFactors(W.new_empty(0, W.shape[1]), W.new_empty(W.shape[0], 0))
+        return Basis(*outer, None, None if W.is_meta else fingerprint(W, outer), None)
     if W.is_meta:
         A, B = W.new_empty(outer_r, W.shape[1]), W.new_empty(W.shape[0], outer_r)
         if config.outer_init == "random":
@@ -120,11 +123,20 @@ def build_basis(
         assert statistic is not None  # whoever calls has looked for it
         used = canonical_statistic(statistic).to(W.device)
         scale = awsvd_scale(used, config.awsvd_gamma)
-    settings = (config.outer_init, outer_r, config.sigma_side, config.awsvd_gamma, STATISTIC_FLOOR, config.basis)
+    part = config.outer_part
+    settings: tuple = (config.outer_init, outer_r, config.sigma_side)
+    settings += (config.awsvd_gamma, STATISTIC_FLOOR, config.basis)
+    if part != "top":
+        settings += (part,)
 
     def decompose() -> dict[str, torch.Tensor]:
-        factors = outer_factors if config.basis == "exact" else iterated_factors
-        outer = factors(W, outer_r, scale, config.sigma_side)
+        if config.basis == "exact" or part != "top":
+            try:
+                outer = outer_factors(W, outer_r, scale, config.sigma_side, part)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        else:
+            outer = iterated_factors(W, outer_r, scale, config.sigma_side)
         return {"A": outer.A, "fingerprint": fingerprint(W, outer)}  # of B, which is W R, its sketch is enough
 
     found = cached_tensors(W, used, settings, decompose)

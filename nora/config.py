@@ -11,25 +11,33 @@ from peft.config import PeftConfig
 from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import PeftType
 
+from .cells import CELLS, LARGEST_OUTPUT_CORE, POSITIONS, STRUCTURES, Cell
+from .functional import OUTER_PARTS
+from .generators import GENERATORS
 from .registration import NAME
 
 DEFAULT_OUTER_MULTIPLE = 8
 
 _CHOICES = {
+    "structure": STRUCTURES,
+    "position": POSITIONS,
     "outer_init": ("awsvd", "svd", "random"),
+    "outer_part": OUTER_PARTS,
     "awsvd_stat": ("mean_abs", "rms", "weight"),
     "sigma_side": ("B", "A", "both"),
     "basis": ("iterated", "exact"),
-    "inner_init": ("matched", "normal", "zero_uniform"),
+    "inner_init": ("matched", "normal", "zero_uniform", "diag"),
+    "scaling": ("alpha/r", "alpha/sqrt(r)"),
+    "generator": GENERATORS,
 }
 
 
 class LayerRanks(NamedTuple):
-    """What one layer gets: ``r`` (the update's rank), ``outer_r``, ``alpha``, and whether outer_r was cut to fit."""
+    """What one layer gets: ``r`` (the update's rank), ``outer_r``, s, and whether outer_r was cut to fit."""
 
     r: int
     outer_r: int
-    alpha: float
+    scaling: float
     cut: bool
 
 
@@ -42,11 +50,18 @@ class NoraConfig(PeftConfig):
         outer_r: outer rank, the paper's r: the width of the frozen pair A (outer_r, n), B (m, outer_r). None means 8 r,
             or a layer's smaller side where that is less (logged once); a number that a layer can't hold is refused.
         nora_alpha: s = nora_alpha / r. None means r, that is s = 1, which is what the paper always uses.
+        scaling: "alpha/r", or "alpha/sqrt(r)" (rsLoRA, arXiv 2312.03732).
+        structure, position: the cell of the paper's design space (Sec. 3.3; `cells.CELLS`): "serial" at "a" is NoRA,
+            "b" and "ab" its other places; "adapter" (at "a" it is LoRA-XS, arXiv 2405.17604) trains one matrix, of
+            rank r = outer_r; "parallel" is the deviation from B A. "plain" is LoRA's pair, without frozen factors.
         target_modules: names, a regular expression, or "all-linear", as in every PEFT method. ``nn.Linear`` and
             transformers' ``Conv1D``.
         outer_init: "awsvd" (activation-aware SVD of W), "svd", or "random" (Gaussian at the SVD's Frobenius norms).
             None: "awsvd" where `preprocess_nora` has measured the model, else "svd" with a warning; injection writes
             here which.
+        outer_part: which singular directions: the "top" r, the "middle" or the "last" ones among those whose singular
+            value is at least 1e-4 of the largest: a vanishing one would make a column of B zero, and pin the update
+            there to 0. Always exact, since the iteration finds leading directions alone.
         awsvd_gamma: exponent of the statistic in S: 0.5 in the paper's Eq. 3, 1.0 in the authors' code.
         awsvd_stat: what S measures per input channel: "mean_abs" or "rms" of the activations (both need
             `preprocess_nora`), or "weight", the data-free mean |W| of the channel's column.
@@ -55,9 +70,14 @@ class NoraConfig(PeftConfig):
             paper's). None: "iterated", or "exact" in a saved config, which is what files from before this choice hold.
         outer_seed: seed of outer_init="random".
         inner_init: "matched" (B' = 0, A' at the scale that gives a rank-4 LoRA's first step; starts at the base model),
-            "normal" (the paper: both N(0, inner_std²)) or "zero_uniform" (B' = 0, A' uniform on ±1/√outer_r).
-            The paper's third, diag(Σ)‖diag(Σ), is refused: it starts at ΔW ≈ W², which destroys the model unless
-            W − ΔW(0) replaces the base weight, and this package never changes the base.
+            "normal" (the paper: both N(0, inner_std²)), "zero_uniform" (B' = 0, A' uniform on ±1/√outer_r) or "diag"
+            (the paper's Table 5: both diag(Σ), cut to r; serial a alone). In other cells the trained matrix nearest to
+            the output takes the place of B'.
+        residual: compute ``W x + s (Δ(θ) − Δ(θ₀)) x`` with the start θ₀, which the files hold, so that a start with
+            ΔW ≠ 0 is the base. The paper subtracts s Δ(θ₀) from W; here W keeps its bits. Folded LoRA has rank 2 r.
+            None: only for inner_init="diag", whose ΔW(0) ≈ W³ would destroy the model.
+        generator: "dense", or "nola" (arXiv 2310.02556): the trained matrices from coefficients over seeded bases.
+        coefficients, generator_seed: of generator="nola", per trained matrix; see `generators`.
         inner_std: standard deviation of inner_init="normal". The paper gives none.
         nora_dropout: dropout on the layer's input, on the adapter's path only.
         rank_pattern, outer_rank_pattern, alpha_pattern: module name or pattern -> r, outer_r, nora_alpha for it.
@@ -73,18 +93,26 @@ class NoraConfig(PeftConfig):
     r: int = field(default=8, metadata={"help": "Rank of the update (the paper's r')."})
     outer_r: int | None = field(default=None, metadata={"help": "Outer rank (the paper's r); None means 8 r."})
     nora_alpha: float | None = field(default=None, metadata={"help": "s = nora_alpha / r; None means s = 1."})
+    scaling: str = field(default="alpha/r", metadata={"help": "alpha/r or alpha/sqrt(r)."})
+    structure: str = field(default="serial", metadata={"help": "serial, adapter, parallel or plain."})
+    position: str = field(default="a", metadata={"help": "a, b or ab."})
     target_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to adapt."})
     exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
     outer_init: str | None = field(
         default=None, metadata={"help": "awsvd, svd or random; None: awsvd where the model was calibrated, else svd."}
     )
+    outer_part: str = field(default="top", metadata={"help": "top, middle or last singular directions."})
     awsvd_gamma: float = field(default=0.5, metadata={"help": "Exponent of the statistic in S."})
     awsvd_stat: str = field(default="mean_abs", metadata={"help": "mean_abs, rms or weight."})
     sigma_side: str = field(default="B", metadata={"help": "B, A or both."})
     basis: str | None = field(default=None, metadata={"help": "iterated or exact."})
     outer_seed: int = field(default=0, metadata={"help": 'Seed of outer_init="random".'})
-    inner_init: str = field(default="matched", metadata={"help": "matched, normal or zero_uniform."})
+    inner_init: str = field(default="matched", metadata={"help": "matched, normal, zero_uniform or diag."})
     inner_std: float = field(default=0.01, metadata={"help": 'Standard deviation of inner_init="normal".'})
+    residual: bool | None = field(default=None, metadata={"help": "Subtract the start; None: for diag alone."})
+    generator: str = field(default="dense", metadata={"help": "dense or nola."})
+    coefficients: int = field(default=512, metadata={"help": "Coefficients of a generated matrix."})
+    generator_seed: int = field(default=0, metadata={"help": 'Seed of generator="nola".'})
     nora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Module pattern -> r."})
     outer_rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Module pattern -> outer_r."})
@@ -100,6 +128,8 @@ class NoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType[NAME]
+        if self.structure == "plain" and self.outer_init is None:
+            self.outer_init = "svd"  # of nothing: it has no outer factors
         if self.saved and self.outer_init is None:
             self.outer_init = "awsvd"  # saving writes it; this is what None meant to whoever left it out of a file
         if self.basis is None:
@@ -110,6 +140,8 @@ class NoraConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
         self._check_choices()
         self._check_numbers()
+        self._check_cell()
+        self._check_start()
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 f"layers_pattern={self.layers_pattern!r} has no effect alone: set layers_to_transform too, or drop it"
@@ -121,15 +153,41 @@ class NoraConfig(PeftConfig):
             )
 
     def _check_choices(self) -> None:
-        if self.inner_init == "diag":
-            raise ValueError(
-                'inner_init="diag" starts at an update as large as the weight itself and needs the residual base '
-                'W - ΔW(0), which is not supported: use "matched", "normal" or "zero_uniform"'
-            )
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             if value not in allowed and not (name == "outer_init" and value is None):
                 raise ValueError(f"{name}={value!r} is not known: choose one of {', '.join(allowed)}")
+
+    def _check_cell(self) -> None:
+        where = f"structure={self.structure!r} with position={self.position!r}"
+        if (self.structure, self.position) not in CELLS:
+            known = ", ".join(f"{structure} {position}" for structure, position in CELLS)
+            raise ValueError(f"{where} is no cell of the design space: choose one of {known}")
+        given = [name for name in ("outer_r", "outer_rank_pattern") if getattr(self, name)]
+        if given and self.structure in ("adapter", "plain"):
+            reason = "has no outer factors" if self.structure == "plain" else "trains a matrix of rank r = outer_r"
+            raise ValueError(f"{given[0]}={getattr(self, given[0])!r}: {where} {reason}, so set r and leave it out")
+        if self.structure == "plain" and (self.outer_init, self.outer_part) != ("svd", "top"):
+            raise ValueError(f"{where} has no outer factors: leave outer_init and outer_part out")
+        if self.outer_part != "top" and self.outer_init == "random":
+            raise ValueError(f'outer_part={self.outer_part!r} has no effect with outer_init="random": leave one out')
+
+    def _check_start(self) -> None:
+        if self.inner_init == "diag":
+            if (self.structure, self.position) != ("serial", "a"):
+                raise ValueError('inner_init="diag" is a start of structure="serial" at position="a": use "matched"')
+            if self.outer_init == "random":
+                raise ValueError('inner_init="diag" needs singular values: use outer_init="awsvd" or "svd"')
+            if self.residual is False:
+                raise ValueError(
+                    'inner_init="diag" starts at an update larger than the weight itself, which residual=False leaves '
+                    'in the model: leave residual out, or use "matched", "normal" or "zero_uniform"'
+                )
+        if self.generator != "dense" and (self.has_residual or self.inner_init == "normal"):
+            raise ValueError(
+                f'generator={self.generator!r} starts at the base: use inner_init="matched" or "zero_uniform" and no '
+                "residual"
+            )
 
     def _check_numbers(self) -> None:
         for name, rank in [("r", self.r), ("outer_r", self.outer_r)]:
@@ -138,6 +196,7 @@ class NoraConfig(PeftConfig):
         for name in ("rank_pattern", "outer_rank_pattern"):
             for pattern, rank in getattr(self, name).items():
                 _check_rank(f"{name}[{pattern!r}]", rank)
+        _check_rank("coefficients", self.coefficients)
         if self.outer_r is not None and self.r > self.outer_r:
             raise ValueError(
                 f"r={self.r} exceeds outer_r={self.outer_r}: the update lives between the outer factors, so lower r to "
@@ -153,16 +212,28 @@ class NoraConfig(PeftConfig):
             raise ValueError(f"inner_std={self.inner_std!r} must be above 0: 0.01 is the default")
         if not (_is_number(self.nora_dropout) and 0 <= self.nora_dropout < 1):
             raise ValueError(f"nora_dropout={self.nora_dropout!r} must be at least 0 and below 1")
-        if not (isinstance(self.outer_seed, int) and 0 <= self.outer_seed < 2**32):
-            raise ValueError(f"outer_seed={self.outer_seed!r} must be an integer from 0 to 2**32 - 1")
+        for name in ("outer_seed", "generator_seed"):
+            seed = getattr(self, name)
+            if not (isinstance(seed, int) and 0 <= seed < 2**32):
+                raise ValueError(f"{name}={seed!r} must be an integer from 0 to 2**32 - 1")
 
     @property
     def needs_statistics(self) -> bool:
         """Whether the outer factors depend on activations, so that `preprocess_nora` must run before injection."""
         return self.outer_init in (None, "awsvd") and self.awsvd_stat != "weight"
 
+    @property
+    def cell(self) -> Cell:
+        """Where the trained matrices sit."""
+        return CELLS[self.structure, self.position]
+
+    @property
+    def has_residual(self) -> bool:
+        """Whether the update is the deviation from the start."""
+        return self.inner_init == "diag" if self.residual is None else self.residual
+
     def layer_ranks(self, name: str, shape: tuple[int, int]) -> LayerRanks:
-        """Ranks and alpha of the module ``name`` with weight shape (out, in).
+        """Ranks and s of the module ``name`` with weight shape (out, in).
 
         Raises:
             ValueError: if the layer can't hold them, with its name, the value, the limit and the fix.
@@ -172,7 +243,15 @@ class NoraConfig(PeftConfig):
         alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), name), self.nora_alpha)
         side = min(shape)
         limit, cut = f"min(out, in)={side}", False
-        if outer_r is None:
+        if (self.structure, self.position) == ("adapter", "b") and shape[0] > LARGEST_OUTPUT_CORE:
+            raise ValueError(
+                f'structure="adapter" at position="b" trains a matrix of {shape[0]} x {shape[0]} at {name}, and more '
+                f'than {LARGEST_OUTPUT_CORE} outputs are refused: use position="a", or leave that module out of '
+                "target_modules"
+            )
+        if self.structure in ("adapter", "plain"):
+            outer_r = min(r, side)
+        elif outer_r is None:
             outer_r, cut = min(DEFAULT_OUTER_MULTIPLE * r, side), DEFAULT_OUTER_MULTIPLE * r > side
         elif outer_r > side:
             raise ValueError(
@@ -186,7 +265,8 @@ class NoraConfig(PeftConfig):
                 f"r={r} exceeds {limit} at {name}: lower r, set rank_pattern for it, or leave that module out of "
                 "target_modules"
             )
-        return LayerRanks(r, outer_r, r if alpha is None else alpha, cut)
+        scaling = (r if alpha is None else alpha) / (r if self.scaling == "alpha/r" else math.sqrt(r))
+        return LayerRanks(r, 0 if self.structure == "plain" else outer_r, scaling, cut)
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Write adapter_config.json, in which ``saved`` is set; this object stays as it is.

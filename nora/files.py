@@ -4,6 +4,9 @@ One safetensors file. Tensors, for each component prefix ("unet", "text_encoder"
 
     {prefix}.{module}.lora_A.weight   A' (r', r)
     {prefix}.{module}.lora_B.weight   B' (r, r')
+    {prefix}.{module}.core.weight, .wide_A.weight, .wide_B.weight    what other cells train (`cells.CELLS`)
+    {prefix}.{module}.lora_A.coefficients, .lora_A.offset_scale      of a generated matrix (`generators`)
+    {prefix}.{module}.start           float32, all matrices flat; what a residual subtracts
     {prefix}.{module}.awsvd_stats     float16 statistic (n,), in units of its mean; one per distinct input
 
 where it was measured for this adapter. A statistic of the base alone can be measured anew and is left out (version 2).
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -26,10 +30,10 @@ from peft import PeftModel, inject_adapter_in_model
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .basis import Basis, check_base, oriented_weight, rebuild_basis
+from .basis import Basis, check_base, layer_shape, oriented_weight, rebuild_basis
+from .cells import FILE_NAMES
 from .config import NoraConfig, plain_config
-from .functional import OuterFactors, fold
-from .layer import NoraLinear, check_unmerged
+from .layer import NoraLinear, Origin, check_unmerged, trained_modules
 from .model import check_in_memory, check_layer, find_targets, nora_layers, own_name, ready_bases
 from .nested import RightFactor, right_product
 from .parallel import in_parallel
@@ -41,14 +45,16 @@ _BASE_STATISTIC = "base_statistic"
 _STATS_SUFFIX = ".awsvd_stats"
 # (name of the passes, prefix, component, its config) -> module -> statistic (n,) of the base alone
 BaseStatistics = Callable[[str, str, nn.Module, NoraConfig], Mapping[str, torch.Tensor]]
+_START_SUFFIX = ".start"
+_TRAINED_KEY = re.compile(rf"(.+)\.({'|'.join(FILE_NAMES.values())})\.(weight|coefficients|offset_scale)")
 
 
 class InnerFile(NamedTuple):
-    """A parsed file. Keys of the inner maps are "{prefix}.{module}"."""
+    """A parsed file. Keys are "{prefix}.{module}"; `trained` has further "lora_A.weight" and the like."""
 
     configs: dict[str, NoraConfig]
-    inner_A: dict[str, torch.Tensor]
-    inner_B: dict[str, torch.Tensor]
+    trained: dict[str, dict[str, torch.Tensor]]
+    starts: dict[str, torch.Tensor]
     statistics: dict[str, torch.Tensor]
     fingerprints: dict[str, torch.Tensor]
     base_statistic: str | None
@@ -96,9 +102,13 @@ def save_inner(
         configs[prefix] = plain_config(config)
         for name, layer in layers.items():
             key = f"{prefix}.{name}"
-            inner_A, inner_B = layer.inner(adapter_name)
-            tensors[f"{key}.lora_A.weight"] = inner_A.detach().to(dtype or inner_A.dtype)
-            tensors[f"{key}.lora_B.weight"] = inner_B.detach().to(dtype or inner_B.dtype)
+            for trained, module in layer.trained(adapter_name).items():
+                for entry, tensor in module.state_dict().items():
+                    learns = entry in ("weight", "coefficients")
+                    kept = tensor.to(dtype) if learns and dtype is not None else tensor
+                    tensors[f"{key}.{FILE_NAMES[trained]}.{entry}"] = kept
+            if layer.start(adapter_name) is not None:
+                tensors[key + _START_SUFFIX] = layer.nora_start[adapter_name]
             basis = layer.basis(adapter_name)
             assert basis.fingerprint is not None  # only a basis on the meta device has none
             fingerprints[key] = [[float(f"{x:.6g}") for x in row] for row in basis.fingerprint.tolist()]
@@ -190,9 +200,23 @@ def read_inner(
         folded[prefix] = {}
         for name, layer in find_targets(components[prefix], inner.configs[prefix]).items():
             key, W = f"{prefix}.{name}", oriented_weight(layer)
-            A, B, right, *_ = bases[name].to(W.dtype)  # as a live layer holds them
-            ranks = inner.configs[prefix].layer_ranks(name, tuple(W.shape))
-            folded[prefix][name] = _fold(W, A, B, right, inner.inner_A[key], inner.inner_B[key], ranks.alpha / ranks.r)
+            config, basis = inner.configs[prefix], bases[name].to(W.dtype)  # as a live layer holds them
+            ranks, found = config.layer_ranks(name, (W.shape[0], W.shape[1])), inner.trained[key]
+            if (
+                set(found) == {"lora_A.weight", "lora_B.weight"}
+                and (config.structure, config.position) == ("serial", "a")
+                and key not in inner.starts
+            ):
+                pair = found["lora_A.weight"], found["lora_B.weight"]
+                folded[prefix][name] = _fold(W, basis.A, basis.B, basis.right, *pair, ranks.scaling)
+                continue
+            bare = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
+            bare.weight = nn.Parameter(W, requires_grad=False)
+            alone = NoraLinear(bare, name)
+            alone.update_layer("default", Origin(config, name), ranks, True)
+            alone.set_basis("default", basis)
+            _set_inner(alone, "default", inner, key)
+            folded[prefix][name] = alone.fold("default")
     return folded
 
 
@@ -205,10 +229,10 @@ def _fold(
     inner_B: torch.Tensor,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`fold` on the CPU; where B is W R, W is multiplied by the few columns of ``R B'`` and B isn't formed."""
+    """The plain LoRA, on the CPU; where B is W R, W is multiplied by the few columns of ``R B'`` and B isn't formed."""
     A = A.cpu()
     if B is not None:
-        return fold(inner_A, inner_B, OuterFactors(A, B.cpu()), scaling)
+        return inner_A.float() @ A.float(), scaling * (B.cpu().float() @ inner_B.float())
     assert right is not None
     columns = right_product(inner_B.float(), A, RightFactor(*(diagonal.cpu() for diagonal in right)), scaling)
     return inner_A.float() @ A.float(), W.cpu().float() @ columns
@@ -245,8 +269,8 @@ def _checked_bases(
         prefix, name = place
         key, layer = f"{prefix}.{name}", targets[prefix][name]
         names = own_name(components[prefix], name), name
-        outer_r, statistic = inner.inner_A[key].shape[1], inner.statistics.get(key)
-        config, expected = inner.configs[prefix], inner.fingerprints[key]
+        config, expected, statistic = inner.configs[prefix], inner.fingerprints[key], inner.statistics.get(key)
+        outer_r = config.layer_ranks(name, layer_shape(layer)).outer_r
         basis = rebuild_basis(key, names, layer, config, outer_r, statistic, expected, base_checked=True)
         return basis.to(oriented_weight(layer).dtype)
 
@@ -259,16 +283,18 @@ def _checked_bases(
 
 @torch.no_grad()
 def _set_inner(layer: NoraLinear, adapter_name: str, inner: InnerFile, key: str) -> None:
-    inner_A, inner_B = layer.inner(adapter_name)
-    inner_A.copy_(inner.inner_A[key])
-    inner_B.copy_(inner.inner_B[key])
+    for name, module in layer.trained(adapter_name).items():
+        for entry, tensor in module.state_dict().items():
+            tensor.copy_(inner.trained[key][f"{FILE_NAMES[name]}.{entry}"])
+    if key in inner.starts:
+        layer.nora_start[adapter_name] = inner.starts[key].to(layer.base_weight.device)
 
 
 def _matching_targets(path, prefix: str, model: nn.Module, inner: InnerFile) -> dict[str, nn.Module]:
     """The component's target layers, after checking that the file has exactly these, with the right shapes."""
     config = inner.configs[prefix]
     layers = find_targets(model, config)
-    stored = {key for key in inner.inner_A if key.startswith(f"{prefix}.") and _prefix_of(key, inner.configs) == prefix}
+    stored = {key for key in inner.trained if key.startswith(f"{prefix}.") and _prefix_of(key, inner.configs) == prefix}
     wanted = {f"{prefix}.{name}" for name in layers}
     if stored - wanted:
         raise ValueError(
@@ -291,11 +317,22 @@ def _matching_targets(path, prefix: str, model: nn.Module, inner: InnerFile) -> 
         check_layer(key, layer, config)
         m, n = oriented_weight(layer).shape
         ranks = config.layer_ranks(name, (m, n))
-        found = tuple(inner.inner_A[key].shape), tuple(inner.inner_B[key].shape)
-        if found != ((ranks.r, ranks.outer_r), (ranks.outer_r, ranks.r)):
+        with torch.device("meta"):
+            modules = trained_modules(config, ranks, (m, n))
+        wanted_shapes = {
+            f"{FILE_NAMES[name]}.{entry}": tuple(tensor.shape)
+            for name, module in modules.items()
+            for entry, tensor in module.state_dict().items()
+        }
+        found = {entry: tuple(tensor.shape) for entry, tensor in inner.trained[key].items()}
+        for entry in sorted(set(wanted_shapes) - set(found)):
+            raise ValueError(f"{path} lacks the key {key}.{entry}: the file is damaged")
+        if config.has_residual and key not in inner.starts:
+            raise ValueError(f"{path} lacks the key {key}{_START_SUFFIX}: the file is damaged")
+        if found != wanted_shapes:
             raise ValueError(
-                f"{path} has A', B' of shapes {found[0]}, {found[1]} for {key}, and its config asks for "
-                f"{(ranks.r, ranks.outer_r)}, {(ranks.outer_r, ranks.r)}: the base or the file is another one"
+                f"{path} has {_listed(found)} for {key}, and its config asks for {_listed(wanted_shapes)}: the base "
+                "or the file is another one"
             )
         if config.needs_statistics:
             statistic = inner.statistics.get(key)
@@ -310,6 +347,10 @@ def _matching_targets(path, prefix: str, model: nn.Module, inner: InnerFile) -> 
                     f"{statistic.shape[0]} in the file; load the base that the adapter was trained on"
                 )
     return layers
+
+
+def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return f"{', '.join(sorted(shapes))} of shapes {', '.join(str(shapes[entry]) for entry in sorted(shapes))}"
 
 
 def _prefix_of(key: str, configs: Mapping[str, NoraConfig]) -> str:
@@ -352,33 +393,37 @@ def _read(path: str | os.PathLike) -> InnerFile:
         header = file.metadata() or {}
         configs = _configs(path, header)
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-    inner_A: dict[str, torch.Tensor] = {}
-    inner_B: dict[str, torch.Tensor] = {}
+    trained: dict[str, dict[str, torch.Tensor]] = {}
+    starts: dict[str, torch.Tensor] = {}
     statistics: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
-        for suffix, kind in ((".lora_A.weight", inner_A), (".lora_B.weight", inner_B), (_STATS_SUFFIX, statistics)):
-            if key.endswith(suffix):
-                kind[key.removesuffix(suffix)] = tensor
-                break
+        if (match := _TRAINED_KEY.fullmatch(key)) is not None:
+            trained.setdefault(match[1], {})[f"{match[2]}.{match[3]}"] = tensor
+        elif key.endswith(_STATS_SUFFIX):
+            statistics[key.removesuffix(_STATS_SUFFIX)] = tensor
+        elif key.endswith(_START_SUFFIX):
+            starts[key.removesuffix(_START_SUFFIX)] = tensor
         else:
             raise ValueError(f"{path} has an unexpected key {key}: it was not written by save_inner")
-    for one, other, letter in ((inner_A, inner_B, "B"), (inner_B, inner_A, "A")):
-        unpaired = sorted(set(one) - set(other))
-        if unpaired:
-            raise ValueError(f"{path} lacks the key {unpaired[0]}.lora_{letter}.weight: the file is damaged")
-    foreign = sorted(key for key in inner_A if not _prefix_of(key, configs))
+    for key, entries in trained.items():
+        for one, other in (("lora_A.weight", "lora_B.weight"), ("lora_B.weight", "lora_A.weight")):
+            if one in entries and other not in entries:
+                raise ValueError(f"{path} lacks the key {key}.{other}: the file is damaged")
+    foreign = sorted(key for key in trained if not _prefix_of(key, configs))
     if foreign:
-        raise ValueError(f"{path} has an unexpected key {foreign[0]}.lora_A.weight: no config has that prefix")
+        raise ValueError(
+            f"{path} has an unexpected key {foreign[0]}.{min(trained[foreign[0]])}: no config has that prefix"
+        )
     try:
         fingerprints = {k: torch.tensor(v) for k, v in json.loads(header["fingerprints"]).items()}
         aliases = dict(json.loads(header["awsvd_stats_aliases"]))
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} has fingerprints that can't be read ({error}): save the adapter again") from error
-    unchecked = sorted(set(inner_A) - set(fingerprints))
+    unchecked = sorted(set(trained) - set(fingerprints))
     if unchecked:
         raise ValueError(f"{path} has no fingerprint for {unchecked[0]}, so its basis can't be checked: save it again")
     for key, owner in aliases.items():
         if owner not in statistics:
             raise ValueError(f"{path} lacks the key {owner}{_STATS_SUFFIX}, which {key} refers to: the file is damaged")
     statistics |= {key: statistics[owner] for key, owner in aliases.items()}
-    return InnerFile(configs, inner_A, inner_B, statistics, fingerprints, header.get(_BASE_STATISTIC))
+    return InnerFile(configs, trained, starts, statistics, fingerprints, header.get(_BASE_STATISTIC))

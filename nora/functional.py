@@ -22,6 +22,10 @@ SIGN_TIE = 1e-6
 SUBSPACE_STEPS = 6
 # Below this ratio sigma_r / sigma_1 float32 has lost the right vectors' orthogonality.
 SUBSPACE_CONDITION_LIMIT = 1e-4
+OUTER_PARTS = ("top", "middle", "last")
+# Directions whose singular value is below this share of the largest are no part of outer_part="middle" or "last": in
+# float32, W times such a direction is mostly what rounding of the direction has left in it of the others.
+SMALLEST_DIRECTION = 1e-4
 STATISTIC_FLOOR = 1e-3
 REFERENCE_LORA_RANK = 4
 SKETCH_SEED = 240810280
@@ -118,7 +122,30 @@ def truncated_svd(M: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor, 
     return U[:, :r], sigma[:r], Vt[:r]
 
 
-def outer_factors(W: torch.Tensor, r: int, scale: torch.Tensor | None = None, sigma_side: str = "B") -> OuterFactors:
+def partial_svd(M: torch.Tensor, r: int, part: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """r exact singular triplets of a float64 matrix (m, n): the "top", "middle" or "last" ones; see `truncated_svd`.
+
+    Middle and last among those with a singular value of at least SMALLEST_DIRECTION of the largest.
+
+    Raises:
+        ValueError: if there are fewer than r of these.
+    """
+    if part == "top":
+        return truncated_svd(M, r)
+    U, sigma, Vt = torch.linalg.svd(M, full_matrices=False)
+    count = int((sigma >= SMALLEST_DIRECTION * sigma[0]).sum())
+    if count < r:
+        raise ValueError(
+            f"outer_part={part!r} needs {r} singular directions that don't vanish, and the weight has {count}: lower "
+            f"outer_r to at most {count}"
+        )
+    first = (count - r) // 2 if part == "middle" else count - r
+    return U[:, first : first + r], sigma[first : first + r], Vt[first : first + r]
+
+
+def outer_factors(
+    W: torch.Tensor, r: int, scale: torch.Tensor | None = None, sigma_side: str = "B", part: str = "top"
+) -> OuterFactors:
     """``W S = U Σ Vᵀ``; ``B = U_r Σ_r``, ``A = V_rᵀ S⁻¹`` (Eq. 4, 5, 7; Eq. 6 forgets S⁻¹).
 
     Args:
@@ -126,10 +153,11 @@ def outer_factors(W: torch.Tensor, r: int, scale: torch.Tensor | None = None, si
         r: outer rank, at most min(m, n).
         scale: diagonal of S (n,); None means S = I, the plain SVD.
         sigma_side: where Σ goes: "B" (the paper), "A", or "both" (√Σ on each; Table 8).
+        part: which singular directions; see `partial_svd`, also for what it raises.
     """
     M = float64(W)
     S = M.new_ones(W.shape[1]) if scale is None else float64(scale).to(M)
-    U, sigma, Vt = truncated_svd(M * S, r)
+    U, sigma, Vt = partial_svd(M * S, r, part)
     on_B = {"B": sigma, "A": torch.ones_like(sigma), "both": sigma.sqrt()}[sigma_side]
     on_A = {"B": torch.ones_like(sigma), "A": sigma, "both": sigma.sqrt()}[sigma_side]
     A, B = fix_signs(on_A[:, None] * Vt / S, U * on_B)
@@ -218,19 +246,6 @@ def matched_std(
     return math.sqrt(m) * d.norm().item() / (scaling * math.sqrt(REFERENCE_LORA_RANK * r) * norms)
 
 
-def fold(
-    inner_A: torch.Tensor,
-    inner_B: torch.Tensor,
-    outer: OuterFactors,
-    scaling: float,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The plain LoRA of rank r' with the same ΔW: ``lora_A = A' A`` (r', n), ``lora_B = s B B'`` (m, r')."""
-    lora_A = inner_A.to(dtype) @ outer.A.to(dtype)
-    lora_B = scaling * (outer.B.to(dtype) @ inner_B.to(dtype))
-    return lora_A, lora_B
-
-
 def sketch(M: torch.Tensor) -> torch.Tensor:
     """Numeric fingerprint of a matrix (m, n): ``[‖M‖_F, u_iᵀ M v_i / ‖M‖_F]`` (1 + SKETCH_SIZE,) float64.
 
@@ -260,6 +275,6 @@ def fingerprint(W: torch.Tensor, outer: OuterFactors) -> torch.Tensor:
 def sketch_distance(expected: torch.Tensor, found: torch.Tensor) -> float:
     """Estimated relative Frobenius distance between the two matrices whose sketches these are."""
     expected, found = expected.cpu().double(), found.cpu().double()
-    by_norm = (found[0] / expected[0].clamp_min(torch.finfo(torch.float64).tiny) - 1).abs()
+    by_norm = (found[0] - expected[0]).abs() / expected[0].clamp_min(torch.finfo(torch.float64).tiny)
     by_projection = (found[1:] - expected[1:]).square().mean().sqrt()
     return max(by_norm.item(), by_projection.item())

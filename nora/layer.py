@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.nn import functional as F
@@ -25,45 +24,17 @@ from .basis import (
     pair_fits,
     rebuild_basis,
 )
+from .buffers import Buffers, ExactBuffers
+from .cells import TRAINED, Cell, product
 from .config import LayerRanks, NoraConfig
-from .functional import FINGERPRINT_SHAPE, OuterFactors, fold, matched_std
+from .functional import FINGERPRINT_SHAPE, OuterFactors
+from .generators import Generated, module_dtype, trained_module
 from .nested import RightFactor, nested_input, right_product
+from .start import diagonals, drawn, needs_pair, spreads
 
 RANDOM_UPDATE_SIZE = 0.5
 # Their input is what attention puts out, which its backward pass keeps by itself.
 ATTENTION_OUTPUTS = ("to_out.0", "out_proj", "o_proj")
-
-
-class Buffers(BufferDict):
-    """PEFT's dictionary of buffers, with `get`."""
-
-    def get(self, name: str) -> torch.Tensor | None:
-        return self[name] if name in self else None  # noqa: SIM401 (this is get)
-
-
-class ExactBuffers(Buffers):
-    """Buffers that follow the model to its device but never to another dtype.
-
-    Args:
-        persistent: whether they are in the state dict.
-        on_set: called with the adapter's name when a loader sets its buffer, which transformers' own does one by one.
-    """
-
-    def __init__(self, persistent: bool, on_set: Callable[[str], None] | None = None) -> None:
-        super().__init__(persistent=persistent)
-        self._on_set = on_set
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name in self._buffers and self._on_set is not None:
-            self._on_set(name)
-
-    def _apply(self, fn, recurse=True):
-        kept = {name: buffer for name, buffer in self.items() if not buffer.is_meta}
-        super()._apply(fn, recurse)
-        for name, buffer in kept.items():
-            self[name] = buffer.to(self[name].device)
-        return self
 
 
 class Origin(NamedTuple):
@@ -85,13 +56,14 @@ class NoraLinear(nn.Module, BaseTunerLayer):
     Autograd keeps r + r' numbers per token where LoRA keeps the n-dimensional x.
     """
 
-    adapter_layer_names = ("nora_inner_A", "nora_inner_B")
+    adapter_layer_names = tuple(f"nora_{name}" for name in TRAINED)
     other_param_names = (
         "nora_outer_A",
         "nora_outer_B",
         "nora_dropout",
         "r",
-        "nora_alpha",
+        "outer_r",
+        "own_scaling",
         "scaling",
     )
 
@@ -100,8 +72,8 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.name = name
         self.out_features, self.in_features = oriented_weight(base_layer).shape
-        self.nora_inner_A = nn.ModuleDict()
-        self.nora_inner_B = nn.ModuleDict()
+        for trained in self.adapter_layer_names:
+            setattr(self, trained, nn.ModuleDict())
         self.nora_outer_A = Buffers(persistent=False)
         self.nora_outer_B = Buffers(persistent=False)
         self.nora_right_channel = ExactBuffers(persistent=False)
@@ -109,9 +81,11 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         self.nora_dropout = nn.ModuleDict()
         self.nora_stats = ExactBuffers(persistent=True, on_set=self._record_set)
         self.nora_fingerprint = ExactBuffers(persistent=True, on_set=self._record_set)
+        self.nora_start = ExactBuffers(persistent=True)
         self._origins: dict[str, Origin] = {}
         self.r: dict[str, int] = {}
-        self.nora_alpha: dict[str, float] = {}
+        self.outer_r: dict[str, int] = {}
+        self.own_scaling: dict[str, float] = {}  # s, whatever `set_scale` says
         self.scaling: dict[str, float] = {}
         self.keeps_input = name.endswith(ATTENTION_OUTPUTS)
         self.merged_adapters: list[str] = []
@@ -125,16 +99,14 @@ class NoraLinear(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, origin: Origin, ranks: LayerRanks, inference_mode: bool) -> None:
         """Add the adapter's trained part; `set_basis` then gives it its basis."""
-        r, outer_r, alpha, _ = ranks
         config = origin.config
         self._origins[adapter_name] = origin
-        self.r[adapter_name] = r
-        self.nora_alpha[adapter_name] = alpha
-        self.scaling[adapter_name] = alpha / r
+        self.r[adapter_name], self.outer_r[adapter_name] = ranks.r, ranks.outer_r
+        self.own_scaling[adapter_name] = self.scaling[adapter_name] = ranks.scaling
         dropout = nn.Dropout(config.nora_dropout) if config.nora_dropout > 0 else nn.Identity()
         self.nora_dropout[adapter_name] = dropout
-        self.nora_inner_A[adapter_name] = nn.Linear(outer_r, r, bias=False)
-        self.nora_inner_B[adapter_name] = nn.Linear(r, outer_r, bias=False)
+        for name, module in trained_modules(config, ranks, (self.out_features, self.in_features)).items():
+            getattr(self, f"nora_{name}")[adapter_name] = module
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -146,7 +118,10 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         self.nora_outer_A[adapter_name] = basis.A.to(weight)
         if basis.B is not None:
             self.nora_outer_B[adapter_name] = basis.B.to(weight)
-        elif isinstance(self.base_layer, BaseTunerLayer):  # which must see x itself, not x with this update
+        elif "B" in self.cell(adapter_name).chain and (
+            # another tuner's layer must see x itself, not x with this update
+            isinstance(self.base_layer, BaseTunerLayer) or not self.cell(adapter_name).on_input
+        ):
             self.nora_outer_B[adapter_name] = held_pair(self._unmerged_weight, basis.A, None, basis.right).B.to(weight)
         elif basis.right is not None:
             self.nora_right_channel[adapter_name] = basis.right.channel.to(weight.device)
@@ -160,8 +135,12 @@ class NoraLinear(nn.Module, BaseTunerLayer):
     def await_basis(self, adapter_name: str) -> None:
         """Make room for a saved adapter: its fingerprint and statistic come with its weights, and then its basis."""
         device = self.base_weight.device
-        for inner in self.inner(adapter_name):
-            nn.init.zeros_(inner)
+        for module in self.trained(adapter_name).values():
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
+        if self._origins[adapter_name].config.has_residual:
+            count = sum(math.prod(shape) for shape in self.shapes(adapter_name).values())
+            self.nora_start[adapter_name] = torch.full((count,), math.nan, device=device)
         self.nora_fingerprint[adapter_name] = torch.full(FINGERPRINT_SHAPE, math.nan, device=device)
         if self._origins[adapter_name].config.needs_statistics:
             self.nora_stats[adapter_name] = torch.full((self.in_features,), math.nan, dtype=torch.half, device=device)
@@ -247,9 +226,30 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         """The trained A' (r', r) and B' (r, r')."""
         return base_weight(self.nora_inner_A[adapter_name]), base_weight(self.nora_inner_B[adapter_name])
 
+    def cell(self, adapter_name: str) -> Cell:
+        """Where the adapter's trained matrices sit."""
+        return self._origins[adapter_name].config.cell
+
+    def shapes(self, adapter_name: str) -> dict[str, tuple[int, int]]:
+        """Name of each trained matrix -> (rows, columns), in the cell's order."""
+        sides = self.out_features, self.in_features, self.outer_r[adapter_name], self.r[adapter_name]
+        return self.cell(adapter_name).shapes(*sides)
+
+    def trained(self, adapter_name: str) -> dict[str, nn.Module]:
+        """Name of each trained matrix -> the linear layer with its weight, in the cell's order."""
+        return {name: getattr(self, f"nora_{name}")[adapter_name] for name in self.shapes(adapter_name)}
+
+    def start(self, adapter_name: str) -> dict[str, torch.Tensor] | None:
+        """θ₀, from which the update is the deviation; None where it is the update itself."""
+        if adapter_name not in self.nora_start:
+            return None
+        shapes = self.shapes(adapter_name)
+        parts = self.nora_start[adapter_name].split([math.prod(shape) for shape in shapes.values()])
+        return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts)}
+
     def outer_rank(self, adapter_name: str) -> int:
         """The paper's r."""
-        return self.inner(adapter_name)[0].shape[1]
+        return self.outer_r[adapter_name]
 
     def _forget_basis(self, adapter_name: str) -> None:
         for held in (self.nora_outer_A, self.nora_outer_B, self.nora_right_channel, self.nora_right_row):
@@ -269,36 +269,50 @@ class NoraLinear(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         # not in other_param_names, because PEFT casts the buffers named there to the base's dtype
         self._forget_basis(adapter_name)
-        for held in (self.nora_stats, self.nora_fingerprint, self._origins):
+        for held in (self.nora_stats, self.nora_fingerprint, self.nora_start, self._origins):
             if adapter_name in held:
                 del held[adapter_name]
         super().delete_adapter(adapter_name)
 
     @torch.no_grad()
     def reset_inner(self, adapter_name: str, config: NoraConfig, basis: Basis) -> None:
-        """Draw A' and B' on the CPU, so that ``torch.manual_seed`` gives the same start on every device."""
-        inner_A, inner_B = self.inner(adapter_name)
-        if inner_A.is_meta:
+        """Draw the start of what is trained; see `start`."""
+        modules, shapes = self.trained(adapter_name), self.shapes(adapter_name)
+        if any(parameter.is_meta for module in modules.values() for parameter in module.parameters()):
             return
-        r, outer_r = inner_A.shape
-        shape = (self.out_features, self.in_features)
-        scaling = self.nora_alpha[adapter_name] / r
+        scaling = self.own_scaling[adapter_name]
         assert basis.fingerprint is not None  # only a basis on the meta device has none
-        _, norm_A, norm_B = basis.fingerprint[:, 0].tolist()
-        start_A, start_B = torch.randn(r, outer_r), torch.zeros(outer_r, r)
+        norm_B = basis.fingerprint[2, 0].item()
+        outer = self.outer(adapter_name) if needs_pair(config.cell) or config.inner_init == "diag" else None
+        sides = self.out_features, self.in_features
+        start = spreads(config, shapes, sides, scaling, outer, basis.A, norm_B, basis.statistic)
+        for name, module in modules.items():
+            if isinstance(module, Generated):
+                module.coefficients.zero_()
+                module.offset_scale.fill_(start[name].bound)
+            elif config.inner_init != "diag":
+                module.weight.copy_(drawn(shapes[name], start[name]))
+        if config.inner_init == "diag":
+            assert outer is not None and basis.right is not None
+            sigma = basis.right.row.float().rsqrt() * outer.B.float().norm(dim=0).to(basis.right.row.device)
+            for name, matrix in diagonals(shapes, sigma.cpu()).items():
+                modules[name].weight.copy_(matrix)
+        if config.has_residual:
+            self.nora_start[adapter_name] = torch.cat([m.weight.float().flatten() for m in modules.values()])
         if not config.init_weights:
-            # ‖s B B' A' A‖ ≈ s √r' σ² ‖A‖ ‖B‖, set to RANDOM_UPDATE_SIZE ‖W‖
-            size = RANDOM_UPDATE_SIZE * oriented_weight(self.get_base_layer()).float().norm().item()
-            std = math.sqrt(size / (scaling * math.sqrt(r) * norm_A * norm_B))
-            start_A, start_B = start_A * std, torch.randn(outer_r, r) * std
-        elif config.inner_init == "matched":
-            start_A *= matched_std(shape, r, scaling, basis.A, norm_B, basis.statistic)
-        elif config.inner_init == "normal":
-            start_A, start_B = start_A * config.inner_std, torch.randn(outer_r, r) * config.inner_std
-        else:  # zero_uniform
-            start_A.uniform_(-1 / math.sqrt(outer_r), 1 / math.sqrt(outer_r))
-        inner_A.copy_(start_A)
-        inner_B.copy_(start_B)
+            self._randomise(adapter_name)
+
+    @torch.no_grad()
+    def _randomise(self, adapter_name: str) -> None:
+        """A random update of RANDOM_UPDATE_SIZE ‖W‖."""
+        parameters = [p for module in self.trained(adapter_name).values() for p in module.parameters()]
+        for parameter in parameters:
+            parameter.copy_(torch.randn(parameter.shape))
+        down, up = self._folded(adapter_name, self.own_scaling[adapter_name], parameters[0].device)
+        norm = ((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt().item()
+        size = RANDOM_UPDATE_SIZE * oriented_weight(self.get_base_layer()).float().norm().item()
+        for parameter in parameters:
+            parameter.mul_((size / norm) ** (1 / len(parameters)))
 
     def outer(self, adapter_name: str) -> OuterFactors:
         """The frozen pair in use; B is computed from the base weight where it is not held.
@@ -352,10 +366,13 @@ class NoraLinear(nn.Module, BaseTunerLayer):
                 "factors have no content: inject it once the base is loaded"
             )
 
+    def _parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
+        return [p for module in self.trained(adapter_name).values() for p in module.parameters()]
+
     def check_adapter_is_here(self, adapter_name: str) -> None:
         """Raise ValueError if the adapter's numbers can't be read: it waits for them, or they are offloaded."""
         self._check_has_basis(adapter_name)
-        if any(tensor.is_meta for tensor in (self.nora_outer_A[adapter_name], *self.inner(adapter_name))):
+        if any(tensor.is_meta for tensor in (self.nora_outer_A[adapter_name], *self._parameters_of(adapter_name))):
             raise ValueError(
                 f"adapter {adapter_name!r} at {self.name} is not in memory (meta device), as after accelerate's "
                 "offloading: take it off first with accelerate.hooks.remove_hook_from_submodules"
@@ -366,7 +383,7 @@ class NoraLinear(nn.Module, BaseTunerLayer):
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set s to ``scale`` times the adapter's own s."""
         if adapter in self.scaling:
-            self.scaling[adapter] = scale * self.nora_alpha[adapter] / self.r[adapter]
+            self.scaling[adapter] = scale * self.own_scaling[adapter]
 
     def scale_layer(self, scale: float) -> None:
         """Multiply s of the active adapters."""
@@ -382,7 +399,7 @@ class NoraLinear(nn.Module, BaseTunerLayer):
                 self.scaling[adapter] /= scale
 
     def _own_active_adapters(self) -> list[str]:
-        return [name for name in self.active_adapters if name in self.nora_inner_A]
+        return [name for name in self.active_adapters if name in self.r]
 
     # ------------------------------------------------------------------ ΔW, folding and merging
 
@@ -395,7 +412,7 @@ class NoraLinear(nn.Module, BaseTunerLayer):
             ValueError: if the adapter waits for its weights or is offloaded.
         """
         self.check_adapter_is_here(adapter_name)
-        lora_A, lora_B = self._folded(adapter_name, self.nora_alpha[adapter_name] / self.r[adapter_name], "cpu")
+        lora_A, lora_B = self._folded(adapter_name, self.own_scaling[adapter_name], "cpu")
         return lora_A.float(), lora_B.float()
 
     @torch.no_grad()
@@ -404,15 +421,33 @@ class NoraLinear(nn.Module, BaseTunerLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``A' A`` (r', n) and ``s B B'`` (m, r') on the device; float32, or float64 for a float64 base."""
         self._check_has_basis(adapter_name)
-        dtype = self._merging_dtype
-        A, B = self.nora_outer_A[adapter_name], self.nora_outer_B.get(adapter_name)
-        inner_A, inner_B = (factor.to(device, dtype) for factor in self.inner(adapter_name))
-        A, right = A.to(device, dtype), self._right(adapter_name)
-        if right is None:
-            assert B is not None
-            return fold(inner_A, inner_B, OuterFactors(A, B.to(device, dtype)), scaling, dtype)
-        right = RightFactor(*(diagonal.to(device) for diagonal in right))
-        return inner_A @ A, self._times_weight(right_product(inner_B, A, right, scaling))
+        dtype, cell = self._merging_dtype, self.cell(adapter_name)
+        trained = {
+            name: module.weight.detach().to(device, dtype) for name, module in self.trained(adapter_name).items()
+        }
+        down, up = self._factors(adapter_name, cell, trained, scaling)
+        start = self.start(adapter_name)
+        if start is None:
+            return down, up
+        first = {name: matrix.to(device, dtype) for name, matrix in start.items()}
+        first_down, first_up = self._factors(adapter_name, cell, first, scaling)
+        return torch.cat([down, first_down]), torch.cat([up, -first_up], dim=1)
+
+    def _factors(
+        self, adapter_name: str, cell: Cell, trained: dict[str, torch.Tensor], scaling: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        like = next(iter(trained.values()))
+        A, B, right = self.nora_outer_A[adapter_name], self.nora_outer_B.get(adapter_name), self._right(adapter_name)
+        matrices = {"A": A.to(like), **trained}
+        if B is not None:
+            matrices["B"] = B.to(like)
+        if "B" in matrices or "B" not in cell.chain:
+            up, down = cell.factors(matrices)
+            return down, scaling * up
+        assert right is not None
+        right = RightFactor(*(diagonal.to(like.device) for diagonal in right))
+        down = product(cell.down, matrices)
+        return down, self._times_weight(right_product(trained[cell.last], matrices["A"], right, scaling))
 
     def _times_weight(self, columns: torch.Tensor) -> torch.Tensor:
         """``W columns`` (m, k) of columns (n, k); of a quantised base what it computes with its weight."""
@@ -452,7 +487,7 @@ class NoraLinear(nn.Module, BaseTunerLayer):
             ValueError: if the base weight is offloaded, quantised or computed from other parameters, or with
                 ``safe_merge`` if the merged weight would not be finite.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.nora_inner_A]
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
         if not names:
             return
         weight = self.base_weight
@@ -503,14 +538,14 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         if adapter_names is None:
             adapters, rows = self._own_active_adapters(), None
         else:
-            adapters = sorted(set(adapter_names) & set(self.nora_inner_A))
+            adapters = sorted(set(adapter_names) & set(self.r))
             rows = {adapter: [i for i, name in enumerate(adapter_names) if name == adapter] for adapter in adapters}
         for adapter in adapters:
             self._check_has_basis(adapter)
-        nested = [adapter for adapter in adapters if adapter not in self.nora_outer_B]
+        nested = [adapter for adapter in adapters if self._is_on_input(adapter)]
         result = self.base_layer(self._nested_input(x, nested, rows), *args, **kwargs)
         for adapter in adapters:
-            if adapter in self.nora_outer_B:
+            if adapter not in nested:
                 result = _add(result, partial(self._outer_update, adapter), x, rows[adapter] if rows else None)
         return result
 
@@ -543,30 +578,48 @@ class NoraLinear(nn.Module, BaseTunerLayer):
             total = _add(total, partial(self._input_update, adapter), x, rows[adapter] if rows else None)
         return total
 
+    def _is_on_input(self, adapter: str) -> bool:
+        return self.cell(adapter).on_input and adapter not in self.nora_outer_B
+
     def _input_update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
-        """``s R B' A' A x`` (..., n)."""
+        """``s R … x`` (..., n), with R in place of the B that the chain ends with."""
         right = self._right(adapter)
         assert right is not None
-        y = self.nora_inner_B[adapter](self._inner_product(adapter, x))  # (..., r)
+        y = self._along(adapter, self.cell(adapter).chain[:-1], x)  # (..., r)
         A = self.nora_outer_A[adapter].to(y.dtype)
         return (y * right.row.to(y.dtype)) @ A * (self.scaling[adapter] * right.channel).to(y.dtype)
 
     def _outer_update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
-        """``s B B' A' A x`` (..., m)."""
-        B = self.nora_outer_B[adapter]
-        y = self.nora_inner_B[adapter](self._inner_product(adapter, x))
-        return self.scaling[adapter] * F.linear(self._cast_input_dtype(y, B.dtype), B)
+        """``s · up · down · x`` (..., m)."""
+        return self.scaling[adapter] * self._along(adapter, self.cell(adapter).chain, x)
 
-    def _inner_product(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
-        """``A' A x`` (..., r'). A computes in its own dtype, A' in its."""
-        A, inner_A = self.nora_outer_A[adapter], self.nora_inner_A[adapter]
-        z = F.linear(self.nora_dropout[adapter](self._cast_input_dtype(x, A.dtype)), A)  # (..., r)
-        return inner_A(self._cast_input_dtype(z, self.inner(adapter)[0].dtype))
+    def _along(self, adapter: str, chain: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
+        """x through the matrices of the chain, each in its own dtype; less what it is at the start, if that counts."""
+        x = self.nora_dropout[adapter](x)
+        start = self.start(adapter)
+        modules = self.trained(adapter)
+        y = first = x
+        for name in chain:
+            if name in modules:
+                dtype = module_dtype(modules[name])
+                y = modules[name](self._cast_input_dtype(y, dtype))
+                if start is not None:
+                    first = F.linear(self._cast_input_dtype(first, dtype), start[name].to(dtype))
+                continue
+            frozen = self.nora_outer_A[adapter] if name == "A" else self.nora_outer_B[adapter]
+            y = F.linear(self._cast_input_dtype(y, frozen.dtype), frozen)
+            if start is not None:
+                first = F.linear(self._cast_input_dtype(first, frozen.dtype), frozen)
+        return y if start is None else y - first
 
     def _is_plainly_nested(self, adapter: str, x: torch.Tensor) -> bool:
-        """Whether x goes into A as it is and A', B' are in memory: accelerate's hooks fetch them for their modules."""
+        """Whether `nested_input` has this form, x goes into A as it is and what is trained is in memory.
+
+        accelerate's hooks fetch that for its modules.
+        """
         drops = self.training and not isinstance(self.nora_dropout[adapter], nn.Identity)
-        return not drops and self.inner(adapter)[0].is_meta == x.is_meta
+        nested = self.cell(adapter).chain == ("A", "inner_A", "inner_B", "B") and adapter not in self.nora_start
+        return nested and not drops and self._parameters_of(adapter)[0].is_meta == x.is_meta
 
     def __repr__(self) -> str:
         return "nora." + super().__repr__()
@@ -581,6 +634,13 @@ def _add(
     total = total.clone()
     total[rows] = total[rows] + update(x[rows]).to(total.dtype)
     return total
+
+
+def trained_modules(config: NoraConfig, ranks: LayerRanks, shape: tuple[int, int]) -> dict[str, nn.Module]:
+    """What the cell of the config trains in a layer of this shape (m, n), by name, in the cell's order."""
+    shapes = config.cell.shapes(*shape, ranks.outer_r, ranks.r)
+    settings = config.generator, config.coefficients, config.generator_seed
+    return {name: trained_module(name, sides, *settings) for name, sides in shapes.items()}
 
 
 def check_unmerged(layer: nn.Module, name: str, before: str) -> None:

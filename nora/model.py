@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from .basis import Basis, attached_statistic, base_weight, build_basis, check_base, is_plain, layer_shape
 from .combine import concatenated, truncated
 from .config import DEFAULT_OUTER_MULTIPLE, NoraConfig
+from .generators import module_dtype
 from .layer import NoraLinear, Origin, check_unmerged
 from .parallel import in_parallel
 
@@ -67,7 +68,7 @@ def nora_layers(model: nn.Module, adapter_name: str) -> dict[str, NoraLinear]:
     return {
         name.removeprefix(PEFT_PREFIX): module
         for name, module in model.named_modules()
-        if isinstance(module, NoraLinear) and adapter_name in module.nora_inner_A
+        if isinstance(module, NoraLinear) and adapter_name in module.r
     }
 
 
@@ -283,9 +284,9 @@ class NoraModel(BaseTuner):
         if not autocast_adapter_dtype:
             return
         for layer in nora_layers(self.model, adapter_name).values():
-            for inner in (layer.nora_inner_A[adapter_name], layer.nora_inner_B[adapter_name]):
-                if base_weight(inner).dtype.itemsize < 4:
-                    inner.float()
+            for module in layer.trained(adapter_name).values():
+                if module_dtype(module).itemsize < 4:
+                    module.float()
 
     # ------------------------------------------------------------------ sums of adapters
 
@@ -321,6 +322,13 @@ class NoraModel(BaseTuner):
                 f'combination_type={combination_type!r} is not the sum of the updates: use "cat" (exact) or "svd" with '
                 "svd_rank"
             )
+        for name in adapters:
+            config = self.peft_config[name]
+            if (config.structure, config.position, config.generator) != ("serial", "a", "dense") or config.has_residual:
+                raise ValueError(
+                    f'adapter {name!r} is not of structure="serial" at position="a", dense and without a residual, and '
+                    "only such can be added between their outer factors: fold them and add LoRAs"
+                )
         layers = {name: nora_layers(self.model, name) for name in adapters}
         first = layers[adapters[0]]
         for other in adapters[1:]:
@@ -342,6 +350,7 @@ class NoraModel(BaseTuner):
             self.peft_config[adapters[0]],
             r=rank,
             nora_alpha=None,
+            scaling="alpha/r",
             rank_pattern={},
             alpha_pattern={},
             outer_r=min(widths.values()),
@@ -429,15 +438,19 @@ class NoraModel(BaseTuner):
                 layers are checked before the first is changed.
         """
         saved = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in state_dict.items()}
-        loaded = {
-            name: layer
-            for name, layer in nora_layers(model, adapter_name).items()
-            if f"{name}.nora_inner_A.weight" in saved and not layer.is_on_meta(adapter_name)
-        }
+        loaded = {}
+        for name, layer in nora_layers(model, adapter_name).items():
+            held = tuple(f"{name}.nora_{trained}." for trained in layer.trained(adapter_name))
+            if any(key.startswith(held) for key in saved) and not layer.is_on_meta(adapter_name):
+                loaded[name] = layer
         for name, layer in loaded.items():
             layer.check_unmerged("loading")
             layer.check_base_is_here()
-            for key, needed in (("nora_fingerprint", True), ("nora_stats", config.needs_statistics)):
+            for key, needed in (
+                ("nora_fingerprint", True),
+                ("nora_stats", config.needs_statistics),
+                ("nora_start", config.has_residual),
+            ):
                 if needed and f"{name}.{key}" not in saved:
                     raise ValueError(
                         f"{name}: the weights come without {key}, and inner weights mean nothing in another basis: "

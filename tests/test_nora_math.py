@@ -14,12 +14,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from nora import NoraConfig, preprocess_nora
 from nora.basis import build_basis, rebuild_basis
+from nora.cells import CELLS
 from nora.combine import concatenated, truncated
 from nora.functional import (
     awsvd_scale,
     canonical_statistic,
     fingerprint,
-    fold,
     matched_std,
     outer_factors,
     random_factors,
@@ -171,11 +171,9 @@ def test_fold_is_the_product():
     draws = np.random.default_rng(0)
     A, B = draws.standard_normal((6, 30)), draws.standard_normal((20, 6))
     inner_A, inner_B = draws.standard_normal((2, 6)), draws.standard_normal((6, 2))
-    from nora.functional import OuterFactors
-
-    lora_A, lora_B = fold(
-        torch.tensor(inner_A), torch.tensor(inner_B), OuterFactors(torch.tensor(A), torch.tensor(B)), 1.5
-    )
+    matrices = {"A": A, "inner_A": inner_A, "inner_B": inner_B, "B": B}
+    up, down = CELLS["serial", "a"].factors({name: torch.tensor(matrix) for name, matrix in matrices.items()})
+    lora_A, lora_B = down, 1.5 * up
     np.testing.assert_allclose((lora_B @ lora_A).numpy(), 1.5 * B @ inner_B @ inner_A @ A, rtol=1e-4, atol=1e-4)
 
 

@@ -469,7 +469,6 @@ def test_config_round_trip(tmp_path):
         ({"awsvd_gamma": -1}, "awsvd_gamma=-1"),
         ({"awsvd_stat": "max"}, "awsvd_stat='max'"),
         ({"sigma_side": "C"}, "sigma_side='C'"),
-        ({"inner_init": "diag"}, "residual base"),
         ({"inner_init": "ones"}, "inner_init='ones'"),
         ({"inner_std": 0}, "inner_std=0"),
         ({"nora_dropout": 1.0}, "nora_dropout=1.0"),
