@@ -33,6 +33,8 @@ SIZES: dict[str, tuple[str, Sequence[int]]] = {
     "fourierft": ("n_frequency", range(1, 100_001)),
     "lokr": ("rank", range(1, 65)),  # from half of a factor's side on it is whole, and no rank changes it
     "hra": ("rank", range(2, LARGEST + 1, 2)),
+    "nola": ("coefficients", range(1, 100_001)),
+    "nola-nora": ("coefficients", range(1, 100_001)),
     "oft": ("block_size", [2**power for power in range(1, 13)]),
     "randlora": ("rank", range(LARGEST, 0, -1)),  # a smaller one trains more
 }
@@ -70,6 +72,9 @@ def trained_count(method: str, args: Mapping[str, Any], m: int, n: int) -> int:
     if method == "nora":
         return 2 * r * (args["outer_rank"] or min(8 * r, m, n))
     return {
+        "lora-xs": lambda: r * r,
+        "nola": lambda: 2 * args["coefficients"],
+        "nola-nora": lambda: 2 * args["coefficients"],
         "dora": lambda: r * (m + n) + m,
         "moslora": lambda: r * (m + n) + r * r,
         "mica": lambda: r * n,
@@ -94,7 +99,7 @@ def _lokr_count(args: Mapping[str, Any], m: int, n: int) -> int:
 def file_count(method: Method, args: Mapping[str, Any], layers: Sequence[Layer]) -> int:
     """Numbers in the smallest file that is the whole adapter: a LoRA file, NoRA's inner factors, or PEFT's folder."""
     trained = sum(layer.number * trained_count(method.name, args, layer.m, layer.n) for layer in layers)
-    if method.name == "nora":
+    if method.adapter == "methods.nora:Nora":
         return trained
     if method.low_rank:
         rank = {"pissa": 2, "olora": 2}.get(method.name, 1) * args.get("rank", args.get("target_rank"))
@@ -113,10 +118,19 @@ def setting(method: Method, args: Mapping[str, Any], layers: Sequence[Layer]) ->
     name, _ = SIZES.get(method.name, ("rank", ()))
     said = f"{name}={args[name]}"
     frozen = 0
-    if method.name == "nora":
-        outer = [args["outer_rank"] or min(8 * args["rank"], layer.m, layer.n) for layer in layers]
-        said += f" outer_rank={args['outer_rank'] or max(outer)}"
+    if method.name in ("nora", "nola-nora", "lora-xs"):
+        outer = [
+            args["rank"] if method.name == "lora-xs" else args["outer_rank"] or min(8 * args["rank"], layer.m, layer.n)
+            for layer in layers
+        ]
         frozen = sum(layer.number * r * layer.n for layer, r in zip(layers, outer))
+        if method.name != "lora-xs":
+            said += f" outer_rank={args['outer_rank'] or max(outer)}"
+        if method.name == "nola-nora":  # a basis of A' and one of B' for each shape
+            frozen += sum(2 * args["coefficients"] * args["rank"] * r for r in set(outer))
+    if method.name == "nola":  # a basis of A for each n and one of B for each m
+        sides = [*{layer.n for layer in layers}, *{layer.m for layer in layers}]
+        frozen = args["coefficients"] * args["rank"] * sum(sides)
     return Setting(said, parameters, file_count(method, args, layers), frozen)
 
 
@@ -150,9 +164,9 @@ def _fits(method: str, args: Mapping[str, Any], layers: Sequence[Layer]) -> bool
             return False
         if method == "hra" and args["rank"] > layer.n:
             return False
-        if method not in ("oft", "fourierft", "hra", "vera", "randlora", "lokr", "loha"):
+        if method not in ("oft", "fourierft", "hra", "vera", "randlora", "lokr", "loha", "nola"):
             rank = args.get("init_rank", args.get("rank"))
-            if rank > side or (method == "nora" and (args["outer_rank"] or 0) > side):
+            if rank > side or (method in ("nora", "nola-nora") and (args["outer_rank"] or 0) > side):
                 return False
     return True
 

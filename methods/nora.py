@@ -40,17 +40,17 @@ class Nora(Adapter):
     @basis_cache()
     def inject(self, component: str, model: nn.Module, passes: Passes) -> None:
         config = self.config(component)
-        if self.measures_base and config.needs_statistics:
+        if config.needs_statistics and self.measures_base:
             self.label = passes.label
             preprocess_nora(model, config, stats=self._base_statistic(model, config, passes))
-        else:
+        elif config.needs_statistics:
             preprocess_nora(model, config, lambda: passes.of_run(self.args["calibration_passes"]))
         self.wrap(component, model, config)
 
     @property
     def measures_base(self) -> bool:
         """Whether AwSVD's statistic is the base's, the same for every run on it, or the run's own."""
-        return self.args["statistic"] == "base"
+        return self.args.get("statistic") == "base"
 
     @basis_cache()
     def restore(

@@ -31,6 +31,8 @@ SDXL = {
     "hra": (["rank=8"], 6_287_360),
     "fourierft": (["n_frequency=1000"], 560_000),
     "nora": (["rank=16", "outer_rank=128"], 2_293_760),
+    "lora-xs": (["rank=64"], 2_293_760),
+    "nola": (["coefficients=512"], 573_440),
 }
 
 
@@ -48,6 +50,7 @@ def test_counts_on_sdxl(name):
 
 
 OPTIONS = {"oft": ["block_size=4"], "adalora": ["init_rank=3", "target_rank=2"], "fourierft": ["n_frequency=50"]}
+OPTIONS |= {"nola": ["rank=2", "coefficients=40"], "nola-nora": ["rank=2", "coefficients=40"]}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -75,7 +78,7 @@ def test_counts_are_those_of_the_layers_and_of_the_smallest_file(name, tmp_path)
     if name == "adalora":  # nothing was trained, so that all but one component of a layer are left out
         assert found.file_numbers == 2 * (16 + 24 + 48 + 32)
     else:
-        assert found.file_numbers == pytest.approx(min(sizes), rel=0.01)
+        assert found.file_numbers == pytest.approx(min(sizes), rel=0.05)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -265,7 +265,12 @@ def test_a_dense_update_of_a_convolution_is_exact():
 REFUSED = {
     "unknown": ("lokx", [], {}, r"--method lokx is not known .did you mean lokr\?.: choose one of nora, lora"),
     "another's": ("lora", ["factor=8"], {}, "--method lora has rank, alpha, dropout, lr_ratio"),
-    "another's flag": ("lokr", [], {"outer_rank": 64}, "--outer_rank 64 is an option of NoRA: leave it out"),
+    "another's flag": (
+        "lokr",
+        [],
+        {"outer_rank": 64},
+        "--outer_rank 64 is an option of NoRA and NOLA-NoRA: leave it out",
+    ),
     "no value": ("lora", ["rank"], {}, "--method_args rank must look like rank=8"),
     "no number": ("lora", ["rank=four"], {}, "--method_args rank=four must be a whole number"),
     "half a number": ("lora", ["rank=4.5"], {}, "rank=4.5 must be a whole number"),

@@ -28,6 +28,8 @@ OPTIONS = {
     "adalora": ["init_rank=4", "target_rank=2"],
     "fourierft": ["n_frequency=20"],
     "hra": ["rank=2"],
+    "nola": ["rank=2", "coefficients=20"],
+    "nola-nora": ["rank=2", "coefficients=20"],
 }
 
 
