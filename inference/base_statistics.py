@@ -13,6 +13,7 @@ from methods.base_passes import (
     run_generic_prompts,
     run_own_pictures,
     text_identity,
+    unet_identity,
 )
 from methods.base_statistic import base_statistic
 from methods.components import TEXT_ENCODERS
@@ -37,7 +38,7 @@ def base_statistics(pipeline: StableDiffusionXLPipeline) -> BaseStatistics:
             else:  # nothing may be encoded here: what is measured hears all
                 run_generic_prompts(model, generic_tokens(pipeline)[TEXT_ENCODERS.index(component)])
 
-        identity = text_identity(pipeline) if component == "unet" else ""
+        identity = unet_identity(text_identity(pipeline), pipeline.scheduler) if component == "unet" else ""
         return base_statistic(model, config, label, identity, passes)
 
     return of_component

@@ -98,8 +98,9 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> Batch
 
 
 def text_identity(pipeline: StableDiffusionXLPipeline) -> str:
-    """Which text encoders a pipeline has."""
-    return "+".join(map(base_identity, (pipeline.text_encoder, pipeline.text_encoder_2)))
+    """Which text encoders a pipeline has, and how it says nothing."""
+    encoders = map(base_identity, (pipeline.text_encoder, pipeline.text_encoder_2))
+    return "+".join([*encoders, str(bool(pipeline.config.force_zeros_for_empty_prompt))])
 
 
 def run_base(component: str, model: nn.Module, generic: GenericPrompts, scheduler: SchedulerMixin) -> None:
@@ -127,18 +128,33 @@ def run_own_pictures(
     draws = np.random.RandomState(seed).standard_normal((count, unet.config.in_channels, side, side))
     noise = torch.from_numpy(draws).float().to(unet.device)
     time_ids = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], dtype=torch.float32, device=unet.device)
-    kind = EDMEulerScheduler if isinstance(scheduler, EDMEulerScheduler) else EulerDiscreteScheduler
     for first in range(0, count, AT_ONCE):
         rows = slice(first, first + AT_ONCE)
         embeds = generic.embeds[rows].to(unet.device)
         added = {"text_embeds": generic.pooled[rows].to(unet.device), "time_ids": time_ids.expand(len(embeds), -1)}
-        sampler = kind.from_config(scheduler.config, **({} if kind is EDMEulerScheduler else PLAIN_SCHEDULE))
-        sampler.set_timesteps(STEPS, device=unet.device)
+        sampler = _own_sampler(scheduler, unet.device)
         latents = noise[rows] * sampler.init_noise_sigma
         for timestep in sampler.timesteps:
             seen = sampler.scale_model_input(latents, timestep)
             predicted = unet(seen, timestep, embeds, added_cond_kwargs=added).sample
             latents = sampler.step(predicted, timestep, latents).prev_sample
+
+
+def unet_identity(text: str, scheduler: SchedulerMixin) -> str:
+    """What `run_own_pictures` depends on beside the UNet: `text_identity`, the noise levels, what the UNet predicts.
+
+    Bases of the same weights may differ in these, and then draw other pictures.
+    """
+    sampler = _own_sampler(scheduler, torch.device("cpu"))
+    prediction_type = sampler.config.prediction_type
+    return repr((text, type(sampler).__name__, prediction_type, sampler.timesteps.tolist(), sampler.sigmas.tolist()))
+
+
+def _own_sampler(scheduler: SchedulerMixin, device: torch.device) -> EulerDiscreteScheduler | EDMEulerScheduler:
+    kind = EDMEulerScheduler if isinstance(scheduler, EDMEulerScheduler) else EulerDiscreteScheduler
+    sampler = kind.from_config(scheduler.config, **({} if kind is EDMEulerScheduler else PLAIN_SCHEDULE))
+    sampler.set_timesteps(STEPS, device=device)
+    return sampler
 
 
 @torch.no_grad()

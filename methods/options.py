@@ -19,6 +19,7 @@ class Option:
         flag: the trainer's flag that says the same.
         kind: of its values; None: that of its default.
         shown: the default in words, where it depends on other things.
+        before: what a run did whose record is older than the option, where that is not the default.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Option:
     below: float | None = None
     at_most: float | None = None
     shown: str | None = None
+    before: Any = None
 
     @property
     def type(self) -> type:

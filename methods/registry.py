@@ -89,6 +89,7 @@ _METHODS = (
                 "How the SVD is computed: seeded subspace iteration, or exactly, as published.",
                 "basis",
                 choices=("iterated", "exact"),
+                before="exact",
             ),
             Option(
                 "inner_init",
@@ -108,6 +109,7 @@ _METHODS = (
                 "subjects, or the run's own.",
                 None,
                 choices=("base", "subject"),
+                before="subject",
             ),
             Option(
                 "calibration_passes",

@@ -43,6 +43,8 @@ FREE_TO_CHANGE = {
 
 # Flags that are compared where both have them: earlier checkpoints said the same with others, or not at all.
 IN_BOTH = {"method_args", "max_train_steps", "selective_checkpointing"}
+# What flags meant for checkpoints that are older than they.
+BEFORE = {"targets": "attention"}
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -178,6 +180,15 @@ def identity(config: Mapping[str, Any], plans_ahead: Sequence[str] = (), **conte
     return {"flags": flags, "content": content, "plans_ahead": list(plans_ahead)}
 
 
+def recorded_flags(checkpoint: Path) -> dict[str, Any]:
+    """The flags of a checkpoint's run; none where that can't be read, which `read_step` refuses."""
+    try:
+        flags = read_json(checkpoint / STATE).get("flags")
+    except ValueError:
+        return {}
+    return flags if isinstance(flags, dict) else {}
+
+
 def read_step(checkpoint: Path, identity: Mapping[str, Any], max_train_steps: int) -> int:
     """The step that a whole checkpoint of the same run was saved after.
 
@@ -203,7 +214,10 @@ def read_step(checkpoint: Path, identity: Mapping[str, Any], max_train_steps: in
             "--output_dir; its adapter can still be loaded"
         )
     wanted = json.loads(json.dumps(identity))  # tuples are lists there
-    before, now = saved["flags"], wanted["flags"]
+    before, now = BEFORE | saved["flags"], wanted["flags"]
+    if before.get("method_args") and now.get("method_args"):  # an option that it is older than can't differ
+        older = {argument.partition("=")[0] for argument in before["method_args"]}
+        now["method_args"] = [argument for argument in now["method_args"] if argument.partition("=")[0] in older]
     differences = [
         f"--{name} was {before.get(name)} and is {now.get(name)}"
         + (f", and {' and '.join(wanted['plans_ahead'])} depends on it" if name == "max_train_steps" else "")

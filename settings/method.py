@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from methods.components import TARGET_SETS
@@ -97,6 +98,19 @@ class MethodOptions(Record):
         flags = {one.flag: arguments[one.name] for one in METHODS[name].options if one.flag is not None}
         said = [f"{key}={value}" for key, value in arguments.items()]
         return self.replace(method=name, method_args=said, use_dora=name == "dora", **flags)
+
+    def as_recorded(self, recorded: Sequence[str]) -> MethodOptions:
+        """The same, with options that a record is older than as its run had them.
+
+        Args:
+            recorded: its ``method_args``.
+        """
+        said = {argument.partition("=")[0] for argument in recorded}
+        arguments = self.arguments()
+        older = {one.name: one.before for one in METHODS[self.name].options if one.before and one.name not in said}
+        if arguments.get("outer_init") != "awsvd":
+            older.pop("statistic", None)  # which measured nothing
+        return self.replace(method_args=[f"{key}={value}" for key, value in (arguments | older).items()])
 
 
 class TextOptions(Record):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from safetensors import safe_open
 from test_trainer import run
 from tiny_sdxl import saved_base
@@ -123,3 +124,21 @@ def test_which_base_it_is_does_not_depend_on_adapters_and_tells_a_trained_one():
         for parameter in base.unet.parameters():
             parameter.add_(1e-3)
     assert base_identity(base.unet) != before
+
+
+def test_bases_that_predict_something_else_have_statistics_of_their_own(tmp_path, monkeypatch):
+    """Two bases of the same weights, one cache; which sampler the user draws with makes no difference."""
+    base = pipeline()
+
+    def statistic(cache, scheduler=DDIMScheduler, **changes):
+        monkeypatch.setenv("NORA_CACHE_DIR", cache)
+        base.scheduler = scheduler.from_config(base.scheduler.config, **changes)
+        return base_statistics(base)(LABEL, "unet", base.unet, NoraConfig(target_modules=["to_q"]))
+
+    cache = str(tmp_path)
+    noise, velocity = statistic(cache), statistic(cache, prediction_type="v_prediction")
+    fresh = statistic("", DPMSolverMultistepScheduler, use_karras_sigmas=True)
+    assert all(torch.equal(velocity[name], fresh[name]) for name in fresh)
+    assert any(not torch.allclose(noise[name].float(), fresh[name].float(), rtol=0.1) for name in fresh)
+    statistic(cache, DPMSolverMultistepScheduler)
+    assert len(list(tmp_path.glob("statistic-*"))) == 2

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from safetensors import safe_open
 from safetensors.torch import load_file
 from test_resume import command
 from test_trainer import CAT, losses, run
@@ -20,7 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dreambooth.prior import class_image_name
-from methods.components import FOLDED_WEIGHTS
+from methods.components import FOLDED_WEIGHTS, INNER_WEIGHTS
 from settings.learning import HardwareOptions
 from settings.watching import OutputOptions
 from trainer.accelerator import end_training, make_accelerator
@@ -50,9 +51,6 @@ def launch(folder: Path, processes: int, *flags: str, config: str | None = None)
         launcher += ["--config_file", str(CONFIGS / config)]
     elif processes > 1:
         launcher += ["--multi_gpu"]  # accelerate's word for several processes of one machine
-    if "lora" in flags:  # has nothing to calibrate
-        place = one.index("--calibration_passes")
-        del one[place : place + 2]
     done = subprocess.run(
         [*launcher, *one[1:]],
         env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
@@ -63,6 +61,11 @@ def launch(folder: Path, processes: int, *flags: str, config: str | None = None)
     assert done.returncode == 0, done.stderr[-3000:]
     (folder / "stdout").write_text(done.stdout)
     return folder
+
+
+def sketches(folder: Path) -> dict:
+    with safe_open(folder / INNER_WEIGHTS, "pt") as file:
+        return json.loads(file.metadata()["fingerprints"])
 
 
 MACHINE = """
@@ -129,6 +132,8 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, variant):
         if key.endswith("lora_A.weight"):
             updates = [weights[key.replace("lora_A", "lora_B")] @ weights[key] for weights in (first, second)]
             assert torch.allclose(*updates, atol=1e-5), key
+    if "lora" not in VARIANTS[variant]:  # the bits of A too, of which the file has sketches
+        assert sketches(one) == sketches(two)
     assert json.loads((two / "run.json").read_text())["num_processes"] == 2
     assert [json.loads(line)["step"] for line in (two / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
 

@@ -188,6 +188,30 @@ def test_latest_of_nothing_is_a_new_run(tmp_path):
     assert losses(run(tmp_path / "run", resume_from_checkpoint="latest")) == losses(run(tmp_path / "plain"))
 
 
+def test_a_run_older_than_an_option_goes_on_as_it_was(tmp_path):
+    """With flags that say nothing of it, whose default is another now; the record says what it was."""
+    options = {"max_train_steps": 3, "checkpointing_steps": 2, "encoded_cache_dir": str(tmp_path / "encoded")}
+    whole, older = tmp_path / "whole", tmp_path / "older"
+    run(whole, method_args=["statistic=subject", "basis=exact"], **options)
+    shutil.copytree(whole, older)
+    for name in ("run.json", FOLDED_WEIGHTS, INNER_WEIGHTS):
+        (older / name).unlink()
+    path = older / "checkpoint-2" / STATE
+    state = json.loads(path.read_text())
+    del state["flags"]["targets"]
+    said = [one for one in state["flags"]["method_args"] if not one.startswith(("statistic=", "basis="))]
+    state["flags"]["method_args"] = said
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="--targets was attention and is all-linear"):
+        run(older, resume_from_checkpoint="latest", targets="all-linear", **options)
+    with pytest.raises(ValueError, match="--method_args was .* and is "):
+        run(older, resume_from_checkpoint="latest", method_args=["awsvd_gamma=1"], **options)
+    run(older, resume_from_checkpoint="latest", **options)
+    same_ends(whole, older)
+    recorded = json.loads((older / "run.json").read_text())["config"]["method_args"]
+    assert {"statistic=subject", "basis=exact"} <= set(recorded)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -21,7 +21,7 @@ from dreambooth.passes import run_unet_passes
 from dreambooth.prepare import Encoded
 from inference.tokens import add_new_word, check_new_word, token_names
 from methods.adapter import Adapter, Passes, Places, make_adapter, without_adapters
-from methods.base_passes import LABEL, run_base
+from methods.base_passes import LABEL, run_base, unet_identity
 from methods.components import ENCODERS, TEXT_ENCODERS
 from nora import calibration_mask
 from settings.learning import HardwareOptions
@@ -175,7 +175,8 @@ def component_passes(
 
     of_run = unet_passes if component == "unet" else prompt_passes
     of_base = partial(run_base, component, model, encoded.generic, objective.scheduler)
-    return Passes(of_run, of_base, LABEL, encoded.generic.identity if component == "unet" else "")
+    identity = unet_identity(encoded.generic.identity, objective.scheduler) if component == "unet" else ""
+    return Passes(of_run, of_base, LABEL, identity)
 
 
 @torch.no_grad()

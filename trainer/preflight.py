@@ -21,7 +21,7 @@ from methods.adapter import Adapter
 from methods.components import BEST, RUN_RECORD
 from methods.files import approximate_file
 from methods.registry import METHODS
-from runs.checkpoints import FolderLock, check_earlier_run, find_checkpoint, identity, read_step
+from runs.checkpoints import FolderLock, check_earlier_run, find_checkpoint, identity, read_step, recorded_flags
 from runs.exports import RESULTS
 from runs.record import METRICS, SAMPLES, MetricsLog
 from settings.base import BaseOptions
@@ -97,6 +97,8 @@ def open_run(config: TrainConfig, pictures: Pictures) -> tuple[Accelerator, Trai
     checkpoint = find_checkpoint(loop.resume_from_checkpoint, output_dir)
     if loop.resume_from_checkpoint and checkpoint is None:
         print(f"{output_dir} has no checkpoint yet: starting from the beginning")
+    if checkpoint and (recorded := recorded_flags(checkpoint).get("method_args")):
+        config = config.replace(method_args=config.method.as_recorded(recorded).method_args)
     check_earlier_run(output_dir, [*RESULTS, SAMPLES, BEST], RUN_RECORD, METRICS, resumes=checkpoint is not None)
     accelerator = make_accelerator(
         config.hardware, config.output, accumulation=loop.gradient_accumulation_steps, trains_text=config.text.learns
