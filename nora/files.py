@@ -9,11 +9,13 @@ One safetensors file. Tensors, for each component prefix ("unet", "text_encoder"
     {prefix}.{module}.start           float32, all matrices flat; what a residual subtracts
     {prefix}.{module}.awsvd_stats     float16 statistic (n,), in units of its mean; one per distinct input
 
-where it was measured for this adapter. A statistic of the base alone can be measured anew and is left out (version 2).
+where it was measured for this adapter. A statistic of the base alone can be measured anew and is left out; then all is
+packed, with the fingerprints, into a few stacked tensors (version 2; see `packing`).
 
 Header: `format_version`; `nora_config`, JSON of prefix -> config; `fingerprints`, JSON of "{prefix}.{module}" ->
 sketches of W, A and B; `awsvd_stats_aliases`, JSON of "{prefix}.{module}" -> the module that holds its statistic;
-`base_statistic`, the name of the passes that measure it, where it was left out. Any further metadata is the caller's.
+`base_statistic`, the name of the passes that measure it, and `layout`, where it was left out. Any further metadata is
+the caller's.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -33,15 +35,19 @@ from torch import nn
 from .basis import Basis, check_base, layer_shape, oriented_weight, rebuild_basis
 from .cells import FILE_NAMES
 from .config import NoraConfig, plain_config
+from .functional import FINGERPRINT_SHAPE
 from .layer import NoraLinear, Origin, check_unmerged, trained_modules
 from .model import check_in_memory, check_layer, find_targets, nora_layers, own_name, ready_bases
 from .nested import RightFactor, right_product
+from .packing import pack, unpack
 from .parallel import in_parallel
 from .safetensors_file import write_safetensors
 
 FORMAT_VERSION = 2  # 1: with all statistics
 _HEADER_KEYS = ("format_version", "nora_config", "fingerprints", "awsvd_stats_aliases")
 _BASE_STATISTIC = "base_statistic"
+_LAYOUT = "layout"
+_FINGERPRINT = "fingerprint"
 _STATS_SUFFIX = ".awsvd_stats"
 # (name of the passes, prefix, component, its config) -> module -> statistic (n,) of the base alone
 BaseStatistics = Callable[[str, str, nn.Module, NoraConfig], Mapping[str, torch.Tensor]]
@@ -83,7 +89,7 @@ def save_inner(
         ValueError: if a component lacks the adapter, still waits for its basis, or also trains modules_to_save, which
             this file doesn't hold; or if ``metadata`` uses a key of the format.
     """
-    reserved = sorted(set(metadata or {}) & {*_HEADER_KEYS, _BASE_STATISTIC})
+    reserved = sorted(set(metadata or {}) & {*_HEADER_KEYS, _BASE_STATISTIC, _LAYOUT})
     if reserved:
         raise ValueError(f"metadata uses {reserved}, which the file format itself writes: rename them")
     tensors: dict[str, torch.Tensor] = {}
@@ -111,7 +117,7 @@ def save_inner(
                 tensors[key + _START_SUFFIX] = layer.nora_start[adapter_name]
             basis = layer.basis(adapter_name)
             assert basis.fingerprint is not None  # only a basis on the meta device has none
-            fingerprints[key] = [[float(f"{x:.6g}") for x in row] for row in basis.fingerprint.tolist()]
+            fingerprints[key] = basis.fingerprint
             if basis.statistic is None or base_statistic is not None:
                 continue
             owner = owners.setdefault(basis.statistic.cpu().numpy().tobytes(), key)
@@ -120,14 +126,34 @@ def save_inner(
             else:
                 aliases[key] = owner
     header = {
-        "format_version": "1" if base_statistic is None else "2",
+        "format_version": "1",
         "nora_config": json.dumps(configs),
-        "fingerprints": json.dumps(fingerprints, separators=(",", ":")),
-        "awsvd_stats_aliases": json.dumps(aliases, separators=(",", ":")),
+        "fingerprints": _json({key: _rounded(one) for key, one in fingerprints.items()}),
+        "awsvd_stats_aliases": _json(aliases),
     }
     if base_statistic is not None:
-        header[_BASE_STATISTIC] = base_statistic
+        modules: dict[str, dict[str, torch.Tensor]] = {key: {_FINGERPRINT: one} for key, one in fingerprints.items()}
+        for name, tensor in tensors.items():
+            key = max((key for key in _parents(name) if key in modules), key=len)
+            modules[key][name.removeprefix(f"{key}.")] = tensor
+        tensors, layout = pack(modules)
+        packed = {"format_version": "2", _LAYOUT: _json(layout), _BASE_STATISTIC: base_statistic}
+        header |= {"fingerprints": "{}", **packed}
     write_safetensors(Path(path), tensors, {"format": "pt", **(metadata or {}), **header})
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _rounded(fingerprint: torch.Tensor) -> list[list[float]]:
+    return [[float(f"{x:.6g}") for x in row] for row in fingerprint.tolist()]
+
+
+def _parents(name: str) -> Iterator[str]:
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def inner_prefixes(path: str | os.PathLike) -> list[str]:
@@ -167,7 +193,7 @@ def load_inner(
             raise ValueError(f"component {prefix!r} is a PeftModel: pass the model inside, model.get_base_model()")
         if adapter_name in getattr(model, "peft_config", {}):
             raise ValueError(f"component {prefix!r} already has an adapter {adapter_name!r}: choose another name")
-    inner = _read(path)
+    inner = parse_inner(path)
     bases = _checked_bases(path, inner, components, base_statistics)
     for prefix, model in components.items():
         with ready_bases(bases[prefix]):
@@ -194,7 +220,7 @@ def read_inner(
     Raises:
         ValueError: as `load_inner`.
     """
-    inner = _read(path)
+    inner = parse_inner(path)
     folded: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
     for prefix, bases in _checked_bases(path, inner, components, base_statistics).items():
         folded[prefix] = {}
@@ -388,11 +414,24 @@ def _configs(path: str | os.PathLike, header: Mapping[str, str]) -> dict[str, No
         raise ValueError(f"{path} has a nora_config that can't be read ({error}): save the adapter again") from error
 
 
-def _read(path: str | os.PathLike) -> InnerFile:
+def parse_inner(path: str | os.PathLike) -> InnerFile:
+    """The file by module, whatever its version.
+
+    Raises:
+        ValueError: if it isn't such a file, or a damaged one.
+    """
     with _open(path) as file:
         header = file.metadata() or {}
         configs = _configs(path, header)
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    fingerprints: dict[str, torch.Tensor] = {}
+    if _LAYOUT in header:
+        try:
+            modules = unpack(tensors, json.loads(header[_LAYOUT]))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} has a layout that can't be read ({error}): the file is damaged") from error
+        fingerprints = {key: entries.pop(_FINGERPRINT) for key, entries in modules.items() if _FINGERPRINT in entries}
+        tensors = {f"{key}.{entry}": tensor for key, entries in modules.items() for entry, tensor in entries.items()}
     trained: dict[str, dict[str, torch.Tensor]] = {}
     starts: dict[str, torch.Tensor] = {}
     statistics: dict[str, torch.Tensor] = {}
@@ -415,10 +454,12 @@ def _read(path: str | os.PathLike) -> InnerFile:
             f"{path} has an unexpected key {foreign[0]}.{min(trained[foreign[0]])}: no config has that prefix"
         )
     try:
-        fingerprints = {k: torch.tensor(v) for k, v in json.loads(header["fingerprints"]).items()}
+        fingerprints |= {k: torch.tensor(v) for k, v in json.loads(header["fingerprints"]).items()}
         aliases = dict(json.loads(header["awsvd_stats_aliases"]))
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} has fingerprints that can't be read ({error}): save the adapter again") from error
+    if odd := sorted(key for key, one in fingerprints.items() if tuple(one.shape) != FINGERPRINT_SHAPE):
+        raise ValueError(f"{path} has a fingerprint of another shape for {odd[0]}: the file is damaged")
     unchecked = sorted(set(trained) - set(fingerprints))
     if unchecked:
         raise ValueError(f"{path} has no fingerprint for {unchecked[0]}, so its basis can't be checked: save it again")

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from safetensors import safe_open
 from safetensors.torch import load_file
 from test_resume import command
 from test_trainer import CAT, losses, run
@@ -22,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dreambooth.prior import class_image_name
 from methods.components import FOLDED_WEIGHTS, INNER_WEIGHTS
+from nora.files import parse_inner
 from settings.learning import HardwareOptions
 from settings.watching import OutputOptions
 from trainer.accelerator import end_training, make_accelerator
@@ -64,8 +64,7 @@ def launch(folder: Path, processes: int, *flags: str, config: str | None = None)
 
 
 def sketches(folder: Path) -> dict:
-    with safe_open(folder / INNER_WEIGHTS, "pt") as file:
-        return json.loads(file.metadata()["fingerprints"])
+    return {key: one.tolist() for key, one in parse_inner(folder / INNER_WEIGHTS).fingerprints.items()}
 
 
 MACHINE = """

@@ -15,7 +15,6 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_sdxl import build_pipeline, live_outputs, outputs, saved_base
 from transformers import CLIPTextModel
@@ -27,6 +26,7 @@ from inference.base import load_pipeline
 from inference.load import load_adapter
 from methods.components import FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
 from methods.registry import METHODS
+from nora.files import parse_inner
 from runs.checkpoints import FolderLock
 from settings.learning import LR_SCHEDULES
 from settings.training import FLAGS, TrainConfig
@@ -102,24 +102,30 @@ def test_folded_file_has_diffusers_keys_alone(nora_run):
 
 
 def test_inner_file_layout(nora_run):
-    folded, inner = load_file(nora_run / FOLDED_WEIGHTS), load_file(nora_run / INNER_WEIGHTS)
-    statistics = [key for key in inner if "awsvd_stats" in key]
-    assert {key for key in inner if key not in statistics} == set(folded)
-    for key in set(folded):
-        rank = 4
-        assert inner[key].shape[0 if "lora_A" in key else 1] == rank
-        assert inner[key].shape[1 if "lora_A" in key else 0] == 32  # 8 x rank, which is also the layers' smaller side
+    """Stacked by shape; by module it has what the folded file has, and no statistics."""
+    folded, inner = load_file(nora_run / FOLDED_WEIGHTS), parse_inner(nora_run / INNER_WEIGHTS)
+    assert {f"{key}.{entry}" for key, entries in inner.trained.items() for entry in entries} == set(folded)
+    for entries in inner.trained.values():  # 8 x rank, which is also the layers' smaller side
+        assert {entry: tuple(one.shape) for entry, one in entries.items()} == {
+            "lora_A.weight": (4, 32),
+            "lora_B.weight": (32, 4),
+        }
+    assert not inner.statistics and set(inner.fingerprints) == set(inner.trained)
+    assert len(load_file(nora_run / INNER_WEIGHTS)) == 3
+
+
+def test_an_inner_file_with_statistics_has_one_of_each_input(tmp_path):
+    inner = load_file(run(tmp_path, method_args=["statistic=subject"], max_train_steps=1) / INNER_WEIGHTS)
     # to_q, to_k and to_v of self-attention share their input; to_k and to_v of cross-attention see the prompt's.
+    statistics = [key for key in inner if "awsvd_stats" in key]
     attention = "unet.down_blocks.1.attentions.0.transformer_blocks.0."
     assert sum(key.startswith(attention + "attn1.to_") for key in statistics) == 2
     assert len([key for key in statistics if key.startswith("unet.") and "attn2.to_k" in key]) <= 1
-    with safe_open(nora_run / INNER_WEIGHTS, "pt") as file:
-        assert set(json.loads(file.metadata()["nora_config"])) >= {"unet"} and "fingerprints" in file.metadata()
 
 
 def test_trained_parameters_are_counted(nora_run):
-    inner = load_file(nora_run / INNER_WEIGHTS)
-    count = sum(tensor.numel() for key, tensor in inner.items() if "awsvd_stats" not in key)
+    trained = parse_inner(nora_run / INNER_WEIGHTS).trained
+    count = sum(tensor.numel() for entries in trained.values() for tensor in entries.values())
     assert json.loads((nora_run / "run.json").read_text())["trainable_parameters"] == count
 
 
@@ -809,7 +815,13 @@ def test_adapter_of_another_base_is_refused(nora_run, tmp_path):
 def test_the_measured_statistics_do_not_depend_on_the_batch(tmp_path):
     """A batch of 4, or two of 2: the same samples are measured, and the outer factors are the same."""
     ends = [
-        run(tmp_path / str(batch), train_batch_size=batch, gradient_accumulation_steps=4 // batch, max_train_steps=1)
+        run(
+            tmp_path / str(batch),
+            train_batch_size=batch,
+            gradient_accumulation_steps=4 // batch,
+            max_train_steps=1,
+            method_args=["statistic=subject"],
+        )
         for batch in (4, 2, 1)
     ]
     first, *others = (load_file(end / INNER_WEIGHTS) for end in ends)
