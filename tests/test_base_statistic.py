@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_trainer import run
 from tiny_sdxl import saved_base
 
@@ -162,3 +163,19 @@ def test_the_file_of_an_sdxl_unet_is_small(tmp_path, ranks, limit):
     inner = parse_inner(path)
     assert len(inner.trained) == 560 and path.stat().st_size <= limit
     assert {tuple(one.shape) for one in inner.trained[min(inner.trained)].values()} == {(r, outer_r), (outer_r, r)}
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ("{", "layout that can't be read"),
+        ("[]", "doesn't fit its layout"),
+        ('[{"unet":{}}]', "layout that can't be read"),
+    ],
+)
+def test_a_damaged_layout_is_refused_with_a_sentence(trained, tmp_path, layout, message):
+    with safe_open(trained / INNER_WEIGHTS, "pt") as file:
+        header = dict(file.metadata()) | {"layout": layout}
+    save_file(load_file(trained / INNER_WEIGHTS), tmp_path / INNER_WEIGHTS, header)
+    with pytest.raises(ValueError, match=message):
+        parse_inner(tmp_path / INNER_WEIGHTS)

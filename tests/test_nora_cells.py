@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from nora import NoraConfig, load_inner, read_inner, save_inner
 from nora.cells import CELLS
@@ -178,3 +179,48 @@ def test_a_large_output_core_is_refused_and_cells_are_not_summed():
     model = adapted(structure="adapter")
     with pytest.raises(ValueError, match="fold them and add LoRAs"):
         model.base_model.add_weighted_adapter(["default"], [1.0], "sum")
+
+
+def gradients(model, run, x=X) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    run(x).float().square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def ids(options) -> str:
+    return " ".join(map(str, options.values()))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=ids)
+def test_checkpointing_functional_calls_copies_and_compilation_change_nothing(options):
+    model = adapted(init_weights=False, **options)
+    twin = copy.deepcopy(model)
+    expected = gradients(model, model)
+    assert len(expected) == len(parameters(model)) and all(bool(one.any()) for one in expected.values())
+    torch._dynamo.reset()
+    ways = {
+        "checkpoint": lambda: gradients(model, lambda x: checkpoint(model, x, use_reentrant=False)),
+        "functional_call": lambda: gradients(
+            model, lambda x: torch.func.functional_call(model, dict(model.named_parameters()), (x,))
+        ),
+        "deepcopy": lambda: gradients(twin, twin),
+        "compiled": lambda: gradients(
+            model, torch.compile(model.base_model.model, backend="aot_eager", fullgraph=True)
+        ),
+    }
+    for way, run in ways.items():
+        for name, found in run().items():
+            torch.testing.assert_close(found, expected[name], msg=f"{way} {name}")
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=ids)
+def test_autocast_stays_near_float32(options):
+    model, x = adapted(init_weights=False, **options).float(), X.float()
+    exact, expected = model(x), gradients(model, model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, found = model(x), gradients(model, model, x)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), exact, rtol=5e-2, atol=5e-2 * float(exact.abs().max()))
+    size = max(float(one.norm()) for one in expected.values())
+    for name, gradient in found.items():
+        assert gradient.dtype == torch.float32 and float((gradient - expected[name]).norm()) < 5e-2 * size, name
