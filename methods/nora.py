@@ -16,7 +16,15 @@ from methods.base_statistic import base_statistic, from_first_process
 from methods.basis_cache import basis_cache
 from methods.components import INNER_WEIGHTS, adapter_components
 from methods.update import Update
-from nora import NoraConfig, NoraLinear, check_targets, load_inner, preprocess_nora, save_inner
+from nora import (
+    NoraConfig,
+    NoraLinear,
+    check_targets,
+    load_inner,
+    preprocess_nora,
+    save_inner,
+    split_over_processes,
+)
 from nora.files import BaseStatistics
 from nora.model import nora_layers
 from storage.tensors import write_safetensors
@@ -45,7 +53,8 @@ class Nora(Adapter):
             preprocess_nora(model, config, stats=self._base_statistic(model, config, passes))
         elif config.needs_statistics:
             preprocess_nora(model, config, lambda: passes.of_run(self.args["calibration_passes"]))
-        self.wrap(component, model, config)
+        with split_over_processes():
+            self.wrap(component, model, config)
 
     @property
     def measures_base(self) -> bool:
@@ -63,7 +72,8 @@ class Nora(Adapter):
             self.label = label
             return self._base_statistic(model, config, own)
 
-        load_inner(checkpoint / INNER_WEIGHTS, adapter_components(models), base_statistics=base)
+        with split_over_processes():
+            load_inner(checkpoint / INNER_WEIGHTS, adapter_components(models), base_statistics=base)
         self.models.update(models)
 
     def _base_statistic(self, model: nn.Module, config: NoraConfig, passes: Passes) -> dict[str, torch.Tensor]:

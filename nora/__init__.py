@@ -14,6 +14,7 @@ from .config import NoraConfig  # noqa: E402
 from .files import inner_prefixes, load_inner, read_inner, save_inner  # noqa: E402
 from .layer import NoraLinear  # noqa: E402
 from .model import NoraModel, check_targets, fold_nora  # noqa: E402
+from .parallel import split_over_processes  # noqa: E402
 from .version import __version__  # noqa: E402
 
 register(NoraConfig, NoraModel)
@@ -33,5 +34,6 @@ __all__ = [
     "preprocess_nora",
     "read_inner",
     "save_inner",
+    "split_over_processes",
     "use_basis_cache",
 ]

@@ -44,6 +44,11 @@ class Basis(NamedTuple):
     fingerprint: torch.Tensor | None
     statistic: torch.Tensor | None
 
+    def at(self, device: torch.device) -> Basis:
+        """With what a layer computes with on a device."""
+        right = None if self.right is None else RightFactor(*(one.to(device) for one in self.right))
+        return self._replace(A=self.A.to(device), B=None if self.B is None else self.B.to(device), right=right)
+
     def to(self, dtype: torch.dtype) -> Basis:
         """With the factors in another dtype."""
         return self._replace(A=self.A.to(dtype), B=None if self.B is None else self.B.to(dtype))

@@ -40,7 +40,7 @@ from .layer import NoraLinear, Origin, check_unmerged, trained_modules
 from .model import check_in_memory, check_layer, find_targets, nora_layers, own_name, ready_bases
 from .nested import RightFactor, right_product
 from .packing import pack, unpack
-from .parallel import in_parallel
+from .parallel import over_layers
 from .safetensors_file import write_safetensors
 
 FORMAT_VERSION = 2  # 1: with all statistics
@@ -302,8 +302,8 @@ def _checked_bases(
 
     places = [(prefix, name) for prefix, layers in targets.items() for name in layers]
     bases: dict[str, dict[str, Basis]] = {prefix: {} for prefix in targets}
-    for (prefix, name), basis in zip(places, in_parallel(rebuilt, places)):
-        bases[prefix][name] = basis
+    for (prefix, name), basis in zip(places, over_layers(rebuilt, places)):
+        bases[prefix][name] = basis.at(oriented_weight(targets[prefix][name]).device)
     return bases
 
 

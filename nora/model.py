@@ -27,7 +27,7 @@ from .combine import concatenated, truncated
 from .config import DEFAULT_OUTER_MULTIPLE, NoraConfig
 from .generators import module_dtype
 from .layer import NoraLinear, Origin, check_unmerged
-from .parallel import in_parallel
+from .parallel import in_parallel, over_layers
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +218,7 @@ class NoraModel(BaseTuner):
             )
 
     def _bases(self, model: nn.Module, config: NoraConfig) -> dict[str, Basis]:
-        """The targets' bases: what is ready, and the others computed, a core to a layer."""
+        """The targets' bases: what is ready, and the others computed, a core to a layer; see `over_layers`."""
         ready = _ready_bases.get()
         if config.saved:  # they come with the weights
             return ready
@@ -231,7 +231,8 @@ class NoraModel(BaseTuner):
             outer_r = config.layer_ranks(name, layer_shape(layer)).outer_r
             return build_basis(own_name(model, name), layer, config, outer_r, statistic).to(base_weight(layer).dtype)
 
-        return ready | dict(zip(missing, in_parallel(build, missing)))
+        bases = over_layers(build, missing)
+        return ready | {name: one.at(base_weight(targets[name]).device) for name, one in zip(missing, bases)}
 
     @staticmethod
     def _statistic(name: str, base_layer: nn.Module, config: NoraConfig) -> torch.Tensor | None:
