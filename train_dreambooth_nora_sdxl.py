@@ -131,7 +131,8 @@ def train_in_folder(config: TrainConfig, lock: FolderLock) -> Path:
     steps = config.validation.num_inference_steps
     pictures = draw_class_images(accelerator, base, pipeline, pictures, config.prior, steps)
     cache = {"cache_dir": Path(config.data.encoded_cache_dir or output_dir / ENCODED), "words": words}
-    encoded = encode_run(pipeline, pictures, accelerator, num_workers=config.data.dataloader_num_workers, **cache)
+    cache |= {"num_workers": config.data.dataloader_num_workers, "measures_base": adapter.measures_base}
+    encoded = encode_run(pipeline, pictures, accelerator, **cache)
     parts = models | {name: getattr(pipeline, name) for name in ("tokenizer", "tokenizer_2")}
     pipeline = None
     free_memory()

@@ -120,7 +120,7 @@ class Encoded:
     class_rows: torch.Tensor  # (P,): the row of each row's class prompt
     tokens: list[Tokens]  # of the prompts, per text encoder, for encoding anew where these are trained
     calibration_tokens: list[Tokens]
-    generic: GenericPrompts  # for what is measured of the base alone
+    generic: GenericPrompts | None  # where something is measured of the base alone
     teaching: torch.Tensor  # (P,) bool: prompts that what is trained of the text encoders learns from
     encoders: str  # fingerprint of the autoencoder and the text encoders
 
@@ -274,6 +274,7 @@ def encode_run(
     cache_dir: Path,
     num_workers: int = 0,
     words: Mapping[str, str] | None = None,
+    measures_base: bool = False,
 ) -> Encoded:
     """Encode pictures and prompts, or read what an earlier run encoded.
 
@@ -281,6 +282,7 @@ def encode_run(
         pictures: with all class images.
         cache_dir: where the encodings are kept.
         words: new words -> the tokens that they stand for; only prompts with one teach the text encoders then.
+        measures_base: the method measures something of the base alone, see `methods.base_passes`.
     """
     tokenizers = [pipeline.tokenizer, pipeline.tokenizer_2]
     table = PromptTable(pictures.concepts, [*pictures.instance, *pictures.classes, *pictures.held_out])
@@ -336,7 +338,7 @@ def encode_run(
         table.class_rows,
         tokens,
         tokenize(tokenizers, [*(spell(text, words or {}) for text in trained), *GENERIC_PROMPTS]),
-        encode_generic_prompts(pipeline),
+        encode_generic_prompts(pipeline) if measures_base else None,
         torch.tensor([not words or any(has_word(text, word) for word in words) for text in table.texts]),
         content_hash(vae_fingerprint, fingerprint, *map(configuration, [pipeline.vae, *text_encoders])),
     )

@@ -241,6 +241,11 @@ class Adapter:
         pass
 
     @property
+    def measures_base(self) -> bool:
+        """Whether it measures something of the base alone: `Passes.of_base`."""
+        return False
+
+    @property
     def base_statistics(self) -> BaseStatistics | None:
         """For `nora.read_inner`, where this adapter's own file leaves the base's statistics out."""
         return None

@@ -59,7 +59,9 @@ class Nora(Adapter):
     @property
     def measures_base(self) -> bool:
         """Whether AwSVD's statistic is the base's, the same for every run on it, or the run's own."""
-        return self.args.get("statistic") == "base"  # methods that measure nothing have no such option
+        return (
+            self.args.get("statistic") == "base" and self.args["outer_init"] == "awsvd"
+        )  # methods that measure nothing have no such option
 
     @basis_cache()
     def restore(

@@ -53,9 +53,7 @@ QUICK = {
 def run(folder, **options) -> Path:
     base = {"pretrained_model_name_or_path": str(saved_base()), "output_dir": str(folder)}
     AcceleratorState._reset_state(True)
-    nora = options.get("method", "nora") == "nora" and not options.get("use_dora")
-    quick = {name: value for name, value in QUICK.items() if nora or name != "calibration_passes"}
-    return trainer.train(TrainConfig.of(**(quick | base | options)))
+    return trainer.train(TrainConfig.of(**(QUICK | base | options)))
 
 
 def losses(folder) -> list[float]:
@@ -468,11 +466,11 @@ def test_latents_and_prompts_are_encoded_once(tmp_path, monkeypatch):
     forward = CLIPTextModel.forward
     monkeypatch.setattr(CLIPTextModel, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
     shared = {"encoded_cache_dir": str(tmp_path / "encoded")}
-    run(tmp_path / "short", max_train_steps=1)
+    run(tmp_path / "short", method="lora", max_train_steps=1)
     once = len(calls)
-    run(tmp_path / "long", max_train_steps=4, **shared)
+    run(tmp_path / "long", method="lora", max_train_steps=4, **shared)
     assert len(calls) == 2 * once
-    run(tmp_path / "next", **shared)  # encoded by an earlier run
+    run(tmp_path / "next", method="lora", **shared)  # encoded by an earlier run
     assert len(calls) == 2 * once
 
 

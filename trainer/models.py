@@ -20,7 +20,7 @@ from dreambooth.loss import Objective
 from dreambooth.passes import run_unet_passes
 from dreambooth.prepare import Encoded
 from inference.tokens import add_new_word, check_new_word, token_names
-from methods.adapter import Adapter, Passes, Places, make_adapter, without_adapters
+from methods.adapter import NO_PASSES, Adapter, Passes, Places, make_adapter, without_adapters
 from methods.base_passes import LABEL, run_base, unet_identity
 from methods.components import ENCODERS, TEXT_ENCODERS
 from nora import calibration_mask
@@ -174,6 +174,8 @@ def component_passes(
                 model(input_ids)
 
     of_run = unet_passes if component == "unet" else prompt_passes
+    if encoded.generic is None:
+        return NO_PASSES._replace(of_run=of_run)
     of_base = partial(run_base, component, model, encoded.generic, objective.scheduler)
     identity = unet_identity(encoded.generic.identity, objective.scheduler) if component == "unet" else ""
     return Passes(of_run, of_base, LABEL, identity)
