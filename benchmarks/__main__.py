@@ -29,6 +29,7 @@ from benchmarks import basis, block, loop_shape, processes, swap_adapter
 from benchmarks.cards import unet_without_numbers
 from benchmarks.gpu import LORA_16, NORA, Cell, config_of, measure
 from benchmarks.sdxl_shape import build_unet
+from methods.base_passes import LABEL
 from settings.command_line import quiet_libraries
 
 
@@ -82,7 +83,9 @@ def inner_files() -> tuple[float, ...]:
         unet = build_unet("quarter").requires_grad_(False)
         unet.add_adapter(config_of(f"NoRA ({outer_r}, {r})"))
         with tempfile.TemporaryDirectory() as folder:
-            nora.save_inner(path := Path(folder) / "inner.safetensors", {"unet": unet}, dtype=torch.float16)
+            nora.save_inner(
+                path := Path(folder) / "inner.safetensors", {"unet": unet}, dtype=torch.float16, base_statistic=LABEL
+            )
             sizes.append(path.stat().st_size / 1e6)
     return tuple(sizes)
 

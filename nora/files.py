@@ -34,7 +34,7 @@ from torch import nn
 
 from .basis import Basis, check_base, layer_shape, oriented_weight, rebuild_basis
 from .cells import FILE_NAMES
-from .config import NoraConfig, plain_config
+from .config import LayerRanks, NoraConfig, plain_config
 from .functional import FINGERPRINT_SHAPE
 from .layer import NoraLinear, Origin, check_unmerged, trained_modules
 from .model import check_in_memory, check_layer, find_targets, nora_layers, own_name, ready_bases
@@ -276,20 +276,21 @@ def _checked_bases(
         raise ValueError(
             f"{path} holds {sorted(held)} but the components given are {sorted(given)}: pass exactly those"
         )
-    if inner.base_statistic is not None and any(one.needs_statistics for one in inner.configs.values()):
-        if base_statistics is None:
-            raise ValueError(
-                f"{path} leaves out the statistics of its base, which the passes {inner.base_statistic!r} measure: "
-                "pass base_statistics, load it with inference.load, or load a LoRA that fold_nora made of the adapter"
-            )
-        for prefix, model in components.items():
-            measured = base_statistics(inner.base_statistic, prefix, model, inner.configs[prefix])
-            inner.statistics.update({f"{prefix}.{name}": one for name, one in measured.items()})
+    measured = [prefix for prefix, one in inner.configs.items() if inner.base_statistic and one.needs_statistics]
+    if measured and base_statistics is None:
+        raise ValueError(
+            f"{path} leaves out the statistics of its base, which the passes {inner.base_statistic!r} measure: "
+            "pass base_statistics, load it with inference.load, or load a LoRA that fold_nora made of the adapter"
+        )
     targets = {prefix: _matching_targets(path, prefix, model, inner) for prefix, model in components.items()}
     for prefix, layers in targets.items():  # cheap, so before the first decomposition
         for name, layer in layers.items():
             key = f"{prefix}.{name}"
             check_base(key, layer, inner.fingerprints[key])
+    for prefix in measured:
+        assert inner.base_statistic is not None and base_statistics is not None
+        found = base_statistics(inner.base_statistic, prefix, components[prefix], inner.configs[prefix])
+        inner.statistics.update({f"{prefix}.{name}": one for name, one in found.items()})
 
     def rebuilt(place: tuple[str, str]) -> Basis:
         prefix, name = place
@@ -332,6 +333,7 @@ def _matching_targets(path, prefix: str, model: nn.Module, inner: InnerFile) -> 
             f"{path} lacks the weights of {min(wanted - stored)} ({len(wanted - stored)} in all), which its config "
             "targets in the given base: load the base that the adapter was trained on, or save the adapter again"
         )
+    shapes: dict[tuple, dict[str, tuple[int, ...]]] = {}
     for name, layer in layers.items():
         key = f"{prefix}.{name}"
         check_unmerged(model.get_submodule(name), key, "loading another")
@@ -343,13 +345,9 @@ def _matching_targets(path, prefix: str, model: nn.Module, inner: InnerFile) -> 
         check_layer(key, layer, config)
         m, n = oriented_weight(layer).shape
         ranks = config.layer_ranks(name, (m, n))
-        with torch.device("meta"):
-            modules = trained_modules(config, ranks, (m, n))
-        wanted_shapes = {
-            f"{FILE_NAMES[name]}.{entry}": tuple(tensor.shape)
-            for name, module in modules.items()
-            for entry, tensor in module.state_dict().items()
-        }
+        if (kind := (ranks, m, n)) not in shapes:
+            shapes[kind] = _trained_shapes(config, ranks, (m, n))
+        wanted_shapes = shapes[kind]
         found = {entry: tuple(tensor.shape) for entry, tensor in inner.trained[key].items()}
         for entry in sorted(set(wanted_shapes) - set(found)):
             raise ValueError(f"{path} lacks the key {key}.{entry}: the file is damaged")
@@ -360,7 +358,7 @@ def _matching_targets(path, prefix: str, model: nn.Module, inner: InnerFile) -> 
                 f"{path} has {_listed(found)} for {key}, and its config asks for {_listed(wanted_shapes)}: the base "
                 "or the file is another one"
             )
-        if config.needs_statistics:
+        if config.needs_statistics and inner.base_statistic is None:
             statistic = inner.statistics.get(key)
             if statistic is None:
                 raise ValueError(
@@ -377,6 +375,17 @@ def _matching_targets(path, prefix: str, model: nn.Module, inner: InnerFile) -> 
 
 def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return f"{', '.join(sorted(shapes))} of shapes {', '.join(str(shapes[entry]) for entry in sorted(shapes))}"
+
+
+def _trained_shapes(config: NoraConfig, ranks: LayerRanks, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """Entry -> shape of what a layer trains."""
+    with torch.device("meta"):
+        modules = trained_modules(config, ranks, shape)
+    return {
+        f"{FILE_NAMES[name]}.{entry}": tuple(tensor.shape)
+        for name, module in modules.items()
+        for entry, tensor in module.state_dict().items()
+    }
 
 
 def _prefix_of(key: str, configs: Mapping[str, NoraConfig]) -> str:
