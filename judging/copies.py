@@ -33,13 +33,10 @@ SCALES = (0.64, 0.72, 0.8, 0.9, 1.0, 1.11, 1.25, 1.39, 1.56)
 SHIFT = 14  # cells that a training image is moved at most, from centre on centre
 PEAKS = 3  # places of each size that are looked at in parts
 WINDOW, EXACT = 7, 4  # cells across a place, and the power by which only what is the same counts: 0.95 is 0.81
-PART, EDGES = (
-    0.5,
-    0.6,
-)  # side of a part, and the edges it needs at least, as a share of what such a part has in the mean
+PART, EDGES = 0.5, 0.6  # side of a part, and the edges that it needs, as a share of what such a part has in the mean
 OVERLAP, COVERED = 0.45, 0.3  # shares of the training image's and of the picture's edges that must lie on each other
 SAME = 0.87  # correlation from which two training images are one that is there twice
-FALSE_ALARM_RATE = 0.05  # of the pictures of a run that copies nothing, at most; docs/judging.md has what was measured
+FALSE_ALARM_RATE = 0.05  # of the pictures of a run that copies nothing: as measured, no bound; see docs/judging.md
 LEVEL = 0.05
 
 
