@@ -12,6 +12,7 @@ import difflib
 import importlib
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -190,7 +191,9 @@ class Adapter:
     def wrap(self, component: str, model: nn.Module, config: PeftConfig) -> None:
         self.models[component] = model
         self.base_names[component] = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-        self.wrappers[component] = get_peft_model(model, config, NAME)
+        with warnings.catch_warnings():  # a rank may be for layers of another component: see `check_rank_patterns`
+            warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
+            self.wrappers[component] = get_peft_model(model, config, NAME)
         model._hf_peft_config_loaded = True  # diffusers and transformers ask for it before they touch an adapter
 
     def restore(
@@ -342,6 +345,19 @@ def target_layers(component: str, model: nn.Module, places: Places) -> dict[str,
                 f"expression for whole paths, such as {', '.join(near)}"
             )
     return modules
+
+
+def check_rank_patterns(models: Mapping[str, nn.Module], places: Places) -> None:
+    """Refuse a rank for layers that no component has.
+
+    Raises:
+        ValueError: with what the adapted layers are called.
+    """
+    paths = [path for component, model in models.items() for path in target_layers(component, model, places)]
+    for pattern in places.ranks:
+        if not any(re.search(pattern, path) for path in paths):
+            near = ", ".join(difflib.get_close_matches(pattern, paths, 3, 0))
+            raise ValueError(f"--rank_pattern {pattern} fits no adapted layer: their paths are such as {near}")
 
 
 def adapted_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:

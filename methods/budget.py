@@ -36,8 +36,8 @@ SIZES: dict[str, tuple[str, Sequence[int]]] = {
     "nola": ("coefficients", range(1, 100_001)),
     "nola-nora": ("coefficients", range(1, 100_001)),
     "oft": ("block_size", [2**power for power in range(1, 13)]),
-    "randlora": ("rank", range(LARGEST, 0, -1)),  # a smaller one trains more
 }
+UNEVEN = ("lokr", "randlora")  # a step of the rank may take more or less: every value is tried
 
 
 class Layer(NamedTuple):
@@ -136,17 +136,14 @@ def setting(method: Method, args: Mapping[str, Any], layers: Sequence[Layer]) ->
 
 def nearest(method: Method, layers: Sequence[Layer], cost: Callable[[Setting], float], budget: float) -> Setting | None:
     """The largest setting whose cost is within the budget, all else at its defaults; None if none is."""
-    name, values = SIZES.get(method.name, ("rank", range(1, LARGEST + 1)))
-
-    def at(value: int) -> Setting | None:
-        args = {"target_rank": value - 1} if method.name == "adalora" else {}
-        args = resolve(method.name, [], {}) | args | {name: value}
-        return setting(method, args, layers) if _fits(method.name, args, layers) else None
-
+    _, values = SIZES.get(method.name, ("rank", range(1, LARGEST + 1)))
+    if method.name in UNEVEN:
+        within = [one for value in values if (one := _at(method, value, layers)) and cost(one) <= budget]
+        return max(within, key=cost, default=None)
     low, high, best = 0, len(values) - 1, None
     while low <= high:
         middle = (low + high) // 2
-        found = at(values[middle])
+        found = _at(method, values[middle], layers)
         if found is not None and cost(found) <= budget:
             best, low = found, middle + 1
         else:
@@ -154,8 +151,19 @@ def nearest(method: Method, layers: Sequence[Layer], cost: Callable[[Setting], f
     return best
 
 
+def _at(method: Method, value: int, layers: Sequence[Layer]) -> Setting | None:
+    """The method with that value of what makes it larger or smaller; None if a layer can't hold it."""
+    name, _ = SIZES.get(method.name, ("rank", ()))
+    args = resolve(method.name, [], {}) | {name: value}
+    if method.name == "adalora":
+        args["target_rank"] = max(1, value - 1)
+    return setting(method, args, layers) if _fits(method.name, args, layers) else None
+
+
 def _fits(method: str, args: Mapping[str, Any], layers: Sequence[Layer]) -> bool:
     """Whether every layer can hold it."""
+    if method == "randlora" and args["rank"] > max(min(layer.m, layer.n) for layer in layers):
+        return False  # one pair is of full rank already
     for layer in layers:
         side = min(layer.m, layer.n)
         if method == "oft" and layer.n % args["block_size"]:
@@ -216,10 +224,11 @@ def amount(text: str, unit: str = "") -> float:
 
 def _least(method: Method, layers: Sequence[Layer], cost: Callable[[Setting], float], budget: float) -> str:
     name, values = SIZES.get(method.name, ("rank", range(1, LARGEST + 1)))
-    args = resolve(method.name, [], {}) | ({"target_rank": 1} if method.name == "adalora" else {}) | {name: values[0]}
-    if not _fits(method.name, args, layers):
+    possible = [one for value in values[: None if method.name in UNEVEN else 1] if (one := _at(method, value, layers))]
+    if not possible:
         return f"no layer can hold {name}={values[0]}"
-    return f"{name}={values[0]} takes {cost(setting(method, args, layers)) / budget:.2f} of it"
+    least = min(possible, key=cost)
+    return f"{least.said} takes {cost(least) / budget:.2f} of it"
 
 
 def table(layers: Sequence[Layer], cost: Callable[[Setting], float], budget: float, bytes_each: int) -> str:

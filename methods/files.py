@@ -44,7 +44,7 @@ def save_files(adapter: Adapter, folder: Path, *, kohya: bool = False, peft: boo
         write_diffusers_file(lora, folder / FOLDED_WEIGHTS)
         names.append(FOLDED_WEIGHTS)
         if kohya:
-            write_safetensors(folder / KOHYA_WEIGHTS, convert_state_dict_to_kohya(dict(lora)))
+            write_safetensors(folder / KOHYA_WEIGHTS, kohya_tensors(lora))
             names.append(KOHYA_WEIGHTS)
     names += adapter.save_more(folder)
     if peft or not has_lora_file(adapter):
@@ -54,6 +54,21 @@ def save_files(adapter: Adapter, folder: Path, *, kohya: bool = False, peft: boo
                 adapter.save_peft(component, fresh)
             names += [str(file.relative_to(folder)) for file in sorted(target.iterdir())]
     return names
+
+
+def kohya_tensors(lora: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A LoRA with kohya's names and one alpha, the largest rank; what that changes is made up for in lora_up.
+
+    Every reader multiplies by alpha / rank; but of several alphas in one file diffusers takes the commonest for all.
+    """
+    tensors = convert_state_dict_to_kohya(dict(lora))
+    ranks = {key.removesuffix(".alpha"): int(one) for key, one in tensors.items() if key.endswith(".alpha")}
+    largest = max(ranks.values())
+    for name, rank in ranks.items():
+        if rank != largest:
+            tensors[f"{name}.lora_up.weight"] = tensors[f"{name}.lora_up.weight"] * (rank / largest)
+            tensors[f"{name}.alpha"] = torch.tensor(largest)
+    return tensors
 
 
 def lora_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from peft import get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
-from methods.adapter import NAME, Adapter, Passes
+from methods.adapter import NAME, Adapter, Passes, target_layers
 from methods.base_statistic import base_statistic, from_first_process
 from methods.basis_cache import basis_cache
 from methods.components import INNER_WEIGHTS, adapter_components
@@ -36,6 +36,7 @@ class Nora(Adapter):
     label: str | None = None  # of the passes that measured the base's statistic
 
     def check_fits(self, component: str, model: nn.Module) -> None:
+        target_layers(component, model, self.places)  # says more than the library of a pattern that fits nothing
         try:
             check_targets(model, self.config(component))
         except ValueError as error:

@@ -81,20 +81,20 @@ def test_counts_are_those_of_the_layers_and_of_the_smallest_file(name, tmp_path)
         assert found.file_numbers == pytest.approx(min(sizes), rel=0.05)
 
 
+@pytest.mark.parametrize("limit", [2.3e6, 30e6])
 @pytest.mark.parametrize("name", METHODS)
-def test_the_setting_is_the_largest_within_the_budget(name):
+def test_no_other_setting_is_nearer_to_the_budget(name, limit):
+    """Of every value near the one found, and of all where a step of it may take more or less."""
     layers, method = sdxl_layers(), find_method(name)
-    limit = 30e6
-    found = budget.nearest(method, layers, lambda one: one.parameters, limit)
-    assert found is not None and found.parameters <= limit
     option, values = budget.SIZES.get(name, ("rank", range(1, budget.LARGEST + 1)))
-    value = int(found.said.partition("=")[2].split()[0])
-    place = list(values).index(value) + 1
-    if place < len(values):
-        args = {"target_rank": 1} if name == "adalora" else {}
-        args = resolve(name, [], {}) | args | {option: values[place]}
-        fits = budget._fits(name, args, layers)
-        assert not fits or budget.setting(method, args, layers).parameters > limit
+    found = budget.nearest(method, layers, lambda one: one.parameters, limit)
+    if found is None:
+        assert all(budget._at(method, value, layers).parameters > limit for value in values[:3])
+        return
+    place = list(values).index(int(found.said.partition("=")[2].split()[0]))
+    others = values if name in budget.UNEVEN else values[max(0, place - 3) : place + 4]
+    settings = [one for value in others if (one := budget._at(method, value, layers)) is not None]
+    assert found.parameters == max(one.parameters for one in settings if one.parameters <= limit)
 
 
 @pytest.mark.parametrize("flags", [["--params", "20K"], ["--file", "60KB", "--text_encoders"], ["--memory", "1GB"]])

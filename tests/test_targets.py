@@ -17,7 +17,7 @@ from inference.load import load_adapter
 from methods.adapter import Passes, Places, make_adapter, target_layers
 from methods.base_passes import encode_generic_prompts, run_base
 from methods.components import COMPONENT_NAMES, FOLDED_WEIGHTS
-from methods.files import save_files
+from methods.files import KOHYA_WEIGHTS, save_files
 from methods.registry import METHODS, resolve
 from settings.method import MethodOptions
 
@@ -95,21 +95,34 @@ def test_every_method_adapts_them_and_its_files_read_back(method, where, tmp_pat
 
 
 def test_ranks_of_some_layers(tmp_path):
-    """The file has them, NoRA's outer rank follows, and the scale stays 1."""
+    """The file has them, NoRA's outer rank follows, and the scale stays 1, for diffusers' own loading too."""
     for method in ("lora", "nora"):
         folder = tmp_path / method
-        options = {"method": method, "rank": 2, "max_train_steps": 1, "targets": "attention-mlp"}
+        options = {
+            "method": method,
+            "rank": 2,
+            "max_train_steps": 2,
+            "targets": "attention-mlp",
+            "output_kohya_format": True,
+        }
         run(folder, rank_pattern=["attn2=1", r"ff\.net=3"], **options)
         for key, tensor in load_file(folder / FOLDED_WEIGHTS).items():
             if ".lora_A." in key:
                 assert tensor.shape[0] == (1 if "attn2" in key else 3 if "ff.net" in key else 2), key
-        load_adapter(base_pipeline(), folder)
+        load_adapter(ours := base_pipeline(), folder)
+        for name in (FOLDED_WEIGHTS, KOHYA_WEIGHTS):
+            stock = base_pipeline()
+            stock.load_lora_weights(str(folder), weight_name=name)
+            live = outputs(ours)
+            for component, found in outputs(stock).items():
+                assert torch.allclose(found, live[component], rtol=1e-4, atol=1e-5), (name, component)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"targets": "attn"}, "--targets attn fits no layer of unet: it is attention, attention-mlp, all-linear or a"),
+        ({"targets": ".*to_vv", "method": "nora"}, r"--targets .*to_vv fits no layer of unet: .* such as .*to_v"),
         ({"targets": r".*attn1"}, "which is no linear layer: let it end as the layers do, such as"),
         ({"targets": "to_(q"}, r"--targets to_\(q is no regular expression"),
         ({"rank_pattern": ["attn2"]}, "--rank_pattern attn2 must look like down_blocks.2=8, with a rank of at least 1"),
@@ -117,6 +130,10 @@ def test_ranks_of_some_layers(tmp_path):
         ({"rank_pattern": ["a=1", "a=2"]}, "--rank_pattern a is given twice"),
         ({"rank_pattern": ["attn2=999"]}, "--rank 999 exceeds min"),
         ({"rank_pattern": ["(=2"]}, r"--rank_pattern \( is no regular expression"),
+        (
+            {"rank_pattern": ["to_q=1", "attn3=2"]},
+            "--rank_pattern attn3 fits no adapted layer: their paths are such as",
+        ),
         ({"method": "vera", "rank_pattern": ["attn2=2"]}, "--method vera has one rank for all layers"),
     ],
 )

@@ -20,7 +20,15 @@ from dreambooth.loss import Objective
 from dreambooth.passes import run_unet_passes
 from dreambooth.prepare import Encoded
 from inference.tokens import add_new_word, check_new_word, token_names
-from methods.adapter import NO_PASSES, Adapter, Passes, Places, make_adapter, without_adapters
+from methods.adapter import (
+    NO_PASSES,
+    Adapter,
+    Passes,
+    Places,
+    check_rank_patterns,
+    make_adapter,
+    without_adapters,
+)
 from methods.base_passes import LABEL, run_base, unet_identity
 from methods.components import ENCODERS, TEXT_ENCODERS
 from nora import calibration_mask
@@ -49,9 +57,10 @@ def make_run_adapter(config: TrainConfig) -> Adapter:
 
 def check_fits(adapter: Adapter, models: Mapping[str, nn.Module], text: TextOptions) -> None:
     """Raise ValueError for a layer that can't hold the method, before anything is drawn, measured or written."""
-    for name, model in models.items():
-        if name == "unet" or text.train_text_encoder:
-            adapter.check_fits(name, model)
+    adapted = {name: model for name, model in models.items() if name == "unet" or text.train_text_encoder}
+    for name, model in adapted.items():
+        adapter.check_fits(name, model)
+    check_rank_patterns(adapted, adapter.places)
 
 
 def add_new_tokens(pipeline: StableDiffusionXLPipeline, text: TextOptions, seed: int) -> dict[str, list[int]]:
