@@ -4,8 +4,9 @@
     python -m methods.budget --base assets/tiny-sdxl --file 200KB --text_encoders
     python -m methods.budget --base BASE --memory 12GB --resolution 1024 --batch 1 --dtype fp16
 
-Only the base's configurations are read. Files are counted without their headers; memory is that of training the UNet
-(see `methods.memory`), and counts weights, what is trained with AdamW's two moments, and what autograd keeps.
+Only the base's configurations are read. Files are counted without their headers and NoRA's fingerprints of 60 bytes a
+layer. Memory is that of training the UNet (see `methods.memory`): weights, what is trained with AdamW's two moments,
+and what autograd keeps.
 """
 
 from __future__ import annotations

@@ -45,6 +45,15 @@ class Seen(NamedTuple):
     gram: torch.Tensor
 
 
+class Sums:
+    """The same over the tokens so far, of an input that several layers may have."""
+
+    def __init__(self) -> None:
+        self.total: torch.Tensor | float = 0.0
+        self.gram: torch.Tensor | float = 0.0
+        self.count = 0
+
+
 class Diagnosis(NamedTuple):
     """One layer: output error by part, energy, and of a LoRA's update the shares outside; None without a LoRA."""
 
@@ -58,21 +67,25 @@ class Diagnosis(NamedTuple):
     missed: float | None
 
 
-def right_directions(W: torch.Tensor, scale: torch.Tensor, r: int, part: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (r, n) and R (n, r) with ``B = W R``, for the r directions of ``W S`` that a part names; float64.
+def right_directions(W: torch.Tensor, scale: torch.Tensor, r: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Part -> A (r, n) and R (n, r) with ``B = W R``, for r directions of ``W S``, or of W, or random ones; float64.
 
     Args:
         W: (m, n) float64.
         scale: diagonal of S (n,).
     """
-    if part == "random":
-        A = gaussian(r, W.shape[1]).to(W)
-        return A, torch.linalg.pinv(A)
-    scale = torch.ones_like(scale) if part == "SVD" else scale
-    Vt = torch.linalg.svd(W * scale, full_matrices=False)[2]  # (min(m, n), n)
-    first = {"middle": (len(Vt) - r) // 2, "last": len(Vt) - r}.get(part, 0)
-    chosen = Vt[first : first + r]
-    return chosen / scale, scale[:, None] * chosen.T
+    ones = torch.ones_like(scale)
+    scaled, plain = (torch.linalg.svd(W * by, full_matrices=False)[2] for by in (scale, ones))  # (min(m, n), n)
+    side = len(scaled)
+    chosen = {
+        "AwSVD": (scaled, 0, scale),
+        "SVD": (plain, 0, ones),
+        "middle": (scaled, (side - r) // 2, scale),
+        "last": (scaled, side - r, scale),
+    }
+    pairs = {part: (Vt[at : at + r] / by, by[:, None] * Vt[at : at + r].T) for part, (Vt, at, by) in chosen.items()}
+    A = gaussian(r, W.shape[1]).to(W)
+    return pairs | {"random": (A, torch.linalg.pinv(A))}
 
 
 def output_error(W: torch.Tensor, A: torch.Tensor, R: torch.Tensor, gram: torch.Tensor) -> float:
@@ -99,7 +112,7 @@ def diagnose_layer(
     W = weight.double()
     r = min(outer_r, *W.shape)
     scale = awsvd_scale(canonical_statistic(seen.mean_abs), 0.5)
-    pairs = {part: right_directions(W, scale, r, part) for part in PARTS}
+    pairs = right_directions(W, scale, r)
     errors = {part: output_error(W, *pair, held_out.gram) for part, pair in pairs.items()}
     values = torch.linalg.svdvals(W * scale).square()
     outside = missed = None
@@ -115,17 +128,18 @@ def look_at_inputs(
     unet: nn.Module, layers: Mapping[str, nn.Module], generic: GenericPrompts, scheduler: object, seed: int
 ) -> dict[str, Seen]:
     """What each layer sees while the base draws pictures by itself; layers with one input share what was computed."""
-    sums: dict[str, list] = {}
-    recent: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]] = {}
+    sums: dict[str, Sums] = {}
+    recent: tuple[torch.Tensor, Sums] | None = None
 
     def hook(name: str, x: torch.Tensor) -> None:
-        if id(x) not in recent or recent[id(x)][0] is not x:
-            tokens = x.flatten(0, -2).double()
-            recent.clear()
-            recent[id(x)] = (x, tokens.abs().sum(dim=0), tokens.T @ tokens, len(tokens))
-        _, total, gram, count = recent[id(x)]
-        own = sums.setdefault(name, [0.0, 0.0, 0])
-        own[0], own[1], own[2] = own[0] + total, own[1] + gram, own[2] + count
+        nonlocal recent
+        if recent is not None and recent[0] is x and sums.setdefault(name, recent[1]) is recent[1]:
+            return  # to_k's and to_v's input is to_q's
+        own = sums.setdefault(name, Sums())
+        tokens = x.flatten(0, -2).double()
+        own.total, own.gram = own.total + tokens.abs().sum(dim=0), own.gram + tokens.T @ tokens
+        own.count += len(tokens)
+        recent = x, own
 
     handles = [
         layer.register_forward_pre_hook(lambda _, args, name=name: hook(name, args[0]))
@@ -137,7 +151,8 @@ def look_at_inputs(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: Seen(total / count, gram / count) for name, (total, gram, count) in sums.items()}
+    means = {id(own): Seen(own.total / own.count, own.gram / own.count) for own in sums.values()}  # type: ignore[arg-type]
+    return {name: means[id(own)] for name, own in sums.items()}
 
 
 def table(found: Sequence[Diagnosis], rank: int) -> str:

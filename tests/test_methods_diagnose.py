@@ -26,7 +26,7 @@ def layer():
 def test_output_error(layer, part):
     W, X, _ = layer
     scale = np.abs(X).mean(axis=1) ** 0.5
-    A, right = diagnose.right_directions(torch.tensor(W), torch.tensor(scale), R, part)
+    A, right = diagnose.right_directions(torch.tensor(W), torch.tensor(scale), R)[part]
     found = diagnose.output_error(torch.tensor(W), A, right, torch.tensor(X @ X.T) / X.shape[1])
     if part == "random":
         P = np.linalg.pinv(A.numpy()) @ A.numpy()
@@ -41,7 +41,7 @@ def test_output_error(layer, part):
 def test_what_is_outside(layer):
     """By least squares over all B X A, and the truncated SVD of what is inside."""
     W, _, dW = layer
-    A, right = diagnose.right_directions(torch.tensor(W), torch.ones(N, dtype=torch.float64), R, "SVD")
+    A, right = diagnose.right_directions(torch.tensor(W), torch.ones(N, dtype=torch.float64), R)["SVD"]
     A, B = A.numpy(), W @ right.numpy()
     X = np.linalg.pinv(B) @ dW @ np.linalg.pinv(A)
     inside = B @ X @ A
