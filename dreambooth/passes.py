@@ -10,19 +10,11 @@ from diffusers import UNet2DConditionModel
 from dreambooth.draws import CALIBRATION, fixed_batches
 from dreambooth.encode import EncodedPicture, EncodedPrompts
 from dreambooth.loss import Objective
+from methods.base_passes import PROMPTS
 
 SAMPLES_PER_PASS = 4
 # Everyday captions beside the user's own: the text encoders' statistics should not rest on one sentence.
-GENERIC_PROMPTS = (
-    "a photo",
-    "a photo of a person",
-    "a close-up photo of an animal in the wild",
-    "an old building by the sea at night",
-    "a bowl of fruit on a wooden table",
-    "a red car in a city street",
-    "a watercolor painting of mountains and a lake",
-    "a child playing in the snow",
-)
+GENERIC_PROMPTS = ("a photo", *PROMPTS[:-1])
 
 
 @torch.no_grad()
