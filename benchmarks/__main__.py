@@ -14,22 +14,20 @@ import inference  # noqa: F401 -- before the libraries, because it quietens what
 # isort: split
 import argparse
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 import nora
-from benchmarks import basis, block, loop_shape, processes, swap_adapter
+from benchmarks import basis, block, full_size, loop_shape, processes, swap_adapter
 from benchmarks.cards import unet_without_numbers
-from benchmarks.gpu import LORA_16, NORA, Cell, config_of, measure
+from benchmarks.gpu import LORA_16, NORA, config_of
 from benchmarks.sdxl_shape import build_unet
 from methods.base_passes import LABEL
 from settings.command_line import quiet_libraries
@@ -55,7 +53,7 @@ class Group(NamedTuple):
 def block_overhead() -> tuple[float, float]:
     names = ("frozen", LORA_16, NORA)
     blocks = {name: one for name, one in block.variants(block.build_block()).items() if name in names}
-    found = block.compare(blocks, block.make_inputs(), repeats=15)
+    found = block.compare(blocks, block.make_inputs(), repeats=41)
     return (found[NORA][0] - 1) / (found[LORA_16][0] - 1), found[NORA][1]
 
 
@@ -65,22 +63,6 @@ def frozen_memory() -> tuple[float]:
     layers = [module for module in unet.modules() if hasattr(module, "nora_outer_A")]
     wide = sum(4 * (layer.in_features + layer.outer_rank("default")) for layer in layers)  # R's diagonals, in float32
     return ((sum(layer.nora_outer_A["default"].nbytes for layer in layers) + wide) / 1e6,)
-
-
-def full_step() -> tuple[float, float]:
-    """Time and peak memory of steps at SDXL's full size, 256 pixels, fp32; each in a process of its own.
-
-    In one process the second would also hold what the first one's allocator did not give back.
-    """
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
-        lora, own = pool.map(full_cell, (LORA_16, NORA))
-    return own["seconds"] / lora["seconds"], own["peak_mb"] / lora["peak_mb"]
-
-
-def full_cell(name: str) -> dict[str, float]:
-    unet = build_unet("full").requires_grad_(False)
-    return measure(unet, Cell("fp32", name), 256, steps=8, seconds=600)
 
 
 def bases() -> tuple[float, float]:
@@ -120,7 +102,8 @@ GROUPS = {
             Figure("a step at SDXL's full size, NoRA (128, 16)", "LoRA 16's", 0.99),
             Figure("peak memory of that run", "LoRA 16's", 0.96),
         ],
-        full_step,
+        full_size.compare,
+        single_core=True,
         full=True,
     ),
     "basis": Group(

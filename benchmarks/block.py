@@ -1,10 +1,11 @@
 """What an adapter adds to one of SDXL's transformer blocks: time, and what autograd keeps, over the frozen block.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.block --repeats 15
-    OMP_NUM_THREADS=1 python -m benchmarks.block --repeats 15 --checkpointing
+    OMP_NUM_THREADS=1 python -m benchmarks.block
+    OMP_NUM_THREADS=1 python -m benchmarks.block --checkpointing
 
-The block is 1280 wide, with 1024 tokens and a context of 77 x 2048; forward and backward, fp32. All take turns;
-medians of the process's CPU time are compared. Measure on idle cores: beside other work the differences drown.
+The block is 1280 wide, with 1024 tokens and a context of 77 x 2048; forward and backward, fp32. All take turns in
+random order; medians of the process's CPU time against the frozen block's of the same turn are compared. Measure on
+idle cores: beside other work the differences drown.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import inference  # noqa: F401 -- before the libraries, because it quietens what
 # isort: split
 import argparse
 import copy
+import random
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -110,22 +112,27 @@ def kept_bytes(block: nn.Module, inputs: Inputs) -> int:
 
 
 def compare(blocks: Mapping[str, nn.Module], inputs: Inputs, repeats: int) -> dict[str, tuple[float, float]]:
-    """Name -> (seconds, kept bytes) as multiples of the frozen block's."""
-    seconds: dict[str, list[float]] = {name: [] for name in blocks}
+    """Name -> (seconds, kept bytes) as multiples of the first one's, the frozen block's.
+
+    The median of each repeat's own ratio, in which all took their turns in random order: a machine's speed drifts by
+    more than an adapter costs.
+    """
+    first, *_ = names = list(blocks)
+    ratios: dict[str, list[float]] = {name: [] for name in names}
+    order = random.Random(0)
     for repeat in range(repeats + 1):
-        for name, block in blocks.items():
-            took = step_seconds(block, inputs)
-            if repeat:  # the first is for warming up
-                seconds[name].append(took)
+        turns = order.sample(names, len(names))
+        seconds = {name: step_seconds(blocks[name], inputs) for name in turns}
+        if repeat:  # the first is for warming up
+            for name in names:
+                ratios[name].append(seconds[name] / seconds[first])
     kept = {name: kept_bytes(block, inputs) for name, block in blocks.items()}
-    medians = {name: statistics.median(found) for name, found in seconds.items()}
-    first = next(iter(blocks))
-    return {name: (medians[name] / medians[first], kept[name] / kept[first]) for name in blocks}
+    return {name: (statistics.median(ratios[name]), kept[name] / kept[first]) for name in names}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=41)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--checkpointing", action="store_true", help="What the ways to keep less cost, instead.")
     args = parser.parse_args(argv)

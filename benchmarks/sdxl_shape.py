@@ -27,7 +27,7 @@ from storage.text import home_path
 ASSETS = Path(__file__).parent.parent / "assets"
 # What each name divides SDXL's widths by. Heads stay as many as they are, so the parts keep about their shares in the
 # work (multiply-adds grow with the square of the width in all); the tokenizer is the embedded base's.
-SHAPES = {"full": 1, "quarter": 4}
+SHAPES = {"full": 1, "quarter": 4, "sixteenth": 16}
 BASE_HELP = f"a folder, a Hub id, or {' or '.join(SHAPES)}: SDXL's architecture with random weights"
 
 

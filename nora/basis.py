@@ -198,7 +198,9 @@ def fingerprints_agree(
 ) -> bool:
     """Whether two fingerprints (3, k) are of the same base weight (up to FINGERPRINT_TOLERANCE) and the same pair."""
     limits = (FINGERPRINT_TOLERANCE, pair_tolerance, pair_tolerance)
-    return one is not None and all(sketch_distance(a, b) <= limit for a, b, limit in zip(other, one, limits))
+    if one is None:
+        return False
+    return all(distance <= limit for distance, limit in zip(sketch_distance(other, one).tolist(), limits))
 
 
 def pair_fits(base_layer: nn.Module, outer: OuterFactors, expected: torch.Tensor) -> bool:
@@ -237,7 +239,7 @@ def check_basis(name: str, basis: Basis, expected: torch.Tensor) -> None:
 
 
 def _check_sketch(name: str, part: str, expected: torch.Tensor, found: torch.Tensor) -> None:
-    distance = sketch_distance(expected, found)
+    distance = sketch_distance(expected, found).item()
     if not distance <= FINGERPRINT_TOLERANCE:  # not "<": a NaN must not pass
         raise ValueError(
             f"{name}: the {part} differs from the one this adapter was trained with (relative distance {distance:.2g}, "

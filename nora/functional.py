@@ -272,9 +272,10 @@ def fingerprint(W: torch.Tensor, outer: OuterFactors) -> torch.Tensor:
     return torch.stack([sketch(W), sketch(outer.A), sketch(outer.B)]).float()
 
 
-def sketch_distance(expected: torch.Tensor, found: torch.Tensor) -> float:
-    """Estimated relative Frobenius distance between the two matrices whose sketches these are."""
+def sketch_distance(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """Estimated relative Frobenius distances (...) between the matrices that sketches (..., 1 + SKETCH_SIZE) are of."""
     expected, found = expected.cpu().double(), found.cpu().double()
-    by_norm = (found[0] - expected[0]).abs() / expected[0].clamp_min(torch.finfo(torch.float64).tiny)
-    by_projection = (found[1:] - expected[1:]).square().mean().sqrt()
-    return max(by_norm.item(), by_projection.item())
+    norm = expected[..., 0].clamp_min(torch.finfo(torch.float64).tiny)
+    by_norm = (found[..., 0] - expected[..., 0]).abs() / norm
+    by_projection = (found[..., 1:] - expected[..., 1:]).square().mean(dim=-1).sqrt()
+    return torch.maximum(by_norm, by_projection)

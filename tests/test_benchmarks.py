@@ -1,14 +1,14 @@
 """What the benchmarks measure on."""
 
 import json
+import re
 from pathlib import Path
 
-import pytest
 import torch
 from accelerate import init_empty_weights
 
 from benchmarks import __main__ as bench
-from benchmarks import basis, block, cards, gpu
+from benchmarks import basis, block, cards, full_size, gpu
 from benchmarks.sdxl_shape import base_folder, build_sdxl_shape
 from inference.base import base_geometry, load_pipeline
 from methods.components import TARGETS
@@ -27,8 +27,8 @@ def test_the_full_shape_is_sdxls():
     assert len(targets) == 560
 
 
-def test_a_shape_is_a_base_like_any_other(sixteenth):
-    with base_folder(sixteenth) as folder:
+def test_a_shape_is_a_base_like_any_other():
+    with base_folder("sixteenth") as folder:
         assert base_geometry(folder) == (512, 32)
         pipeline = load_pipeline(folder, torch.float32, "cpu")
         latents = torch.randn(1, 4, 8, 8)
@@ -48,18 +48,18 @@ def test_what_an_adapter_adds_to_a_block(capsys, monkeypatch):
     assert kept["frozen"] == 1 < kept["NoRA (64, 8)"] < kept["LoRA 16"]
 
 
-def test_the_bases_of_a_whole_model(sixteenth, capsys):
-    basis.main(["--base", sixteenth, "--outer_rank", "16"])
+def test_a_whole_step_against_loras(capsys):
+    full_size.main(["--shape", "sixteenth", "--rounds", "1", "--methods", "LoRA 2", "NoRA (16, 2)"])
+    line = capsys.readouterr().out
+    assert all(float(figure) > 0 for figure in re.findall(r"(?:time|memory) ([\d.]+)", line)), line
+
+
+def test_the_bases_of_a_whole_model(capsys):
+    basis.main(["--base", "sixteenth", "--outer_rank", "16"])
     assert "736 layers" in capsys.readouterr().out
 
 
-@pytest.fixture
-def sixteenth(monkeypatch):
-    monkeypatch.setitem(build_sdxl_shape.__globals__["SHAPES"], "sixteenth", 16)
-    return "sixteenth"
-
-
-def test_every_way_to_step(sixteenth, capsys, tmp_path, monkeypatch):
+def test_every_way_to_step(capsys, tmp_path, monkeypatch):
     """The benchmark of a GPU on a CPU: a cell of each kind; one that fails is named, and one that is too long."""
     lora = gpu.Cell("bf16", "LoRA 2", checkpointing="feed_forward")
     cells = [gpu.Cell(method="frozen"), lora, gpu.Cell(method="LoRA x"), lora._replace(compiled=True)]
@@ -69,7 +69,7 @@ def test_every_way_to_step(sixteenth, capsys, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(gpu, "WARM_UP", 0)
     small = ["--pixels", "64", "--steps", "1", "--seconds", str(gpu.COMPILATION)]
-    gpu.main(["--shape", sixteenth, "--device", "cpu", *small, "--output", str(tmp_path / "gpu.json")])
+    gpu.main(["--shape", "sixteenth", "--device", "cpu", *small, "--output", str(tmp_path / "gpu.json")])
     record = json.loads((tmp_path / "gpu.json").read_text())
     assert [cell.get("seconds") is not None for cell in record["cells"]] == [True, True, False]
     assert record["cells"][2]["failed"] and record["left_out"][0]["compiled"]
