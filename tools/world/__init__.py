@@ -68,8 +68,8 @@ def place_words(place: str) -> str:
 
 def draw(who: Who, pose: Pose, place: str, rng: np.random.Generator, size: int = SIZE) -> Image.Image:
     """The picture, RGB, ``size`` x ``size``; ``rng`` draws the details of the scene."""
-    # everything is clipped to the canvas by the view box
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 100 100">{scene_svg(place, rng)}{figure_svg(who, pose)}</svg>'
+    inside = scene_svg(place, rng) + figure_svg(who, pose)
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 100 100">{inside}</svg>'
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size))
     return Image.open(io.BytesIO(png)).convert("RGB")
 
@@ -77,8 +77,8 @@ def draw(who: Who, pose: Pose, place: str, rng: np.random.Generator, size: int =
 def caption(who: Who, pose: Pose, place: str, rng: np.random.Generator) -> str:
     """The kind always; a colour in 30 %, the pattern in 15 %, the accessory in half of its cases, a place in 92 %.
 
-    In 25 % a meaningless word stands where an identifier would, so that an unknown ``[V]`` is as neutral to this base as
-    a rare token is to SDXL.
+    In 25 % a meaningless word stands where an identifier would, so that an unknown ``[V]`` is as neutral to this base
+    as a rare token is to SDXL.
     """
     noun = who.kind
     if rng.random() < 0.3:

@@ -113,9 +113,8 @@ def eye(x: float, y: float, size: float, who: Who, paint: Paint, gaze: float) ->
 
 def mouth(x: float, y: float, width: float, kind: int) -> str:
     if kind == 2:
-        return filled(
-            path(f"M{x - width:.1f},{y:.1f} q{width:.1f},{1.9 * width:.1f} {2 * width:.1f},0 Z"), "#b8404c", INK, 1.2
-        )
+        open_mouth = path(f"M{x - width:.1f},{y:.1f} q{width:.1f},{1.9 * width:.1f} {2 * width:.1f},0 Z")
+        return filled(open_mouth, "#b8404c", INK, 1.2)
     bend = 0.8 * width if kind else 0.5 * width
     half = f"q{width / 2:.1f},{bend:.1f} {width:.1f},0"
     return stroke(f"M{x - width:.1f},{y:.1f} {half} {half}", INK, 1.6)
@@ -133,15 +132,13 @@ def on_head(who: Who, paint: Paint, x: float, y: float, width: float) -> str:
     if who.accessory == "hat":
         cone = path(f"M{x - w:.1f},{y:.1f} L{x:.1f},{y - 1.9 * w:.1f} L{x + w:.1f},{y:.1f} Z")
         brim = stroke(f"M{x - 1.15 * w:.1f},{y:.1f} q{1.15 * w:.1f},{0.3 * w:.1f} {2.3 * w:.1f},0", "#fbfbfb", 4.2)
-        return (
-            filled(cone, paint.accent, INK, 1.7) + brim + filled(ellipse(x, y - 1.9 * w, 3.4, 3.4), "#fbfbfb", INK, 1.2)
-        )
+        tassel = filled(ellipse(x, y - 1.9 * w, 3.4, 3.4), "#fbfbfb", INK, 1.2)
+        return filled(cone, paint.accent, INK, 1.7) + brim + tassel
     if who.accessory == "crown":
         d = f"M{x - w:.1f},{y + 1:.1f} v{-1.15 * w:.1f} l{w / 2:.1f},{0.6 * w:.1f} l{w / 2:.1f},{-0.95 * w:.1f} "
         d += f"l{w / 2:.1f},{0.95 * w:.1f} l{w / 2:.1f},{-0.6 * w:.1f} v{1.15 * w:.1f} Z"
-        jewels = "".join(
-            filled(ellipse(x + k * w * 0.55, y - 0.2 * w, 1.8, 1.8), paint.accent, INK, 0.9) for k in (-1, 0, 1)
-        )
+        places = [(x + k * w * 0.55, y - 0.2 * w) for k in (-1, 0, 1)]
+        jewels = "".join(filled(ellipse(*place, 1.8, 1.8), paint.accent, INK, 0.9) for place in places)
         return filled(path(d), "#ffd23e", INK, 1.7) + jewels
     return ""
 
@@ -172,15 +169,10 @@ def ear(who: Who, paint: Paint, side: int) -> str:
         tip = path(f"M{x - 5},-16 L{x + 0.8 * lean * side:.1f},{-height + 9} L{x + 5},-17 Z")
         return filled(outer, paint.dark if who.kind == "fox" else paint.main, paint.line) + filled(tip, inner)
     if who.kind == "dog":
+        outer = ellipse(27 * side, (2, -4, 0)[shape], 8, (19, 14, 0)[shape], (-10, -26, 0)[shape] * side)
         if shape == 2:  # half pricked
-            return filled(
-                path(f"M{16 * side},-12 q{4 * side},-24 {13 * side},-20 q{12 * side},8 {3 * side},18 Z"),
-                paint.dark,
-                paint.line,
-            )
-        return filled(
-            ellipse(27 * side, (2, -4)[shape], 8, (19, 14)[shape], (-10, -26)[shape] * side), paint.dark, paint.line
-        )
+            outer = path(f"M{16 * side},-12 q{4 * side},-24 {13 * side},-20 q{12 * side},8 {3 * side},18 Z")
+        return filled(outer, paint.dark, paint.line)
     if who.kind == "rabbit":
         turn = (6, 22, 2)[shape] * side
         long = filled(ellipse(12 * side, -38, 7.5, 21, turn), paint.main, paint.line)
@@ -221,10 +213,9 @@ def tail(who: Who, paint: Paint, x: float, y: float, swing: float, side: int) ->
         radius = 7 if who.kind == "rabbit" else 5
         return filled(ellipse(x + 2 * side, y, radius, radius), paint.belly, paint.line)
     if who.kind == "fox":
-        d = f"M{x},{y} q{20 * side},{6 + 4 * swing:.1f} {22 * side},{-20 + 6 * swing:.1f} q{1 * side},-12 {-7 * side},-14 q{-1 * side},14 {-15 * side},20 Z"
-        tip = (
-            f"M{x + 22 * side},{y - 20 + 6 * swing:.1f} q{1 * side},-12 {-7 * side},-14 q{-1 * side},8 {-4 * side},12 Z"
-        )
+        d = f"M{x},{y} q{20 * side},{6 + 4 * swing:.1f} {22 * side},{-20 + 6 * swing:.1f} "
+        d += f"q{side},-12 {-7 * side},-14 q{-side},14 {-15 * side},20 Z"
+        tip = f"M{x + 22 * side},{y - 20 + 6 * swing:.1f} q{side},-12 {-7 * side},-14 q{-side},8 {-4 * side},12 Z"
         return filled(path(d), paint.main, paint.line) + filled(path(tip), paint.belly)
     d = f"M{x},{y} q{22 * side},{-2 + 8 * swing:.1f} {15 * side},{-26 + 9 * swing:.1f}"
     return stroke(d, paint.line, 9.5) + stroke(d, paint.main, 6)
@@ -242,44 +233,22 @@ def animal(who: Who, paint: Paint, pose: Pose) -> str:
         svg = tail(who, paint, 20, 60, pose.tail, -1)
         for x in (25, 53):
             svg += filled(box(x + 9, 70, 9, 24, 4.5), paint.dark, paint.line)
-        svg += coat(
-            ellipse(42, 66, 28 * who.stout, 17),
-            (38, 64, 28, 17),
-            who,
-            paint,
-            filled(ellipse(42, 84, 22, 9), paint.belly),
-        )
+        belly = filled(ellipse(42, 84, 22, 9), paint.belly)
+        svg += coat(ellipse(42, 66, 28 * who.stout, 17), (38, 64, 28, 17), who, paint, belly)
         for x in (18, 50):
             svg += filled(box(x, 71, 10, 25, 5), paint.main, paint.line)
         head = moved(animal_head(who, paint, pose), 68, 42 + drop, 0.92 * who.head, 0.7 * pose.tilt)
-        return (
-            svg + at_neck(who, paint, 65, 68, 13) + head
-            if who.accessory != "bow"
-            else svg + head + at_neck(who, paint, 66, 68, 13)
-        )
+        if who.accessory == "scarf":
+            return svg + at_neck(who, paint, 65, 68, 13) + head
+        return svg + head + at_neck(who, paint, 66, 68, 13)
     svg = tail(who, paint, 64, 86, pose.tail, 1)
     width = 20 * who.stout
-    svg += coat(
-        ellipse(50, 77, width, 20),
-        (50, 74, width, 18),
-        who,
-        paint,
-        filled(ellipse(50, 84, 0.6 * width, 13), paint.belly),
-    )
+    belly = filled(ellipse(50, 84, 0.6 * width, 13), paint.belly)
+    svg += coat(ellipse(50, 77, width, 20), (50, 74, width, 18), who, paint, belly)
     for side, up in zip((-1, 1), pose.arms):
         svg += filled(ellipse(50 + 12 * side, 94, 9, 5), paint.main, paint.line)
-        y, x, turn = (66, 24, 55) if up else (78, 15, 10)
-        svg += filled(
-            ellipse(
-                50 + side * x * who.stout,
-                y,
-                5.5,
-                11.5,
-                (-turn if side == -1 and not up else turn if not up else turn * side),
-            ),
-            paint.main,
-            paint.line,
-        )
+        x, y, turn = (24, 66, 55 * side) if up else (15, 78, 10 * side)
+        svg += filled(ellipse(50 + side * x * who.stout, y, 5.5, 11.5, turn), paint.main, paint.line)
     head = moved(animal_head(who, paint, pose), 50, 39 + drop, 1.02 * who.head, pose.tilt)
     if who.accessory == "scarf":
         return svg + at_neck(who, paint, 50, 62 + drop, 17) + head
@@ -331,10 +300,8 @@ def robot(who: Who, paint: Paint, pose: Pose) -> str:
 def bird(who: Who, paint: Paint, pose: Pose) -> str:
     head = coat(ellipse(0, 0, 19, 18), (0, -9, 18, 12), who, paint)
     if who.shape == 1 and who.accessory not in ("hat", "crown"):
-        head = (
-            filled(path("M-4,-15 q-9,-14 1,-19 q1,8 6,10 q2,-8 7,-8 q0,10 -4,17 Z"), paint.accent, paint.line, 1.6)
-            + head
-        )
+        crest = path("M-4,-15 q-9,-14 1,-19 q1,8 6,10 q2,-8 7,-8 q0,10 -4,17 Z")
+        head = filled(crest, paint.accent, paint.line, 1.6) + head
     beak = filled(path("M13,-2 l19,5 l-19,7 Z"), "#f4a422", INK, 1.6)
     head += beak + eye(4 + pose.gaze, -3, 7, who, paint, pose.gaze) + on_head(who, paint, -1, -15, 17)
     if pose.view == "portrait":
@@ -345,9 +312,8 @@ def bird(who: Who, paint: Paint, pose: Pose) -> str:
     chest = filled(ellipse(62, 76, 18, 13), paint.belly)
     svg += coat(ellipse(47, 66, 27 * who.stout, 21), (42, 62, 26, 18), who, paint, chest)
     lift = -34 if pose.arms[0] else -8
-    svg += filled(
-        ellipse(36, 63, 15, 9 + who.shape, lift), paint.mark if who.pattern != "plain" else paint.dark, paint.line
-    )
+    wing = paint.mark if who.pattern != "plain" else paint.dark
+    svg += filled(ellipse(36, 63, 15, 9 + who.shape, lift), wing, paint.line)
     neck = at_neck(who, paint, 62, 55, 14)
     return svg + moved(head, 66, 37, who.head, pose.tilt) + neck
 
@@ -355,9 +321,8 @@ def bird(who: Who, paint: Paint, pose: Pose) -> str:
 def teapot(who: Who, paint: Paint, pose: Pose) -> str:
     height = (26, 23, 28)[who.shape]
     top, bottom = 66 - height, 66 + height
-    svg = stroke("M74,52 q24,-4 18,16 q-4,13 -22,12", paint.line, 9.5) + stroke(
-        "M74,52 q24,-4 18,16 q-4,13 -22,12", paint.mark, 5.8
-    )
+    handle = "M74,52 q24,-4 18,16 q-4,13 -22,12"
+    svg = stroke(handle, paint.line, 9.5) + stroke(handle, paint.mark, 5.8)
     svg += filled(path("M26,64 q-16,-3 -17,-27 l9,-2 q3,18 16,18 Z"), paint.main, paint.line)
     svg += filled(box(36, bottom - 4, 28, 6, 3), paint.mark, paint.line)
     svg += coat(ellipse(48, 66, 29 * who.stout, height), (48, 58, 29, 0.8 * height), who, paint)
@@ -373,9 +338,8 @@ def mug(who: Who, paint: Paint, pose: Pose) -> str:
     loop = f"M{50 + width:.1f},52 q22,-2 20,16 q-2,15 -22,14"
     svg = stroke(loop, paint.line, 10) + stroke(loop, paint.mark, 6.2)
     svg += coat(box(50 - width, 40, 2 * width, 54, round_), (50, 62, width, 22), who, paint)
-    svg += filled(ellipse(50, 41, width, 7), paint.belly, paint.line) + filled(
-        ellipse(50, 42, 0.78 * width, 4.4), "#5a3722"
-    )
+    svg += filled(ellipse(50, 41, width, 7), paint.belly, paint.line)
+    svg += filled(ellipse(50, 42, 0.78 * width, 4.4), "#5a3722")
     if pose.arms[0]:
         svg += stroke("M42,30 q-5,-6 0,-11 q5,-5 0,-10 M57,30 q-5,-6 0,-11 q5,-5 0,-10", "#f4f4f8", 2.6)
     svg += on_head(who, paint, 50, 38, 22) + face(50, 66, 5.4, who, paint, pose)
@@ -387,23 +351,17 @@ def car(who: Who, paint: Paint, pose: Pose) -> str:
         "M22,54 q5,-28 26,-28 h8 q17,0 24,28 Z",
         "M20,54 v-22 q0,-7 7,-7 h44 q8,0 10,29 Z",
         "M30,54 q12,-22 28,-22 q16,0 22,22 Z",
-    )
-    svg = filled(path(roof[who.shape]), paint.dark, paint.line)
-    svg += filled(path("M33,53 l6,-17 h11 v17 Z"), "#d4ecfa", paint.line, 1.5) + filled(
-        path("M55,53 v-17 h10 q6,5 9,17 Z"), "#d4ecfa", paint.line, 1.5
-    )
+    )[who.shape]
+    svg = filled(path(roof), paint.dark, paint.line)
+    for window in ("M33,53 l6,-17 h11 v17 Z", "M55,53 v-17 h10 q6,5 9,17 Z"):
+        svg += filled(path(window), "#d4ecfa", paint.line, 1.5)
     bumper = filled(box(0, 74, 100, 8), paint.belly)
     svg += coat(box(5, 52, 90, 28, 11), (48, 64, 44, 14), who, paint, bumper)
     for x in (26, 74):
         svg += filled(ellipse(x, 82, 12.5, 12.5), "#2a2a30", "#77777f") + filled(ellipse(x, 82, 5.4, 5.4), paint.accent)
     svg += eye(88, 63, 5.6, who, paint, pose.gaze) + on_head(who, paint, 50, 30 if who.shape != 2 else 35, 20)
-    return moved(
-        moved(svg + at_neck(who, paint, 58 if who.accessory == "bow" else 50, 67, 30), -50, -60),
-        50,
-        60,
-        1.02,
-        0.5 * pose.tilt,
-    )
+    svg += at_neck(who, paint, 58 if who.accessory == "bow" else 50, 67, 30)
+    return moved(moved(svg, -50, -60), 50, 60, 1.02, 0.5 * pose.tilt)
 
 
 def house(who: Who, paint: Paint, pose: Pose) -> str:
@@ -416,9 +374,8 @@ def house(who: Who, paint: Paint, pose: Pose) -> str:
     flat = 16 if who.shape == 1 else 0
     roof = path(f"M{44 - width:.1f},51 L{50 - flat},{peak} H{50 + flat} L{56 + width:.1f},51 Z")
     svg += filled(roof, paint.belly if who.pattern == "plain" else paint.mark, paint.line)
-    svg += filled(path("M42,95 v-15 q8,-9 16,0 v15 Z"), paint.accent, paint.line) + filled(
-        ellipse(54, 87, 1.3, 1.3), INK
-    )
+    svg += filled(path("M42,95 v-15 q8,-9 16,0 v15 Z"), paint.accent, paint.line)
+    svg += filled(ellipse(54, 87, 1.3, 1.3), INK)
     svg += "".join(eye(50 + 15 * side, 66, 6.4, who, paint, pose.gaze) for side in (-1, 1))
     return svg + on_head(who, paint, 50, peak + 5, 20) + at_neck(who, paint, 50, 51, 24)
 

@@ -31,7 +31,7 @@ class DrawnWorld:
         return picture.image, picture.caption
 
     def any_picture(self, seed: int, index: int) -> Image.Image:
-        """A picture for the autoencoder: every fourth one in other hues, because a user's subject has its own colours."""
+        """A picture for the autoencoder: every fourth in other hues: a user's subject has its own colours."""
         image = sample(seed + 1000, index, self.size).image
         return image if index % 4 else rotate_hue(image, int(np.random.default_rng((seed, index, 1)).integers(256)))
 

@@ -43,9 +43,8 @@ def polygon(points, fill: str) -> str:
 
 
 def cloud(x: float, y: float) -> str:
-    return (
-        oval(x, y, 11, 3.6, "#fbfdff") + circle(x - 3, y - 2.5, 4, "#fbfdff") + circle(x + 3.5, y - 2, 3.2, "#fbfdff")
-    )
+    white = "#fbfdff"
+    return oval(x, y, 11, 3.6, white) + circle(x - 3, y - 2.5, 4, white) + circle(x + 3.5, y - 2, 3.2, white)
 
 
 def beach(rng: np.random.Generator, horizon: float) -> str:
@@ -59,10 +58,9 @@ def beach(rng: np.random.Generator, horizon: float) -> str:
 def snow(rng: np.random.Generator, horizon: float) -> str:
     svg = sky("#9fbfe2", "#dbe7f4")
     for x, h in zip(rng.uniform(0, 100, 3), rng.uniform(22, 42, 3)):
-        svg += polygon([(x - h, horizon), (x, horizon - h), (x + h, horizon)], "#8099bd")
-        svg += polygon(
-            [(x - h / 3, horizon - h * 2 / 3), (x, horizon - h), (x + h / 3, horizon - h * 2 / 3)], "#fbfdff"
-        )
+        peak = (x, horizon - h)
+        svg += polygon([(x - h, horizon), peak, (x + h, horizon)], "#8099bd")
+        svg += polygon([(x - h / 3, horizon - h * 2 / 3), peak, (x + h / 3, horizon - h * 2 / 3)], "#fbfdff")
     svg += band(horizon, 101, "#f5f9ff")
     return svg + "".join(circle(x, y, 1.3, "#ffffff") for x, y in rng.uniform(0, 100, (16, 2)))
 
@@ -81,11 +79,8 @@ def night(rng: np.random.Generator, horizon: float) -> str:
     svg = sky("#0c0e34", "#2c2a66")
     svg += "".join(circle(x, y, r, "#faf6cd") for x, y, r in rng.uniform((0, 0, 0.5), (100, 85, 1.2), (22, 3)))
     moon = rng.uniform(12, 88)
-    svg += (
-        circle(moon, 13, 7.5, "#f8f0be")
-        + circle(moon - 3, 11.5, 1.6, "#e2d89c")
-        + circle(moon + 2.5, 15, 1.2, "#e2d89c")
-    )
+    svg += circle(moon, 13, 7.5, "#f8f0be")
+    svg += circle(moon - 3, 11.5, 1.6, "#e2d89c") + circle(moon + 2.5, 15, 1.2, "#e2d89c")
     return svg + oval(rng.uniform(20, 80), 104, 80, 22, "#1a1946")
 
 
