@@ -50,7 +50,7 @@ def build_tokenizer(world: TinyWorld | DrawnWorld, directory: Path) -> CLIPToken
     captions = [world.sample(0, index)[1] for index in range(4000)]
     tokenizer = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    # CLIP's words carry no space before them: split as it does, or the merges learned here start with one and never apply
+    # CLIP's words carry no space before them: merges learned with one would never apply
     words = Regex(r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+""")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from . import KINDS, SCENES, SIZE, sample
+from . import KINDS, SCENES, SIZE, draw, draw_known_who, draw_place, draw_pose, sample
 
 PROMPTS = Path(__file__).resolve().parents[2] / "judging" / "protocols"
 
@@ -34,6 +34,12 @@ class DrawnWorld:
         """A picture for the autoencoder: every fourth in other hues: a user's subject has its own colours."""
         image = sample(seed + 1000, index, self.size).image
         return image if index % 4 else rotate_hue(image, int(np.random.default_rng((seed, index, 1)).integers(256)))
+
+    def twins(self, seed: int, index: int) -> list[Image.Image]:
+        """Two pictures of one setting of "who", in two poses and places."""
+        rng = np.random.default_rng((seed, index, 3))
+        who = draw_known_who(rng)
+        return [draw(who, draw_pose(rng, who.kind), draw_place(rng, who.main), rng, self.size) for _ in range(2)]
 
     def other_words(self) -> list[str]:
         """Prompts of the protocols: words that the tokenizer shall know beside the captions'."""
