@@ -80,6 +80,13 @@ def test_every_attribute_is_seen(kind):
     assert np.abs(mirrored[:, ::-1] - pixels(who)).mean() < 2
 
 
+def test_the_tokenizer_knows_the_captions_words_and_splits_identifiers(pictures, tmp_path):
+    tokenizer = build_tokenizer([picture.caption for picture in pictures], tmp_path)
+    assert tokenizer.tokenize("A photo of a cat") == ["a</w>", "photo</w>", "of</w>", "a</w>", "cat</w>"]
+    assert tokenizer.tokenize("[V]") == ["[</w>", "v</w>", "]</w>"] and len(tokenizer.tokenize("sks")) > 1
+    assert tokenizer.unk_token_id not in tokenizer("a zyxwvut", add_special_tokens=False).input_ids
+
+
 def test_an_unknown_place_is_refused():
     with pytest.raises(ValueError, match="unknown place 'moon'"):
         world.draw(world.SUBJECTS["cat"], world.Pose(), "moon", np.random.default_rng(0))

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 
@@ -45,9 +46,13 @@ MAX_TOKENS = 24
 SAVE_EVERY = 600  # seconds
 
 
-def build_tokenizer(world: TinyWorld | DrawnWorld, directory: Path) -> CLIPTokenizer:
-    """A byte-level BPE with CLIP's special tokens, trained on captions and on the world's other words."""
-    captions = [world.sample(0, index)[1] for index in range(4000)]
+def world_texts(world: TinyWorld | DrawnWorld) -> list[str]:
+    """What the tokenizer learns its words from: captions, and the world's other words."""
+    return [world.sample(0, index)[1] for index in range(4000)] + world.other_words()
+
+
+def build_tokenizer(texts: Iterable[str], directory: Path) -> CLIPTokenizer:
+    """A byte-level BPE in CLIP's file format, with its special tokens, trained on the texts."""
     tokenizer = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     # CLIP's words carry no space before them: merges learned with one would never apply
@@ -67,7 +72,7 @@ def build_tokenizer(world: TinyWorld | DrawnWorld, directory: Path) -> CLIPToken
         special_tokens=["<|startoftext|>", "<|endoftext|>"],
         show_progress=False,
     )
-    tokenizer.train_from_iterator(captions + world.other_words(), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     trained = json.loads(tokenizer.to_str())["model"]
     # CLIP's files hold the alphabet twice, bare and with the end-of-word mark, so that any byte can end a word.
     vocab = {token: i for i, token in enumerate(t for t in trained["vocab"] if not t.startswith("<|"))}
@@ -391,7 +396,10 @@ def main() -> None:
     args.work_dir.mkdir(parents=True, exist_ok=True)
     with accelerator.main_process_first():  # it downloads before the others read
         world = DrawnWorld() if args.world == "drawn" else TinyWorld(args.work_dir / "npm", SIZE)
-        tokenizer = build_tokenizer(world, args.work_dir / "tokenizer")
+        if (args.work_dir / "tokenizer").exists():  # a resumed run keeps the token ids that it has learned
+            tokenizer = CLIPTokenizer.from_pretrained(args.work_dir / "tokenizer")
+        else:
+            tokenizer = build_tokenizer(world_texts(world), args.work_dir / "tokenizer")
     vae = train_vae(accelerator, world, args)
     pool = encode_pool(accelerator, world, vae, tokenizer, args)
     model = train_unet(accelerator, pool, tokenizer, world.size, args)
