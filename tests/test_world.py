@@ -14,6 +14,7 @@ pytest.importorskip("resvg_py")
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 import world
+from pretrain_tiny_sdxl import build_tokenizer
 from world.attributes import draw_new_subject, in_reserve, is_near
 
 from judging.attributes import AttributeReader, attributes_kept, scene_followed, to_pixels
