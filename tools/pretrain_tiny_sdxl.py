@@ -43,7 +43,7 @@ from world.pool import DrawnWorld
 SIZE = 64  # pixels of the emoji world
 LATENT_SIDE = 16
 MAX_TOKENS = 24
-SAVE_EVERY = 300  # seconds
+SAVE_EVERY = 120  # seconds
 
 
 def world_texts(world: TinyWorld | DrawnWorld) -> list[str]:
