@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image, ImageFilter
 from pretrain_tiny_sdxl import MAX_TOKENS, SIZE, tokenize, train
-from tiny_world import CONCEPTS, TinyWorld, draw_background, rotate_hue
+from tiny_world import TinyWorld, draw_background, rotate_hue
 from torch import nn
 from tqdm import tqdm
 from transformers import (
@@ -31,6 +31,7 @@ from transformers import (
     ViTImageProcessor,
     ViTModel,
 )
+from world.pool import DrawnWorld
 
 MEAN = STD = [0.5, 0.5, 0.5]
 VISION = {"image_size": SIZE, "patch_size": 8, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
@@ -151,7 +152,12 @@ class Twins(nn.Module):
 
 
 def twin_pictures(world: TinyWorld, seed: int, index: int) -> list[np.ndarray]:
-    """Two pictures of one drawing in one hue; half of the drawings are of classes that no caption names."""
+    """Two pictures of one drawing in one hue; half of the drawings are of classes that no caption names.
+
+    In the drawn world: of one setting of "who" in two poses and places.
+    """
+    if isinstance(world, DrawnWorld):
+        return [weathered(image, np.random.default_rng((seed, index, 4))) for image in world.twins(seed, index)]
     rng = np.random.default_rng((seed, index, 3))
     if index % 2:
         drawings = world.other_drawings
@@ -216,6 +222,7 @@ def parse_arguments() -> argparse.Namespace:
         default=Path("out/pretrain"),
         help="checkpoints, artwork",
     )
+    parser.add_argument("--world", choices=["emoji", "drawn"], default="emoji")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pool_size", type=int, default=24_000)
     parser.add_argument("--steps", type=int, default=700)
@@ -238,7 +245,7 @@ def main() -> None:
     args = parse_arguments()
     accelerator = Accelerator(cpu=True)
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    world = TinyWorld(args.work_dir / "npm", SIZE)
+    world = DrawnWorld(SIZE) if args.world == "drawn" else TinyWorld(args.work_dir / "npm", SIZE)
     tokenizer = CLIPTokenizer.from_pretrained(args.base / "tokenizer")
     settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
     sizes = {
@@ -248,7 +255,7 @@ def main() -> None:
         "image_std": STD,
     }
     clip = train_clip(accelerator, world, tokenizer, args)
-    facts = {"held_out": retrieval(clip, world, tokenizer, args.seed + 11), "concepts": len(CONCEPTS)}
+    facts = {"held_out": retrieval(clip, world, tokenizer, args.seed + 11), "concepts": len(world.facts()["concepts"])}
     save(clip, CLIPProcessor(CLIPImageProcessor(**sizes), tokenizer), args.clip_dir, facts | {"settings": settings})
 
     vit = train_image_encoder(accelerator, world, args)

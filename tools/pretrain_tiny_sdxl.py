@@ -1,6 +1,9 @@
-"""Pretrain the embedded base: a tiny SDXL from nothing but captioned emoji artwork.
+"""Pretrain the embedded base: a tiny SDXL from nothing but captioned drawings.
 
     ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 tools/pretrain_tiny_sdxl.py
+
+``--world emoji`` (64 pixels, autoencoder of factor 4) made the base in assets/; ``--world drawn`` is the world of
+parametric figures in tools/world (128 pixels, factor 8, the same 16 x 16 latents).
 
 Four stages, each resumable: tokenizer, autoencoder, a pool of encoded pictures, and text encoders with UNet jointly
 (noise prediction on SDXL's scaled-linear schedule, min-SNR weighting, arXiv 2303.09556). Everything random is a
@@ -13,11 +16,14 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterable
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
@@ -27,23 +33,36 @@ from diffusers import (
 )
 from diffusers.training_utils import EMAModel, compute_snr
 from safetensors.torch import load_file, save_file
-from tiny_world import CONCEPTS, SCENES, STYLES, TinyWorld
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tiny_world import TinyWorld
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from world.pool import DrawnWorld
 
-SIZE = 64  # pixels; the autoencoder halves it twice
+SIZE = 64  # pixels of the emoji world
+LATENT_SIDE = 16
 MAX_TOKENS = 24
+SAVE_EVERY = 120  # seconds
 
 
-def build_tokenizer(world: TinyWorld, directory: Path) -> CLIPTokenizer:
-    """A byte-level BPE with CLIP's special tokens, trained on captions and on the names of all icons."""
-    captions = [world.sample(0, index)[1] for index in range(4000)]
-    names = [name.replace("-", " ") for icons in world.icon_sets.values() for name in sorted(icons["icons"])]
+def world_texts(world: TinyWorld | DrawnWorld) -> list[str]:
+    """What the tokenizer learns its words from: captions, and the world's other words."""
+    return [world.sample(0, index)[1] for index in range(4000)] + world.other_words()
+
+
+def build_tokenizer(texts: Iterable[str], directory: Path) -> CLIPTokenizer:
+    """A byte-level BPE in CLIP's file format, with its special tokens, trained on the texts."""
     tokenizer = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # CLIP's words carry no space before them: merges learned with one would never apply
+    words = Regex(r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+""")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=2200,
@@ -53,7 +72,7 @@ def build_tokenizer(world: TinyWorld, directory: Path) -> CLIPTokenizer:
         special_tokens=["<|startoftext|>", "<|endoftext|>"],
         show_progress=False,
     )
-    tokenizer.train_from_iterator(captions + names, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     trained = json.loads(tokenizer.to_str())["model"]
     # CLIP's files hold the alphabet twice, bare and with the end-of-word mark, so that any byte can end a word.
     vocab = {token: i for i, token in enumerate(t for t in trained["vocab"] if not t.startswith("<|"))}
@@ -68,16 +87,16 @@ def build_tokenizer(world: TinyWorld, directory: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(directory)
 
 
-def build_vae() -> AutoencoderKL:
-    """(B, 3, 64, 64) in [-1, 1] <-> (B, 4, 16, 16)."""
+def build_vae(size: int, channels: tuple[int, ...], latent_channels: int) -> AutoencoderKL:
+    """(B, 3, size, size) in [-1, 1] <-> (B, latent_channels, 16, 16); each level but the last halves the side."""
     return AutoencoderKL(
-        block_out_channels=(32, 32, 64),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=8,
-        sample_size=SIZE,
+        sample_size=size,
         mid_block_add_attention=False,
     )
 
@@ -85,7 +104,7 @@ def build_vae() -> AutoencoderKL:
 class TextConditionedUNet(nn.Module):
     """Both text encoders and the UNet, wired as in SDXL: one module, so that data parallelism wraps them together."""
 
-    def __init__(self, tokenizer: CLIPTokenizer):
+    def __init__(self, tokenizer: CLIPTokenizer, latent_channels: int):
         super().__init__()
         vocabulary = {
             "vocab_size": len(tokenizer),
@@ -111,7 +130,9 @@ class TextConditionedUNet(nn.Module):
             )
         )
         self.unet = UNet2DConditionModel(
-            sample_size=SIZE // 4,
+            sample_size=LATENT_SIDE,
+            in_channels=latent_channels,
+            out_channels=latent_channels,
             block_out_channels=(48, 96, 160),
             layers_per_block=1,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -132,7 +153,7 @@ class TextConditionedUNet(nn.Module):
         self.text_encoder_2.requires_grad_(True)
 
     def forward(self, input_ids, noisy_latents, timesteps, time_ids):
-        """input_ids (B, 24), noisy_latents (B, 4, 16, 16), timesteps (B,), time_ids (B, 6) -> predicted noise."""
+        """input_ids (B, 24), noisy_latents (B, C, 16, 16), timesteps (B,), time_ids (B, 6) -> predicted noise."""
         first = self.text_encoder(input_ids, output_hidden_states=True)
         second = self.text_encoder_2(input_ids, output_hidden_states=True)
         prompt_embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)  # (B, 24, 160)
@@ -180,7 +201,7 @@ def to_pixels(images) -> torch.Tensor:
     return torch.from_numpy(array).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-def train(accelerator, model, ema_decay, directory, steps, peak_lr, warmup, loss_at, save_every=250):
+def train(accelerator, model, ema_decay, directory, steps, peak_lr, warmup, loss_at):
     """The loop both trainings share. ``loss_at(model, step) -> scalar``. Leaves the averaged weights in ``model``."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=peak_lr, weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
@@ -192,6 +213,7 @@ def train(accelerator, model, ema_decay, directory, steps, peak_lr, warmup, loss
         range(start, steps), initial=start, total=steps, disable=not accelerator.is_main_process, mininterval=10
     )
     running, log = 0.0, directory.with_suffix(".jsonl")
+    saved = time.monotonic()
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak_lr, warmup)
@@ -206,9 +228,12 @@ def train(accelerator, model, ema_decay, directory, steps, peak_lr, warmup, loss
         if accelerator.is_main_process and (step + 1) % 50 == 0:
             progress.set_postfix(loss=f"{running:.4f}", lr=f"{optimizer.param_groups[0]['lr']:.1e}")
             with log.open("a") as file:
-                file.write(json.dumps({"step": step + 1, "loss": round(running, 5), "time": round(time.time())}) + "\n")
-        if accelerator.is_main_process and ((step + 1) % save_every == 0 or step + 1 == steps):
+                # "cpu": seconds of this process alone since it started
+                facts = {"step": step + 1, "loss": round(running, 5), "time": round(time.time())}
+                file.write(json.dumps(facts | {"cpu": round(time.process_time())}) + "\n")
+        if accelerator.is_main_process and (time.monotonic() - saved > SAVE_EVERY or step + 1 == steps):
             checkpoint.save(step + 1)
+            saved = time.monotonic()
     accelerator.wait_for_everyone()
     ema.copy_to(parameters)
 
@@ -230,7 +255,7 @@ class Reconstruction(nn.Module):
 def train_vae(accelerator, world, args) -> AutoencoderKL:
     """L1 on pixels and on their differences, and a light KL; scaling_factor = 1 / std of the latents, as in SDXL."""
     torch.manual_seed(args.seed)
-    vae = build_vae().to(memory_format=torch.channels_last)
+    vae = build_vae(world.size, world.vae_channels, world.latent_channels).to(memory_format=torch.channels_last)
     per_process = args.vae_batch_size // accelerator.num_processes
 
     def loss_at(model, step):
@@ -253,7 +278,7 @@ def train_vae(accelerator, world, args) -> AutoencoderKL:
 
 @torch.no_grad()
 def encode_pool(accelerator, world, vae, tokenizer, args) -> dict[str, torch.Tensor]:
-    """``pool_size`` pictures as scaled latents (N, 4, 16, 16) in fp16 with token ids (N, 24), encoded once."""
+    """``pool_size`` pictures as scaled latents (N, C, 16, 16) in fp16 with token ids (N, 24), encoded once."""
     path = args.work_dir / "pool.safetensors"
     if not path.exists():
         mine = range(accelerator.process_index, args.pool_size, accelerator.num_processes)
@@ -284,20 +309,20 @@ def tokenize(tokenizer, captions) -> torch.Tensor:
     ).input_ids
 
 
-def random_time_ids(count: int) -> torch.Tensor:
+def random_time_ids(count: int, size: int) -> torch.Tensor:
     """(B, 6): original size, crop, target size. Half of the sizes are anything: users' pictures come in all sizes."""
-    time_ids = torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE], dtype=torch.float32).repeat(count, 1)
+    time_ids = torch.tensor([size, size, 0, 0, size, size], dtype=torch.float32).repeat(count, 1)
     anything = torch.rand(count) < 0.5
-    time_ids[anything, :2] = torch.randint(SIZE // 2, 2048, (int(anything.sum()), 2)).float()
+    time_ids[anything, :2] = torch.randint(size // 2, 2048, (int(anything.sum()), 2)).float()
     cropped = torch.rand(count) < 0.2
-    time_ids[cropped, 2:4] = torch.randint(0, SIZE, (int(cropped.sum()), 2)).float()
+    time_ids[cropped, 2:4] = torch.randint(0, size, (int(cropped.sum()), 2)).float()
     return time_ids
 
 
-def train_unet(accelerator, pool, tokenizer, args) -> TextConditionedUNet:
+def train_unet(accelerator, pool, tokenizer, size, args) -> TextConditionedUNet:
     """Noise prediction with min-SNR weights (gamma 5) and 10 % empty prompts; the text encoders learn along."""
     torch.manual_seed(args.seed)
-    model = TextConditionedUNet(tokenizer)
+    model = TextConditionedUNet(tokenizer, pool["latents"].shape[1])
     model.unet.to(memory_format=torch.channels_last)
     schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     per_process = args.batch_size // accelerator.num_processes
@@ -305,12 +330,13 @@ def train_unet(accelerator, pool, tokenizer, args) -> TextConditionedUNet:
 
     def loss_at(model, step):
         rows = torch.randint(0, len(pool["latents"]), (per_process,))
-        latents = pool["latents"][rows].float()  # (B, 4, 16, 16)
+        latents = pool["latents"][rows].float()  # (B, C, 16, 16)
         input_ids = torch.where(torch.rand(per_process, 1) < 0.1, empty, pool["input_ids"][rows].long())
         noise = torch.randn_like(latents)
         timesteps = torch.randint(0, schedule.config.num_train_timesteps, (per_process,))
         noisy = schedule.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
-        error = (model(input_ids, noisy, timesteps, random_time_ids(per_process)) - noise).square().mean(dim=(1, 2, 3))
+        predicted = model(input_ids, noisy, timesteps, random_time_ids(per_process, size))
+        error = (predicted - noise).square().mean(dim=(1, 2, 3))
         snr = compute_snr(schedule, timesteps)
         return (error * snr.clamp(max=5.0) / snr).mean()
 
@@ -352,6 +378,7 @@ def parse_arguments() -> argparse.Namespace:
         default=Path("out/pretrain"),
         help="checkpoints, pool, artwork",
     )
+    parser.add_argument("--world", choices=["emoji", "drawn"], default="emoji")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae_steps", type=int, default=8250)
     parser.add_argument("--vae_batch_size", type=int, default=8)
@@ -364,22 +391,22 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    accelerator = Accelerator()
+    # a process that is paused for hours keeps the others waiting, not failing
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    with accelerator.main_process_first():
-        world = TinyWorld(args.work_dir / "npm", SIZE)
-        world.icon_sets  # noqa: B018 -- the main process downloads before the others read
-    with accelerator.main_process_first():
-        tokenizer = build_tokenizer(world, args.work_dir / "tokenizer")
+    with accelerator.main_process_first():  # it downloads before the others read
+        world = DrawnWorld() if args.world == "drawn" else TinyWorld(args.work_dir / "npm", SIZE)
+        if (args.work_dir / "tokenizer").exists():  # a resumed run keeps the token ids that it has learned
+            tokenizer = CLIPTokenizer.from_pretrained(args.work_dir / "tokenizer")
+        else:
+            tokenizer = build_tokenizer(world_texts(world), args.work_dir / "tokenizer")
     vae = train_vae(accelerator, world, args)
     pool = encode_pool(accelerator, world, vae, tokenizer, args)
-    model = train_unet(accelerator, pool, tokenizer, args)
+    model = train_unet(accelerator, pool, tokenizer, world.size, args)
     if accelerator.is_main_process:
         save_pipeline(vae, model, tokenizer, args.output_dir)
         facts = {
-            "concepts": list(CONCEPTS.values()),
-            "scenes": list(SCENES.values()),
-            "artwork": {package: style for package, (style, _) in STYLES.items()},
+            **world.facts(),
             "settings": {k: v for k, v in vars(args).items() if not isinstance(v, Path)},
             "processes": accelerator.num_processes,
         }

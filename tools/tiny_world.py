@@ -240,10 +240,21 @@ class TinyWorld:
 
     cache: Path
     size: int = 64
+    vae_channels: tuple[int, ...] = (32, 32, 64)
+    latent_channels: int = 4
 
     @cached_property
     def icon_sets(self) -> dict[str, dict]:
         return fetch_artwork(self.cache)
+
+    def other_words(self) -> list[str]:
+        """Names of all icons: words that the tokenizer shall know beside the captions'."""
+        return [name.replace("-", " ") for icons in self.icon_sets.values() for name in sorted(icons["icons"])]
+
+    def facts(self) -> dict:
+        """What training.json says about the pictures."""
+        artwork = {package: style for package, (style, _) in STYLES.items()}
+        return {"concepts": list(CONCEPTS.values()), "scenes": list(SCENES.values()), "artwork": artwork}
 
     @cached_property
     def drawings(self) -> dict[tuple[str, str], Image.Image]:

@@ -1,0 +1,164 @@
+"""Train the attribute reader of judging/attributes.py on the drawn world.
+
+    OMP_NUM_THREADS=1 python tools/pretrain_attributes.py
+
+Resumable; the pool of pictures (64 pixels, half of them soft or noisy, as samples of a diffusion model are) is drawn
+once. Its accuracy is measured on pictures of another seed and on pictures of kept-out settings.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pretrain_tiny_clip import weathered
+from pretrain_tiny_sdxl import train
+from world import (
+    ACCESSORIES,
+    COLORS,
+    KINDS,
+    PATTERNS,
+    PLACES,
+    SIZE,
+    VIEWS,
+    Picture,
+    draw,
+    draw_place,
+    draw_pose,
+    sample,
+)
+from world.attributes import ACCENT_COLORS, EYE_COLORS, draw_new_subject
+
+from judging.attributes import SIDE, AttributeReader
+
+ANSWERS = {
+    "kind": list(KINDS),
+    "main": list(COLORS),
+    "second": list(COLORS),
+    "eyes": list(EYE_COLORS),
+    "pattern": list(PATTERNS),
+    "accessory": list(ACCESSORIES),
+    "accent": list(ACCENT_COLORS),
+    "view": list(VIEWS),
+    "place": list(PLACES),
+}
+UNSEEN = -100  # the label of what a picture doesn't show: cross-entropy leaves it out
+
+
+def labels_of(picture: Picture) -> list[int]:
+    """One class number for each question of ``ANSWERS``."""
+    who = picture.who
+    shown = {name: getattr(who, name) for name in ("kind", "main", "second", "eyes", "pattern", "accessory")}
+    shown |= {"view": picture.pose.view, "place": picture.place}
+    if who.accessory in ("scarf", "hat", "bow"):
+        shown["accent"] = who.accent
+    return [options.index(shown[name]) if name in shown else UNSEEN for name, options in ANSWERS.items()]
+
+
+def small(image: Image.Image) -> Image.Image:
+    return image.resize((SIDE, SIDE), Image.Resampling.BOX)
+
+
+def kept_out_picture(seed: int, index: int) -> Picture:
+    """A picture of a setting that no training shows."""
+    rng = np.random.default_rng((seed, index, 4))
+    who = draw_new_subject(rng, list(KINDS)[index % len(KINDS)])
+    pose, place = draw_pose(rng, who.kind), draw_place(rng, who.main)
+    return Picture(draw(who, pose, place, rng, SIZE), "", who, pose, place)
+
+
+def pool_of(pictures, count: int, seed: int | None) -> tuple[np.ndarray, torch.Tensor]:
+    """(N, 64, 64, 3) uint8 and labels (N, questions); weathered by ``seed``, or as drawn."""
+    images, labels = [], []
+    for index in tqdm(range(count), desc="pictures", mininterval=10):
+        picture = pictures(index)
+        image = small(picture.image)
+        images.append(np.asarray(image) if seed is None else weathered(image, np.random.default_rng((seed, index, 2))))
+        labels.append(labels_of(picture))
+    return np.stack(images), torch.tensor(labels)
+
+
+def saved_pool(path: Path, size: int, seed: int) -> tuple[np.ndarray, torch.Tensor]:
+    if not path.exists():
+        images, labels = pool_of(lambda index: sample(seed, index), size, seed)
+        with path.with_suffix(".new").open("wb") as file:
+            np.savez(file, images=images, labels=labels.numpy())
+        path.with_suffix(".new").rename(path)
+    pool = np.load(path)
+    return pool["images"], torch.from_numpy(pool["labels"])
+
+
+def normalised(images: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+class Reading(nn.Module):
+    """Cross-entropy summed over the questions, as a forward pass."""
+
+    def __init__(self, reader: AttributeReader):
+        super().__init__()
+        self.reader = reader
+
+    def forward(self, pixels, labels):
+        logits = self.reader(pixels)
+        return sum(
+            nn.functional.cross_entropy(logits[question], labels[:, i], ignore_index=UNSEEN)
+            for i, question in enumerate(ANSWERS)
+        )
+
+
+@torch.no_grad()
+def accuracy(reader: AttributeReader, images: np.ndarray, labels: torch.Tensor) -> dict[str, float]:
+    """Share of right answers, by question, over the pictures that show it."""
+    logits = [reader(normalised(images[i : i + 200])) for i in range(0, len(images), 200)]
+    shares = {}
+    for i, question in enumerate(ANSWERS):
+        found = torch.cat([part[question] for part in logits]).argmax(-1)
+        asked = labels[:, i] != UNSEEN
+        shares[question] = round((found == labels[:, i])[asked].float().mean().item(), 4)
+    return shares
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("assets/tiny-attributes"))
+    parser.add_argument("--work_dir", type=Path, default=Path("out/pretrain"), help="checkpoints and the pool")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pool_size", type=int, default=40_000)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--held_out", type=int, default=2000, help="pictures to measure the accuracy on")
+    args = parser.parse_args()
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    reader = AttributeReader(ANSWERS)
+    images, labels = saved_pool(args.work_dir / f"attributes-{args.pool_size}.npz", args.pool_size, args.seed + 20)
+
+    def loss_at(model, step):
+        rows = torch.randint(0, len(images), (args.batch_size,))
+        return model(normalised(images[rows.numpy()]), labels[rows])
+
+    train(Accelerator(cpu=True), Reading(reader), 0.995, args.work_dir / "attributes", args.steps, 1e-3, 100, loss_at)
+    reader.eval()
+    seen = pool_of(lambda index: sample(args.seed + 21, index), args.held_out, None)
+    kept_out = pool_of(lambda index: kept_out_picture(args.seed + 21, index), args.held_out, None)
+    facts = {
+        "accuracy": accuracy(reader, *seen),
+        "accuracy_on_kept_out_settings": accuracy(reader, *kept_out),
+        "settings": {name: value for name, value in vars(args).items() if not isinstance(value, Path)},
+    }
+    reader.save(args.output_dir, facts)
+    print(json.dumps(facts, indent=1))
+
+
+if __name__ == "__main__":
+    main()
