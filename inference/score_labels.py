@@ -8,6 +8,8 @@ from typing import Any
 from runs.interval import Difference, Interval, describe_difference, format_difference, format_interval
 
 SCORE_LABELS = {
+    "attributes": "Attributes ↑",
+    "scene": "Scene ↑",
     "dino": "DINO ↑",
     "clip_i": "CLIP-I ↑",
     "clip_t": "CLIP-T ↑",

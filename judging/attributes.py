@@ -1,18 +1,26 @@
 """Read from a picture of the drawn world what is in it: kind, colours, pattern, accessory, view and place.
 
 In that world fidelity has a ground truth: a subject is a set of attributes, and a small classifier says which of them a
-picture shows. What can be asked, and the possible answers, come with the weights (``config.json``).
+picture shows. What can be asked, and the possible answers, come with the weights (``config.json``); what the subject
+is comes with its pictures (``attributes.json``).
 """
 
+from __future__ import annotations
+
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from inference.sampling import GeneratedImage
+from judging.statistics import Draws, by_prompt
+from storage.files import read_json, write_atomic
 
 SIDE = 64  # pixels: pictures of any size are reduced to this
 # Attributes that make a subject; the view and the place are the prompt's.
@@ -24,11 +32,12 @@ class AttributeReader(nn.Module):
 
     Args:
         answers: question -> its possible answers.
+        places: how a prompt says a place, such as "in the jungle" -> the answer to "place".
     """
 
-    def __init__(self, answers: dict[str, list[str]]):
+    def __init__(self, answers: dict[str, list[str]], places: dict[str, str]) -> None:
         super().__init__()
-        self.answers = answers
+        self.answers, self.places = answers, places
         layers: list[nn.Module] = []
         for inputs, outputs, stride in (
             (3, 24, 1),
@@ -56,22 +65,28 @@ class AttributeReader(nn.Module):
             {question: self.answers[question][found[question][i]] for question in found} for i in range(len(images))
         ]
 
-    def save(self, directory: Path, facts: dict) -> None:
+    def save(self, directory: Path, facts: Mapping[str, object]) -> None:
         """Weights in fp16 and, in ``config.json``, the answers beside ``facts`` about the training."""
         directory.mkdir(parents=True, exist_ok=True)
         save_file({k: v.half().contiguous() for k, v in self.state_dict().items()}, directory / "model.safetensors")
-        (directory / "config.json").write_text(json.dumps({"answers": self.answers} | facts, indent=1) + "\n")
+        content = {"answers": self.answers, "places": self.places, **facts}
+        write_atomic(directory / "config.json", json.dumps(content, indent=1) + "\n")
 
     @classmethod
-    def load(cls, directory: Path) -> "AttributeReader":
+    def load(cls, directory: Path) -> AttributeReader:
         """
         Raises:
             ValueError: when the directory holds no reader.
         """
-        if not (directory / "config.json").exists() or not (directory / "model.safetensors").exists():
-            raise ValueError(f"{directory} holds no attribute reader: config.json and model.safetensors are needed")
-        reader = cls(json.loads((directory / "config.json").read_text())["answers"])
-        reader.load_state_dict({k: v.float() for k, v in load_file(directory / "model.safetensors").items()})
+        try:
+            config = read_json(directory / "config.json")
+            reader = cls(config["answers"], config["places"])
+            reader.load_state_dict({k: v.float() for k, v in load_file(directory / "model.safetensors").items()})
+        except (OSError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, ValueError) as error:
+            raise ValueError(
+                f"{directory} holds no attribute reader (config.json and model.safetensors of "
+                f"tools/pretrain_attributes.py): {error}"
+            ) from error
         return reader.eval()
 
 
@@ -95,6 +110,49 @@ def attributes_kept(subject: dict[str, str], reading: dict[str, str]) -> float:
     return sum(reading[question] == subject[question] for question in asked) / len(asked)
 
 
-def scene_followed(place: str, reading: dict[str, str]) -> bool:
-    """Whether the picture shows the place that the prompt names."""
-    return reading["place"] == place
+def asked_place(prompt: str, places: Mapping[str, str]) -> str | None:
+    """The place that a prompt names, by the longest of the phrases that are in it; None if it names none."""
+    named = [words for words in places if words in prompt]
+    return places[max(named, key=len)] if named else None
+
+
+class SubjectReading:
+    """What of one subject, and of the prompts' places, is in pictures.
+
+    Args:
+        reader: folder of an `AttributeReader`.
+        subject: folder of the subject's pictures, with its ``attributes.json``.
+
+    Raises:
+        ValueError: if one of them isn't there, or the subject has an answer that the reader doesn't know.
+    """
+
+    def __init__(self, reader: Path, subject: Path) -> None:
+        self.reader = AttributeReader.load(reader)
+        path = subject / "attributes.json"
+        if not path.is_file():
+            raise ValueError(
+                f"--attributes: {path} isn't there, which says what the subject is, such as "
+                '{"kind": "cat", "main": "teal"}: write it, or leave the flag out'
+            )
+        found = read_json(path)
+        self.subject = {question: str(found[question]) for question in IDENTITY if question in found}
+        for question, answer in self.subject.items():
+            if answer not in (known := self.reader.answers.get(question, [])):
+                raise ValueError(f"{path}: {question} is {answer}, and {reader} knows {', '.join(known) or 'none'}")
+        attributes_kept(self.subject, self.subject)
+
+    def score(self, drawn: Sequence[GeneratedImage]) -> dict[str, Draws]:
+        """ "attributes": the share of the subject's that are there; "scene": 1 where the prompt's place is, else 0."""
+        readings = self.reader.read([one.image for one in drawn])
+        kept = [attributes_kept(self.subject, reading) for reading in readings]
+        scores = {"attributes": by_prompt(drawn, kept)}
+        asked = [
+            (one, place, reading)
+            for one, reading in zip(drawn, readings)
+            if (place := asked_place(one.prompt, self.reader.places))
+        ]
+        if asked:
+            followed = [float(reading["place"] == place) for _, place, reading in asked]
+            scores["scene"] = by_prompt([one for one, _, _ in asked], followed)
+        return scores

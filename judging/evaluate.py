@@ -21,13 +21,15 @@ from settings.command_line import parse_config, quiet_libraries, run_command
 from storage.files import check_own_output, check_writable_target, read_json, write_atomic
 
 if TYPE_CHECKING:
+    from judging.attributes import SubjectReading
     from judging.scorer import Scorer
 
 
 def check(config: EvaluateConfig, recorded: Sequence[Mapping[str, Any]]) -> None:
     """Raise ValueError for what `run` would refuse once runs of these flags are there."""
     plan_images(config, recorded)
-    instances = instance_pictures(instance_folder(config.instance_images, recorded))
+    subject = instance_folder(config.instance_images, recorded)
+    instances = instance_pictures(subject)
     quiet_libraries()
     import torch
 
@@ -35,7 +37,14 @@ def check(config: EvaluateConfig, recorded: Sequence[Mapping[str, Any]]) -> None
     from judging.scorer import Scorer
 
     check_hardware(config)
-    Scorer(config.clip, config.dino, instances, torch.device("cpu"))
+    Scorer(config.clip, config.dino, instances, torch.device("cpu"), subject_reading(config.attributes, subject))
+
+
+def subject_reading(reader: str | None, subject: str) -> SubjectReading | None:
+    """The reader of a folder, for the subject whose pictures are in another one."""
+    from judging.attributes import SubjectReading
+
+    return SubjectReading(Path(reader), Path(subject)) if reader else None
 
 
 def is_scores(path: Path) -> bool:
@@ -82,15 +91,17 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if adapters:
         plan = plan_images(config, recorded)
         config = choose_base(config, str(next(iter(adapters.values()))))
-    instances = instance_pictures(instance_folder(config.instance_images, recorded))
-    scorer = Scorer(config.clip, config.dino, instances, check_device(config.device))
+    subject = instance_folder(config.instance_images, recorded)
+    instances, reading = instance_pictures(subject), subject_reading(config.attributes, subject)
+    scorer = Scorer(config.clip, config.dino, instances, check_device(config.device), reading)
     scores = score_adapters(config, adapters, plan, scorer) if plan else {}
     for name, files in listed.items():
         drawn = open_listed(files)
         scores[name] = {**scorer.score(drawn), "copies": scorer.copies(drawn)}
     result = {
         "version": SCORES_VERSION,
-        "encoders": {"clip": config.clip, "dino": config.dino},
+        "encoders": {"clip": config.clip, "dino": config.dino}
+        | ({"attributes": config.attributes} if config.attributes else {}),
         "protocol": config.protocol if adapters and not config.prompts else None,
         "seeds": plan.seeds if plan else None,
         "prompts": plan.prompts["subject"] if plan else None,

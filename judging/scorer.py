@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 
 from inference.sampling import GeneratedImage
+from judging.attributes import SubjectReading
 from judging.copies import Copies, CopyDetector
 from judging.prompts import without_identifier
 from judging.scores import ClipEncoder, ImageEncoder, diversity, drift, prompt_fidelity, subject_fidelity
-from judging.statistics import Draws
+from judging.statistics import Draws, by_prompt
 
 
 class Scorer:
@@ -19,15 +20,23 @@ class Scorer:
 
     Args:
         clip, dino: folders or Hub ids.
+        reading: what in a picture can be read as the subject's.
 
     Raises:
         ValueError: if one of them can't be loaded.
     """
 
-    def __init__(self, clip: str, dino: str, instances: Sequence[Image.Image], device: torch.device) -> None:
+    def __init__(
+        self,
+        clip: str,
+        dino: str,
+        instances: Sequence[Image.Image],
+        device: torch.device,
+        reading: SubjectReading | None = None,
+    ) -> None:
         self.clip, self.dino = ClipEncoder(clip, device), ImageEncoder(dino, device)
         self.clip_instances, self.dino_instances = self.clip.images(instances), self.dino.images(instances)
-        self.instances = list(instances)
+        self.instances, self.reading = list(instances), reading
         self._detector: CopyDetector | None = None
 
     def score(self, drawn: Sequence[GeneratedImage]) -> dict[str, Draws]:
@@ -39,14 +48,14 @@ class Scorer:
         for row, one in enumerate(drawn):
             rows.setdefault(one.prompt, []).append(row)
         scores = {
-            "dino": by_prompt(drawn, subject_fidelity(dino, self.dino_instances)),
-            "clip_i": by_prompt(drawn, subject_fidelity(clip, self.clip_instances)),
-            "clip_t": by_prompt(drawn, prompt_fidelity(clip, texts)),
+            "dino": by_prompt(drawn, subject_fidelity(dino, self.dino_instances).tolist()),
+            "clip_i": by_prompt(drawn, subject_fidelity(clip, self.clip_instances).tolist()),
+            "clip_t": by_prompt(drawn, prompt_fidelity(clip, texts).tolist()),
         }
         several = {prompt: own for prompt, own in rows.items() if len(own) > 1}
         if several:
             scores["diversity"] = {prompt: {0: diversity(dino[own])} for prompt, own in several.items()}
-        return scores
+        return scores | (self.reading.score(drawn) if self.reading else {})
 
     def copies(self, drawn: Sequence[GeneratedImage]) -> Copies:
         """How many of the pictures are copies of the subject's own."""
@@ -64,12 +73,4 @@ class Scorer:
         Args:
             base: `features` of those without.
         """
-        return by_prompt(adapted, drift(self.features(adapted), base))
-
-
-def by_prompt(drawn: Sequence[GeneratedImage], values: torch.Tensor) -> Draws:
-    """Values (N,), one a picture: prompt -> seed -> value."""
-    scores: dict[str, dict[int, float]] = {}
-    for one, value in zip(drawn, values.tolist()):
-        scores.setdefault(one.prompt, {})[one.seed] = value
-    return scores
+        return by_prompt(adapted, drift(self.features(adapted), base).tolist())

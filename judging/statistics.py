@@ -16,11 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from runs.interval import LEVEL, Difference, Interval
+
+if TYPE_CHECKING:
+    from inference.sampling import GeneratedImage
 
 AXES = ("trainings", "prompts", "seeds")
 POWER = 0.8
@@ -32,6 +35,14 @@ class Error(NamedTuple):
 
     size: float
     freedom: float
+
+
+def by_prompt(drawn: Sequence[GeneratedImage], values: Sequence[float]) -> Draws:
+    """One value a picture: prompt -> seed -> value."""
+    scores: dict[str, dict[int, float]] = {}
+    for one, value in zip(drawn, values, strict=True):
+        scores.setdefault(one.prompt, {})[one.seed] = value
+    return scores
 
 
 def interval(trainings: Sequence[Draws]) -> Interval:

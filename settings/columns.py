@@ -134,6 +134,10 @@ class EvaluateConfig(ColumnsConfig):
     )
     clip: FilePath = field(default=CLIP, metadata={"help": "A CLIP of transformers: folder or Hub id."})
     dino: FilePath = field(default=DINO, metadata={"help": "An image encoder of transformers: folder or Hub id."})
+    attributes: FilePath | None = field(
+        default=None,
+        metadata={"help": "Folder of an attribute reader: also scores what attributes.json says of the subject."},
+    )
     output: FilePath = field(default="out/scores.json", metadata={"help": "The scores; pictures are kept beside it."})
 
 
@@ -162,6 +166,7 @@ class CompareConfig(SamplingConfig):
     )
     clip: FilePath = field(default=CLIP, metadata={"help": "As in judging.evaluate."})
     dino: FilePath = field(default=DINO, metadata={"help": "As in judging.evaluate."})
+    attributes: FilePath | None = field(default=None, metadata={"help": "As in judging.evaluate."})
     output_dir: FilePath = field(
         default="out/compare", metadata={"help": "A folder for each run, the scores and the page."}
     )

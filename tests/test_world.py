@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("resvg_py")
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
@@ -17,7 +18,8 @@ import world
 from pretrain_tiny_sdxl import build_tokenizer
 from world.attributes import draw_new_subject, in_reserve, is_near
 
-from judging.attributes import AttributeReader, attributes_kept, scene_followed, to_pixels
+from inference.sampling import GeneratedImage
+from judging.attributes import AttributeReader, SubjectReading, asked_place, attributes_kept, to_pixels
 
 
 @pytest.fixture(scope="module")
@@ -95,13 +97,14 @@ def test_an_unknown_place_is_refused():
 
 def test_the_reader_saves_and_reads(pictures, tmp_path):
     torch.manual_seed(0)
-    reader = AttributeReader({"kind": ["cat", "dog"], "place": ["snow", "night"]}).eval()
+    reader = AttributeReader({"kind": ["cat", "dog"], "place": ["snow", "night"]}, {"in the snow": "snow"}).eval()
     images = [picture.image for picture in pictures[:3]]
     before = reader(to_pixels(images))
     reader.save(tmp_path, {"accuracy": {}})
     again = AttributeReader.load(tmp_path)
     torch.testing.assert_close(again(to_pixels(images)), before, atol=2e-2, rtol=0)
     assert [set(reading) for reading in again.read(images)] == [{"kind", "place"}] * 3
+    assert again.places == reader.places
     with pytest.raises(ValueError, match="holds no attribute reader"):
         AttributeReader.load(tmp_path / "none")
 
@@ -112,6 +115,50 @@ def test_fidelity_is_the_share_of_the_subjects_attributes():
     assert attributes_kept(subject, {**subject, "main": "red", "accent": "red"}) == 0.5
     plain = {"kind": "cat", "main": "teal", "accessory": "none", "accent": "purple"}
     assert attributes_kept(plain, {**plain, "accent": "red"}) == 1
-    assert scene_followed("snow", {"place": "snow"}) and not scene_followed("snow", {"place": "night"})
     with pytest.raises(ValueError, match="no attribute"):
         attributes_kept({}, subject)
+
+
+def test_a_prompt_names_a_place():
+    places = {world.place_words(place): place for place in world.PLACES}
+    assert asked_place("a photo of [V] cat in the jungle", places) == "jungle"
+    assert asked_place("a photo of a cat on an orange background", places) == "orange"
+    assert asked_place("a photo of a cat", places) is None
+    assert asked_place("a cat on the grass at night", {"at night": "night", "on the grass at night": "both"}) == "both"
+
+
+class PerfectReader(AttributeReader):
+    """Reads what was drawn: the pictures are numbered by their brightness."""
+
+    def read(self, images):
+        return [self.known[image.getpixel((0, 0))[0]] for image in images]
+
+
+def test_a_subjects_scores_are_the_shares_that_are_read(tmp_path):
+    answers = {"kind": ["cat", "dog"], "main": ["teal", "red"], "place": ["snow", "night"]}
+    AttributeReader(answers, {"in the snow": "snow", "at night": "night"}).save(tmp_path / "reader", {})
+    subject = tmp_path / "cat"
+    subject.mkdir()
+    with pytest.raises(ValueError, match=r"attributes\.json isn't there"):
+        SubjectReading(tmp_path / "reader", subject)
+    (subject / "attributes.json").write_text('{"kind": "bird"}')
+    with pytest.raises(ValueError, match="kind is bird, and .* knows cat, dog"):
+        SubjectReading(tmp_path / "reader", subject)
+    (subject / "attributes.json").write_text('{"kind": "cat", "main": "teal", "shades": 3}')
+    reading = SubjectReading(tmp_path / "reader", subject)
+    reading.reader = PerfectReader(answers, reading.reader.places)
+    reading.reader.known = [
+        {"kind": "cat", "main": "teal", "place": "snow"},
+        {"kind": "cat", "main": "red", "place": "night"},
+        {"kind": "dog", "main": "red", "place": "night"},
+        {"kind": "cat", "main": "teal", "place": "snow"},
+    ]
+    prompts = ["a cat in the snow"] * 2 + ["a cat at night", "a cat"]
+    drawn = [
+        GeneratedImage(prompt=prompt, seed=seed, image=Image.new("RGB", (4, 4), (number, 0, 0)))
+        for number, (prompt, seed) in enumerate(zip(prompts, (0, 1, 0, 0)))
+    ]
+    assert reading.score(drawn) == {
+        "attributes": {"a cat in the snow": {0: 1.0, 1: 0.5}, "a cat at night": {0: 0.0}, "a cat": {0: 1.0}},
+        "scene": {"a cat in the snow": {0: 1.0, 1: 0.0}, "a cat at night": {0: 1.0}},
+    }

@@ -34,6 +34,7 @@ from world import (
     draw,
     draw_place,
     draw_pose,
+    place_words,
     sample,
 )
 from world.attributes import ACCENT_COLORS, EYE_COLORS, draw_new_subject
@@ -140,7 +141,7 @@ def main() -> None:
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    reader = AttributeReader(ANSWERS)
+    reader = AttributeReader(ANSWERS, {place_words(place): place for place in PLACES})
     images, labels = saved_pool(args.work_dir / f"attributes-{args.pool_size}.npz", args.pool_size, args.seed + 20)
 
     def loss_at(model, step):

@@ -287,7 +287,17 @@ def sampling_flags(config: CompareConfig) -> dict[str, Any]:
 
 
 def scoring_flags(config: CompareConfig, runs: Sequence[Run]) -> EvaluateConfig:
-    names = ("protocol", "live_subject", "subject", "class_name", "instance_images", "seeds", "clip", "dino")
+    names = (
+        "protocol",
+        "live_subject",
+        "subject",
+        "class_name",
+        "instance_images",
+        "seeds",
+        "clip",
+        "dino",
+        "attributes",
+    )
     return EvaluateConfig(
         **sampling_flags(config),
         **{name: getattr(config, name) for name in names},

@@ -53,6 +53,7 @@ __all__ = [
     "draw_pose",
     "draw_who",
     "kept_out",
+    "place_words",
     "sample",
     "views_of",
 ]
