@@ -56,6 +56,7 @@ class Setting(NamedTuple):
     parameters: int
     file_numbers: int  # in the smallest file that is the whole adapter
     frozen_numbers: int  # beside the base, as NoRA's A
+    changed: Mapping[str, Any]  # the options that are not at their defaults
 
 
 def trained_count(method: str, args: Mapping[str, Any], m: int, n: int) -> int:
@@ -132,7 +133,9 @@ def setting(method: Method, args: Mapping[str, Any], layers: Sequence[Layer]) ->
     if method.name == "nola":  # a basis of A for each n and one of B for each m
         sides = [*{layer.n for layer in layers}, *{layer.m for layer in layers}]
         frozen = args["coefficients"] * args["rank"] * sum(sides)
-    return Setting(said, parameters, file_count(method, args, layers), frozen)
+    defaults = resolve(method.name, [], {})
+    changed = {option: value for option, value in args.items() if value != defaults[option]}
+    return Setting(said, parameters, file_count(method, args, layers), frozen, changed)
 
 
 def nearest(method: Method, layers: Sequence[Layer], cost: Callable[[Setting], float], budget: float) -> Setting | None:

@@ -1,0 +1,108 @@
+"""Every method on many subjects, each at its own best learning rate, and NoRA's neighbours: tables and differences.
+
+    python -m benchmarks.study --tuning_subjects fox rabbit --attributes assets/tiny-attributes
+    python -m benchmarks.study --tuning_subjects fox rabbit --groups "rank 4" "Table 4" --seeds 0
+
+First each setting's rate is tuned on subjects that are not scored (successive halving by held-out loss), then it is
+trained on every other subject with every seed, and scored. Each training is written to --work as it ends: the command
+may be ended and given again until all is there, for a few groups at a time.
+"""
+
+from __future__ import annotations
+
+import inference  # noqa: F401 -- before the libraries, because it quietens what they print on import
+
+# isort: split
+import argparse
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from benchmarks.study.report import difference_table, group_table
+from benchmarks.study.settings import Groups, Setting, groups_of
+from benchmarks.study.trainings import Laboratory, Training
+from benchmarks.study.workers import in_processes, score, tune
+from storage.files import write_atomic
+from storage.text import expand_home, home_path
+
+
+def report(
+    laboratory: Laboratory,
+    groups: Groups,
+    rates: dict[Setting, float],
+    subjects: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+) -> str:
+    """The tables of what is there."""
+    parts = [f"{steps} steps of batch 4; subjects {', '.join(subjects)}; seeds {', '.join(map(str, seeds))}."]
+    for title, rows in groups.items():
+        measured = {}
+        for name, one in rows.items():
+            if one not in rates:
+                continue
+            trainings = [Training(one, subject, seed, rates[one], steps) for subject in subjects for seed in seeds]
+            records = [
+                found | {"subject": training.subject, "seed": training.seed, "rate": training.rate}
+                for training in trainings
+                if (found := laboratory.found(training, scored=True))
+            ]
+            measured[name] = one, records
+        if any(records for _, records in measured.values()):
+            parts += [f"## {title}", group_table(measured)]
+            parts += [table] if (table := difference_table(measured)) else []
+    return "\n\n".join(parts) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=expand_home, default="assets/tiny-sdxl")
+    parser.add_argument("--subjects_dir", type=home_path, default=Path("assets/subjects"))
+    parser.add_argument("--subjects", nargs="+", help="scored ones; default: all others")
+    parser.add_argument("--tuning_subjects", nargs="+", required=True, help="rates are chosen on these")
+    parser.add_argument("--groups", nargs="+", default=[""], help="patterns that a group's title must have one of")
+    parser.add_argument("--settings", default="", help="a pattern that a setting, such as 'nora rank=8', must have")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--clip", type=expand_home, default="assets/tiny-clip")
+    parser.add_argument("--dino", type=expand_home, default="assets/tiny-dino")
+    parser.add_argument("--attributes", type=expand_home, help="folder of an attribute reader")
+    parser.add_argument("--work", type=home_path, default=Path("out/study"))
+    parser.add_argument("--output", type=home_path, help="a file for the tables, beside printing them")
+    args = parser.parse_args(argv)
+    there = sorted(folder.name for folder in (args.subjects_dir / "heldout").iterdir())
+    subjects = args.subjects or [name for name in there if name not in args.tuning_subjects]
+    if unknown := [name for name in (*subjects, *args.tuning_subjects) if name not in there]:
+        parser.error(f"{unknown[0]} is no subject of {args.subjects_dir}/heldout, which has {', '.join(there)}")
+    if both := sorted(set(subjects) & set(args.tuning_subjects)):
+        parser.error(f"{both[0]} is to be scored, so its rate can't be chosen on it: give --subjects without it")
+    laboratory = Laboratory(args.base, args.subjects_dir, args.work, args.clip, args.dino, args.attributes)
+    try:
+        found = groups_of(args.base)
+    except ValueError as error:
+        parser.error(str(error))
+    groups = {
+        title: {name: one for name, one in rows.items() if re.search(args.settings, one.key)}
+        for title, rows in found.items()
+        if any(re.search(pattern, title) for pattern in args.groups)
+    }
+    chosen = list(dict.fromkeys(one for rows in groups.values() for one in rows.values()))
+    if not chosen:
+        parser.error(f"nothing fits --groups and --settings: the groups are {'; '.join(found)}")
+    found_rates = in_processes(args.jobs, partial(tune, laboratory, args.tuning_subjects, args.steps), chosen)
+    rates = dict(zip(chosen, found_rates))
+    trainings = [
+        [Training(one, subject, seed, rates[one], args.steps) for seed in args.seeds for one in chosen]
+        for subject in subjects
+    ]
+    in_processes(args.jobs, partial(score, laboratory), trainings)
+    text = report(laboratory, groups, rates, subjects, args.seeds, args.steps)
+    print(text)
+    if args.output:
+        write_atomic(args.output, text)
+
+
+if __name__ == "__main__":
+    main()

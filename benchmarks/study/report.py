@@ -1,0 +1,91 @@
+"""The study's tables: each setting's means, and paired differences from the first of its group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.study.settings import Setting
+from inference.score_labels import SCORE_LABELS
+from judging.statistics import Draws, differences
+from judging.tables import UNKNOWN, markdown_table
+from runs.interval import Difference, format_difference
+
+LABELS = {"held_out": "Held-out loss ↓", **SCORE_LABELS, "copies": "Copies ↓"}
+Records = Sequence[Mapping[str, Any]]  # of one setting: one a subject and seed, as `value` reads them
+
+
+def value(record: Mapping[str, Any], score: str) -> float | None:
+    """A training's figure."""
+    if score in ("held_out", "copies"):
+        return record.get(score)
+    return record.get("scores", {}).get(score)
+
+
+def draws(records: Records, score: str) -> Draws:
+    """Subject -> training seed -> figure: what differences are paired by."""
+    found: dict[str, dict[int, float]] = {}
+    for record in records:
+        if (one := value(record, score)) is not None:
+            found.setdefault(record["subject"], {})[record["seed"]] = one
+    return found
+
+
+def group_table(rows: Mapping[str, tuple[Setting, Records]]) -> str:
+    """Means over subjects and seeds, the base's beside them, with each setting's rate and costs."""
+    known = [score for score in LABELS if any(value(one, score) is not None for _, own in rows.values() for one in own)]
+    lines = []
+    for name, (_, records) in rows.items():
+        if not records:
+            continue
+        costs = [f"{records[0]['trained_parameters']:,}", f"{records[0]['rate']:g}", f"{mean(records, 'seconds'):.0f}"]
+        lines.append([name, *costs, *(shown(mean_of(records, score)) for score in known)])
+    base = [one["base"] for _, own in rows.values() for one in own if "base" in one]
+    if base:
+        means = {score: [one[score] for one in base if score in one] for score in known} | {"held_out": [1.0]}
+        cells = (shown(sum(own) / len(own) if own else None) for own in means.values())
+        lines.insert(0, ["base", UNKNOWN, UNKNOWN, UNKNOWN, *cells])
+    header = ["", "trained", "learning rate", "CPU s", *(LABELS[score] for score in known)]
+    return markdown_table(header, lines)
+
+
+def difference_table(rows: Mapping[str, tuple[Setting, Records]]) -> str | None:
+    """Of each row from the first, paired by subject and seed, p by Holm over the rows; None where there is one row."""
+    (first, (_, of_first)), *others = [(name, own) for name, own in rows.items() if own[1]] or [("", (None, []))]
+    if not others:
+        return None
+    cells: dict[str, dict[str, str]] = {name: {} for name, _ in others}
+    for score, label in LABELS.items():
+        reference = draws(of_first, score)
+        paired = {name: {0: own} for name, (_, records) in others if (own := draws(records, score)) and reference}
+        if paired and all(own[0].keys() == reference.keys() for own in paired.values()):
+            for name, found in differences({0: reference}, paired).items():
+                cells[name][label] = format_difference(found)
+    labels = [label for label in LABELS.values() if any(label in own for own in cells.values())]
+    body = [[f"{name} − {first}", *(own.get(label, UNKNOWN) for label in labels)] for name, own in cells.items()]
+    return markdown_table(["", *labels], body)
+
+
+def told_apart(one: Records, other: Records) -> dict[str, Difference]:
+    """Label of each score in which two settings differ significantly (p < .05 by itself) -> the difference."""
+    found = {}
+    for score, label in LABELS.items():
+        first, second = draws(one, score), draws(other, score)
+        if first and first.keys() == second.keys():
+            difference = differences({0: first}, {"other": {0: second}})["other"]
+            if difference.p_value is not None and difference.p_value < 0.05:
+                found[label] = difference
+    return found
+
+
+def mean(records: Records, field: str) -> float:
+    return sum(one[field] for one in records) / len(records)
+
+
+def mean_of(records: Records, score: str) -> float | None:
+    known = [found for one in records if (found := value(one, score)) is not None]
+    return sum(known) / len(known) if known else None
+
+
+def shown(number: float | None) -> str:
+    return UNKNOWN if number is None else f"{number:.3f}"

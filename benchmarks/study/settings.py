@@ -1,0 +1,141 @@
+"""What the study compares: groups of settings, the first of a group being what the others are compared with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from methods.adapter import Places
+from methods.budget import Layer, base_outline, layers_of, nearest, trained_count
+from methods.registry import METHODS, resolve
+
+# Rates of a small base, of those that SDXL is trained with: LoRA's 1e-3 here of its 1e-4 there.
+SMALL_BASE = 10
+STEPS_OF_RATES = (1 / 3, 1.0, 3.0, 9.0)
+# LoRA's rank of each budget of trained parameters; a half is half of what rank 1 trains.
+BUDGETS = (0.5, 4, 16)
+EXPORTED_RANK = 16
+# NoRA's neighbours: each group varies one choice, as the paper's table of that number does.
+NEIGHBOURS: dict[str, Mapping[str, Sequence[str]]] = {
+    "NoRA: outer and inner rank": {
+        f"NoRA ({outer}, {inner})": (f"rank={inner}", f"outer_rank={outer}")
+        for outer, inner in ((64, 8), (64, 16), (64, 4), (32, 8), (32, 4), (16, 8))
+    },
+    "NoRA: outer factors (Table 4)": {
+        "AwSVD": (),
+        "AwSVD, gamma 1": ("awsvd_gamma=1",),
+        "AwSVD, the subject's statistic": ("statistic=subject",),
+        "SVD": ("outer_init=svd",),
+        "random": ("outer_init=random",),
+        "SVD, middle directions": ("outer_init=svd", "outer_part=middle"),
+        "SVD, last directions": ("outer_init=svd", "outer_part=last"),
+    },
+    "NoRA: inner factors (Table 5)": {
+        "matched": (),
+        "normal": ("inner_init=normal",),
+        "uniform and zero": ("inner_init=zero_uniform",),
+        "diag": ("inner_init=diag",),
+    },
+    "NoRA: structure and position (Tables 6, 7)": {
+        f"{structure} {position}": (f"structure={structure}", f"position={position}")
+        for structure, position in (
+            ("serial", "a"),
+            ("adapter", "a"),
+            ("parallel", "a"),
+            ("serial", "b"),
+            ("adapter", "b"),
+            ("parallel", "b"),
+            ("serial", "ab"),
+        )
+    },
+    "NoRA: side of the singular values (Table 8)": {
+        "B": (),
+        "A": ("sigma_side=A",),
+        "both": ("sigma_side=both",),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method with its options; `rates` are the learning rates that are tried first."""
+
+    method: str
+    args: tuple[str, ...]
+    rates: tuple[float, ...]
+
+    @property
+    def key(self) -> str:
+        """Names it in files."""
+        return " ".join([self.method, *self.args])
+
+
+Groups = dict[str, dict[str, Setting]]  # group -> name of a row -> setting
+
+
+def setting(method: str, args: Sequence[str]) -> Setting:
+    """What says a default is left out, so that one setting has one key in every group."""
+    defaults = resolve(method, [], {})
+    own = {name: value for name, value in resolve(method, args, {}).items() if value != defaults[name]}
+    return Setting(method, tuple(sorted(as_args(own))), rates_of(method))
+
+
+def rates_of(method: str) -> tuple[float, ...]:
+    """Four rates around what the method's source trains with, moved to a small base; LoRA's where it names none."""
+    own = [float(number) for number in re.findall(r"\d+e-\d+", METHODS[method].rates or "")] or [1e-4]
+    centre = (own[0] * own[-1]) ** 0.5 * SMALL_BASE
+    return tuple(float(f"{centre * step:.1e}") for step in STEPS_OF_RATES)
+
+
+def groups_of(base: str) -> Groups:
+    """All groups for a base, whose shapes say which settings meet a budget.
+
+    Raises:
+        ValueError: if the base has no configuration.
+    """
+    layers = layers_of(base_outline(base, ["unet"]), Places("attention"))
+    groups: Groups = {}
+    for rank in BUDGETS:
+        budget = rank * sum(layer.number * (layer.m + layer.n) for layer in layers)
+        own = at_budget(layers, budget)
+        groups[f"trained parameters ≤ {budget:,.0f}, LoRA's of rank {rank:g}"] = own
+    groups[f"rank {EXPORTED_RANK} of the exported LoRA"] = at_rank(EXPORTED_RANK)
+    for name, rows in NEIGHBOURS.items():
+        groups[name] = {row: setting("nora", (*args, *with_ranks(args))) for row, args in rows.items()}
+    return groups
+
+
+def with_ranks(args: Sequence[str]) -> tuple[str, ...]:
+    """NoRA's ranks where the row doesn't say them: (64, 8), which every layer of the embedded base can hold."""
+    return () if any(one.startswith("rank=") for one in args) else ("rank=8", "outer_rank=64")
+
+
+def at_budget(layers: Sequence[Layer], budget: float) -> dict[str, Setting]:
+    """Each method's largest setting within the budget, where it has one; LoRA, or NoRA below its rank 1, first."""
+    found = {}
+    for name, method in METHODS.items():
+        if (nearby := nearest(method, layers, lambda one: one.parameters, budget)) is not None:
+            found[f"{method.title}, {nearby.said}"] = setting(name, as_args(nearby.changed))
+    first = next((row for row, one in found.items() if one.method == "lora"), None)
+    return {row: found[row] for row in sorted(found, key=lambda row: row != first)}
+
+
+def at_rank(rank: int) -> dict[str, Setting]:
+    """Each method whose export is a LoRA of just that rank."""
+    found = {}
+    for name in ("lora", "nora", "rslora", "loraplus", "moslora", "mica", "lora-fa"):
+        options = {"rank": rank} if resolve(name, [], {})["rank"] != rank else {}
+        found[METHODS[name].title] = setting(name, as_args(options))
+    return found
+
+
+def as_args(options: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(f"{name}={value}" for name, value in options.items())
+
+
+def trained_parameters(one: Setting, layers: Sequence[Layer]) -> int:
+    """Of a setting in all layers."""
+    given = resolve(one.method, list(one.args), {})
+    return sum(layer.number * trained_count(one.method, given, layer.m, layer.n) for layer in layers)

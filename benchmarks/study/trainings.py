@@ -1,0 +1,203 @@
+"""One training of the study, and what is measured of it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from benchmarks.heldout_loss import heldout_loss
+from benchmarks.study.settings import Setting
+from inference.base import load_pipeline
+from inference.load import load_adapter, unload_adapters
+from inference.score_labels import SCORE_LABELS
+from judging import evaluate
+from methods.components import RUN_RECORD
+from runs.record import METRICS
+from settings.columns import BASE_COLUMN, EvaluateConfig
+from settings.training import TrainConfig
+from storage.files import read_json, write_atomic
+from train_dreambooth_nora_sdxl import train
+
+PICTURE_SEEDS = [1000, 1001]
+DRAWING_STEPS = 20
+HELDOUT_SAMPLES = 256
+CURVE_POINTS = 5
+COLUMN = "adapted"  # each training takes the place of the one before
+
+
+class Training(NamedTuple):
+    setting: Setting
+    subject: str
+    seed: int
+    rate: float
+    steps: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.setting.key} {self.subject} seed {self.seed} rate {self.rate:g} steps {self.steps}"
+
+
+@dataclass(frozen=True)
+class Laboratory:
+    """Where the study's models, subjects and results lie.
+
+    Args:
+        subjects: a folder of each, and their held-out pictures in ``heldout``.
+        work: results, one file a training, and pictures; a training that is there isn't made again.
+        attributes: folder of an attribute reader; None: what pictures show isn't read.
+    """
+
+    base: str
+    subjects: Path
+    work: Path
+    clip: str
+    dino: str
+    attributes: str | None = None
+
+    def record(self, training: Training) -> Path:
+        return self.work / "trainings" / f"{training.key}.json"
+
+    def found(self, training: Training, scored: bool) -> dict[str, Any] | None:
+        """What was measured before, if all that is asked for was."""
+        path = self.record(training)
+        record = read_json(path) if path.is_file() else None
+        return record if record and ("scores" in record or not scored) else None
+
+    def measure(self, training: Training, scored: bool) -> dict[str, Any]:
+        """Train, unless that was done before: held-out loss as a share of the base's, its curve, costs and scores.
+
+        Args:
+            scored: draw pictures and score them, too.
+        """
+        if found := self.found(training, scored):
+            return found
+        own, heldout = self.subjects / training.subject, self.subjects / "heldout" / training.subject
+        prompt = f"a photo of [V] {training.subject}"
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name) / "run"
+            started = time.process_time()
+            train(self.flags(training, own, heldout if scored else None, prompt, folder))
+            record = {
+                "key": training.key,
+                "seconds": time.process_time() - started,
+                "peak_memory_mb": read_json(folder / RUN_RECORD).get("peak_memory_mb"),
+                "trained_parameters": read_json(folder / RUN_RECORD).get("trainable_parameters"),
+                "held_out": self.held_out(folder, heldout, prompt),
+                "curve": curve(folder / METRICS),
+            }
+            if scored:
+                record |= self.scores(folder, own, training)
+        path = self.record(training)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(record) + "\n")
+        return record
+
+    def flags(self, training: Training, own: Path, heldout: Path | None, prompt: str, folder: Path) -> TrainConfig:
+        validation = (
+            {"validation_data_dir": str(heldout), "validation_loss_steps": max(1, training.steps // CURVE_POINTS)}
+            if heldout
+            else {}
+        )
+        return TrainConfig.of(
+            pretrained_model_name_or_path=self.base,
+            instance_data_dir=str(own),
+            instance_prompt=prompt,
+            output_dir=str(folder),
+            method=training.setting.method,
+            method_args=list(training.setting.args) or None,
+            learning_rate=training.rate,
+            lr_scheduler="cosine",
+            train_batch_size=4,
+            max_train_steps=training.steps,
+            seed=training.seed,
+            mixed_precision="no",
+            num_validation_images=0,
+            report_to="none",
+            **validation,
+        )
+
+    def held_out(self, folder: Path, heldout: Path, prompt: str) -> float:
+        """The adapter's loss on held-out pictures over the base's."""
+        pipeline = loaded(self.base)
+        base = base_loss(self.base, heldout, prompt)
+        load_adapter(pipeline, folder)
+        try:
+            return heldout_loss(pipeline, heldout, prompt, HELDOUT_SAMPLES) / base
+        finally:
+            unload_adapters(pipeline)
+
+    def scores(self, folder: Path, own: Path, training: Training) -> dict[str, Any]:
+        """Means of the scores over the pictures, of the adapter and of the base, and how many are copies.
+
+        One process at a time may work on a subject: the base's pictures are kept for all of its trainings.
+        """
+        result = evaluate.run(
+            EvaluateConfig(
+                base=self.base,
+                adapters=[f"{COLUMN}={folder}"],
+                instance_images=str(own),
+                seeds=PICTURE_SEEDS,
+                num_inference_steps=DRAWING_STEPS,
+                clip=self.clip,
+                dino=self.dino,
+                attributes=self.attributes,
+                output=str(self.work / "pictures" / training.subject / "scores.json"),
+            )
+        )
+        found = {}
+        for name, column in (("scores", COLUMN), ("base", BASE_COLUMN)):
+            found[name] = {key: one["estimate"] for key, one in result["scores"][column].items() if key in SCORE_LABELS}
+        copies = result["scores"][COLUMN]["copies"]
+        return found | {"copies": copies["count"] / copies["pictures"]}
+
+
+@lru_cache(maxsize=1)
+def loaded(base: str) -> StableDiffusionXLPipeline:
+    return load_pipeline(base, torch.float32)
+
+
+@cache
+def base_loss(base: str, heldout: Path, prompt: str) -> float:
+    return heldout_loss(loaded(base), heldout, prompt, HELDOUT_SAMPLES)
+
+
+def curve(metrics: Path) -> list[tuple[int, float]]:
+    """(step, held-out loss) where it was measured."""
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    return [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+
+
+def best_rate(laboratory: Laboratory, one: Setting, subjects: Sequence[str], steps: int) -> float:
+    """The setting's best learning rate by the held-out loss on subjects that are not scored: successive halving.
+
+    All rates for half of the steps on the first subject; the better half of them for all steps on every subject. While
+    the best one is at an end of what was tried, the next one three times beyond is tried too.
+    """
+
+    def loss(rate: float, subject: str, count: int) -> float:
+        found = laboratory.measure(Training(one, subject, 100, rate, count), scored=False)["held_out"]
+        return found if found == found else float("inf")  # a diverged one
+
+    def mean(rate: float) -> float:
+        return sum(loss(rate, subject, steps) for subject in subjects) / len(subjects)
+
+    first = sorted(one.rates, key=lambda rate: loss(rate, subjects[0], max(1, steps // 2)))
+    tried = {rate: mean(rate) for rate in first[: max(1, len(first) // 2)]}
+    for _ in range(3):
+        best = min(tried, key=tried.__getitem__)
+        beyond = [float(f"{best * step:.1e}") for step in (1 / 3, 3)]
+        known = (*one.rates, *tried)
+        missing = [rate for rate in beyond if (rate < min(known) or rate > max(known))]
+        if not missing:
+            break
+        tried |= {rate: mean(rate) for rate in missing}
+    return min(tried, key=tried.__getitem__)

@@ -1,0 +1,35 @@
+"""The study's processes; their functions can't stand in ``__main__``, which a spawned process doesn't import."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import torch
+
+from benchmarks.study.settings import Setting
+from benchmarks.study.trainings import Laboratory, Training, best_rate
+from settings.command_line import quiet_libraries
+
+
+def tune(laboratory: Laboratory, subjects: Sequence[str], steps: int, one: Setting) -> float:
+    return best_rate(laboratory, one, subjects, steps)
+
+
+def score(laboratory: Laboratory, trainings: Sequence[Training]) -> list[dict[str, Any]]:
+    """Of one subject, whose base pictures are shared."""
+    return [laboratory.measure(training, scored=True) for training in trainings]
+
+
+def one_thread() -> None:
+    """A core to a process: small matrices gain nothing from two."""
+    torch.set_num_threads(1)
+    quiet_libraries()
+
+
+def in_processes(jobs: int, work: Callable[..., Any], items: Iterable[Any]) -> list[Any]:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=one_thread) as pool:
+        return list(pool.map(work, items))

@@ -1,0 +1,108 @@
+"""The study: what it compares, how it chooses rates, what it measures and how it is written down."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from benchmarks.study import trainings
+from benchmarks.study.report import difference_table, group_table, told_apart
+from benchmarks.study.settings import BUDGETS, groups_of, rates_of, setting, trained_parameters
+from benchmarks.study.trainings import Laboratory, Training, best_rate
+from methods.adapter import Places
+from methods.budget import base_outline, layers_of
+from methods.registry import METHODS
+
+ASSETS = Path(__file__).parent.parent / "assets"
+BASE = str(ASSETS / "tiny-sdxl")
+
+
+@pytest.fixture(scope="module")
+def groups():
+    return groups_of(BASE)
+
+
+def test_every_method_is_compared_within_the_budgets(groups):
+    layers = layers_of(base_outline(BASE, ["unet"]), Places("attention"))
+    sides = sum(layer.number * (layer.m + layer.n) for layer in layers)
+    for rank, rows in zip(BUDGETS, groups.values()):
+        for one in rows.values():
+            assert 0 < trained_parameters(one, layers) <= rank * sides, one.key
+    middle = list(groups.values())[BUDGETS.index(4)]
+    assert {one.method for one in middle.values()} == set(METHODS)
+    assert next(iter(middle.values())).method == "lora"  # what the others are compared with
+
+
+def test_one_setting_has_one_key():
+    assert setting("nora", ["rank=8", "structure=serial", "position=a"]).key == "nora rank=8"
+    assert setting("nora", ["outer_rank=64", "rank=8"]) == setting("nora", ["rank=8", "outer_rank=64"])
+
+
+def test_rates_lie_around_the_sources():
+    assert rates_of("lora") == (3.3e-4, 1e-3, 3e-3, 9e-3)
+    assert all(len(set(rates_of(name))) == 4 and min(rates_of(name)) > 0 for name in METHODS)
+
+
+class Parabola(Laboratory):
+    """A laboratory whose loss is known: least at one rate, and NaN from another on."""
+
+    best, diverges = 1e-3, math.inf
+    asked: list
+
+    def measure(self, training, scored):
+        assert not scored
+        self.asked.append(training)
+        distance = abs(math.log(training.rate / self.best))
+        return {"held_out": math.nan if training.rate >= self.diverges else distance}
+
+
+@pytest.mark.parametrize(
+    ("best", "diverges", "chosen"),
+    [(3e-3, math.inf, 3e-3), (8e-2, math.inf, 8.1e-2), (1.2e-5, math.inf, 1.2e-5), (1.0, 5e-3, 3e-3)],
+    ids=["inside", "above", "below", "at the edge of divergence"],
+)
+def test_the_best_rate_is_found_inside_and_beyond_the_ends(best, diverges, chosen, tmp_path):
+    laboratory = Parabola(BASE, tmp_path, tmp_path, "", "")
+    object.__setattr__(laboratory, "asked", [])
+    object.__setattr__(laboratory, "best", best)
+    object.__setattr__(laboratory, "diverges", diverges)
+    found = best_rate(laboratory, setting("lora", []), ["dog", "robot"], 100)
+    assert found == pytest.approx(chosen, rel=0.05)
+    short = [one for one in laboratory.asked if one.steps == 50]
+    assert len(short) == 4 and {one.subject for one in short} == {"dog"}  # the first rung is cheap
+
+
+def record(subject, seed, loss, **scores):
+    return {
+        **{"subject": subject, "seed": seed, "held_out": loss, "rate": 1e-3, "seconds": 5.0, "copies": 0.0},
+        **{"trained_parameters": 1000, "scores": scores, "base": {"dino": 0.5}},
+    }
+
+
+def test_tables_hold_means_and_paired_differences():
+    noise = {("cat", 0): 0.0, ("cat", 1): 0.2, ("dog", 0): 0.4, ("dog", 1): 0.1, ("fox", 0): 0.3, ("fox", 1): 0.25}
+    first = [record(*place, 0.9 + size, dino=0.6) for place, size in noise.items()]
+    other = [record(*place, 0.8 + size + size / 100, dino=0.6) for place, size in noise.items()]
+    rows = {"LoRA": (setting("lora", []), first), "NoRA": (setting("nora", []), other)}
+    table, differences = group_table(rows).splitlines(), difference_table(rows)
+    assert table[2].startswith("| base | – | – | – | 1.000 | 0.500 |")
+    assert table[3].startswith("| LoRA | 1,000 | 0.001 | 5 | 1.108 | 0.600 |")
+    assert "NoRA − LoRA | -0.098" in differences
+    # far apart when paired, though each varies more between subjects than they differ
+    assert set(told_apart(first, other)) == {"Held-out loss ↓"}
+    assert difference_table({"LoRA": rows["LoRA"]}) is None
+
+
+def test_a_training_is_measured_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainings, "DRAWING_STEPS", 1)
+    monkeypatch.setattr(trainings, "PICTURE_SEEDS", [1000])
+    monkeypatch.setattr(trainings, "HELDOUT_SAMPLES", 16)
+    laboratory = Laboratory(BASE, ASSETS / "subjects", tmp_path, str(ASSETS / "tiny-clip"), str(ASSETS / "tiny-dino"))
+    training = Training(setting("nora", ["rank=2"]), "robot", 0, 1e-3, 1)
+    assert laboratory.found(training, scored=False) is None
+    found = laboratory.measure(training, scored=True)
+    assert 0.5 < found["held_out"] < 1.5 and found["curve"][0][0] == 1
+    assert {"dino", "clip_i", "clip_t", "drift"} <= set(found["scores"]) and "dino" in found["base"]
+    monkeypatch.delattr(trainings, "train")
+    again = laboratory.measure(training, scored=True)
+    assert again["held_out"] == found["held_out"]
