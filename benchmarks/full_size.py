@@ -34,11 +34,12 @@ def compare(shape: str = "full", methods: Sequence[str] = (LORA_16, NORA), round
     """The second method's seconds of a step (median of the rounds' ratios) and peak memory, of the first one's."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
-        peer, own = pool.map(partial(peak_alone, shape), methods)
+        each = list(dict.fromkeys(methods))
+        peaks = dict(zip(each, pool.map(partial(peak_alone, shape), each)))
     unet = build_unet(shape).requires_grad_(False)
     with tempfile.TemporaryDirectory() as folder, nora.use_basis_cache(nora.BasisCache(Path(folder))):
         turns = [[step_seconds(unet, method) for method in methods] for _ in range(rounds)]
-    return statistics.median(second / first for first, second in turns), own / peer
+    return statistics.median(second / first for first, second in turns), peaks[methods[1]] / peaks[methods[0]]
 
 
 def peak_alone(shape: str, method: str) -> float:

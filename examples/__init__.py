@@ -1,0 +1,1 @@
+"""NoRA in your own code, by `import nora` and plain PEFT."""

@@ -1,0 +1,69 @@
+"""The examples, in a short form: they train what they say, and what they make is plain PEFT."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import CLIPModel, CLIPProcessor
+
+from examples import few_shot_clip, language_model
+
+CLIP = Path(__file__).parent.parent / "assets" / "tiny-clip"
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return language_model.source_code(4000)
+
+
+@pytest.mark.parametrize("name", language_model.methods())
+def test_each_method_learns_on_a_language_model(name, texts, tmp_path):
+    torch.manual_seed(0)
+    base = language_model.new_model()
+    config, rates = language_model.methods()[name]
+    model = language_model.adapted(base, config, texts.train, seed=0)
+    before = language_model.perplexity(model, texts.train, batches=1)
+    torch.testing.assert_close(before, language_model.perplexity(base, texts.train, batches=1), rtol=1e-4, atol=0)
+    language_model.train(model, texts.train, 4, rates[-1], 0)
+    assert language_model.perplexity(model, texts.train, batches=1) < before
+    if config is not None:  # by plain PEFT, on a base of its own
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+        tokens = texts.test[None, :40]
+        torch.testing.assert_close(again(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_trained_parameters_stand_as_in_the_papers_table():
+    base = language_model.new_model()
+    counts = {
+        name: language_model.trained_parameters(language_model.get_peft_model(copy.deepcopy(base), config))
+        for name, (config, _) in language_model.methods().items()
+        if config is not None
+    }
+    own = counts["NoRA (16, 8)"]
+    assert own == counts["LoRA-XS, rank 16"] == 16 * 16 * 7 * 4
+    # Mistral-7B in Table 1: VeRA 0.98, LoRA of rank 1 1.77, DoRA 2.55 and NoRA 0.92 million
+    assert 0.9 < counts["VeRA, rank 16"] / own < 1.2
+    assert 1.6 < counts["LoRA, rank 1"] / own < 2.1 and 2.3 < counts["DoRA, rank 1"] / own < 3.0
+
+
+def test_texts_do_not_share_files(texts):
+    assert len({bytes(split[:500].tolist()) for split in texts}) == 3
+
+
+def test_clip_learns_from_a_few_pictures(tmp_path):
+    pytest.importorskip("resvg_py")
+    clip, processor = CLIPModel.from_pretrained(CLIP).eval(), CLIPProcessor.from_pretrained(CLIP)
+    shots = few_shot_clip.draw_pictures(processor, 2, 0)
+    assert shots.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    configs = few_shot_clip.methods(clip)
+    counts = {}
+    for name, config in configs.items():
+        model = few_shot_clip.fine_tuned(clip, processor, config, shots, 12, 3e-3, 0)
+        loss = torch.nn.functional.cross_entropy(model(shots.pixels), shots.labels)
+        untrained = few_shot_clip.Classifier(clip, processor)(shots.pixels)
+        assert loss < torch.nn.functional.cross_entropy(untrained, shots.labels), name
+        counts[name] = language_model.trained_parameters(model)
+    assert counts["LoRA, rank 4"] == counts["NoRA (64, 8)"] < counts["LoRA, rank 8"]
