@@ -16,7 +16,7 @@ import math
 import multiprocessing
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -32,14 +32,19 @@ SIDE = 256  # of a picture, in pixels
 
 def compare(shape: str = "full", methods: Sequence[str] = (LORA_16, NORA), rounds: int = 3) -> tuple[float, float]:
     """The second method's seconds of a step (median of the rounds' ratios) and peak memory, of the first one's."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
-        each = list(dict.fromkeys(methods))
-        peaks = dict(zip(each, pool.map(partial(peak_alone, shape), each)))
+    each = list(dict.fromkeys(methods))
+    peaks = dict(zip(each, in_own_process(partial(peak_alone, shape), each)))
     unet = build_unet(shape).requires_grad_(False)
     with tempfile.TemporaryDirectory() as folder, nora.use_basis_cache(nora.BasisCache(Path(folder))):
         turns = [[step_seconds(unet, method) for method in methods] for _ in range(rounds)]
     return statistics.median(second / first for first, second in turns), peaks[methods[1]] / peaks[methods[0]]
+
+
+def in_own_process(measure: Callable[[str], float], items: Sequence[str]) -> list[float]:
+    """Each item in a process that ends with it, one after another."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        return list(pool.map(measure, items))
 
 
 def peak_alone(shape: str, method: str) -> float:

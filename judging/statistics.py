@@ -110,7 +110,7 @@ def errors(values: np.ndarray) -> list[Error]:
     total = sum(variance for variance, _ in alone.values())
     if total == 0:  # nothing varies, or all values are the same
         return [Error(0.0, float(freedom)) for _, freedom in alone.values()]
-    freedom = total**2 / sum(variance**2 / freedom for variance, freedom in alone.values())
+    freedom = 1 / sum((variance / total) ** 2 / freedom for variance, freedom in alone.values())  # squares underflow
     # a seed's own effect is small beside noise: two seeds alone, with one degree of freedom, would widen all to nothing
     single = [Error(math.sqrt(variance), own) for name, (variance, own) in alone.items() if name != "seeds"]
     return [Error(math.sqrt(total), freedom), *single]

@@ -419,7 +419,7 @@ def _configs(path: str | os.PathLike, header: Mapping[str, str]) -> dict[str, No
         )
     try:
         return {prefix: NoraConfig(**values) for prefix, values in json.loads(header["nora_config"]).items()}
-    except (TypeError, json.JSONDecodeError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} has a nora_config that can't be read ({error}): save the adapter again") from error
 
 

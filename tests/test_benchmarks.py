@@ -48,7 +48,8 @@ def test_what_an_adapter_adds_to_a_block(capsys, monkeypatch):
     assert kept["frozen"] == 1 < kept["NoRA (64, 8)"] < kept["LoRA 16"]
 
 
-def test_a_whole_step_takes_as_long_as_itself(capsys):
+def test_a_whole_step_takes_as_long_as_itself(capsys, monkeypatch):
+    monkeypatch.setattr(full_size, "in_own_process", lambda measure, items: list(map(measure, items)))
     full_size.main(["--shape", "sixteenth", "--rounds", "1", "--methods", "LoRA 2", "LoRA 2"])
     found = re.fullmatch(r"LoRA 2 of LoRA 2: time ([\d.]+), peak memory 1.000\n", capsys.readouterr().out)
     assert found and 0.3 < float(found[1]) < 3

@@ -170,3 +170,10 @@ def test_functions_take_what_they_use():
                 if any(one.annotation and "TrainConfig" in ast.unparse(one.annotation) for one in arguments):
                     taking.setdefault(str(path.relative_to(ROOT)), set()).add(node.name)
     assert taking == WHOLE_CONFIGURATION
+
+
+def test_no_main_module_hands_its_functions_to_spawned_processes():
+    """A spawned process doesn't import a package's ``__main__``, so it can't find them there."""
+    mains = [path for path in ROOT.rglob("__main__.py") if ".venv" not in path.parts]
+    assert mains
+    assert not [path for path in mains if "ProcessPool" in path.read_text() or "multiprocessing" in path.read_text()]
