@@ -56,8 +56,8 @@ def test_texts_do_not_share_files(texts):
 def test_clip_learns_from_a_few_pictures(tmp_path):
     pytest.importorskip("resvg_py")
     clip, processor = CLIPModel.from_pretrained(CLIP).eval(), CLIPProcessor.from_pretrained(CLIP)
-    shots = few_shot_clip.draw_pictures(processor, 2, 0)
-    assert shots.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    shots = few_shot_clip.draw_pictures(processor, 1, 0)
+    assert shots.labels.tolist() == list(range(12))
     configs = few_shot_clip.methods(clip)
     counts = {}
     for name, config in configs.items():
@@ -66,4 +66,4 @@ def test_clip_learns_from_a_few_pictures(tmp_path):
         untrained = few_shot_clip.Classifier(clip, processor)(shots.pixels)
         assert loss < torch.nn.functional.cross_entropy(untrained, shots.labels), name
         counts[name] = language_model.trained_parameters(model)
-    assert counts["LoRA, rank 4"] == counts["NoRA (64, 8)"] < counts["LoRA, rank 8"]
+    assert counts["LoRA, rank 2"] == counts["NoRA (64, 4)"] == 2 * 64 * 4 * 3 * (3 + 4)
