@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
+from PIL import Image
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPProcessor
 
@@ -46,7 +47,8 @@ def draw_pictures(processor: CLIPProcessor, each: int, seed: int) -> Pictures:
     import world
 
     rng = np.random.default_rng(seed)
-    images, labels = [], []
+    images: list[Image.Image] = []
+    labels: list[int] = []
     for label, color in enumerate(CLASSES):
         while len(labels) < each * (label + 1):
             who = world.draw_who(rng)

@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import nora
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-WIDTH, CONTEXT, BATCH = 160, 96, 16
+WIDTH, CONTEXT, BATCH = 160, 64, 8
 RANK = 16  # of the frozen factors: a tenth of the width (64 of 4096 in the paper's smaller NoRA)
 
 
@@ -48,18 +48,22 @@ class Method(NamedTuple):
 
 
 def methods() -> dict[str, Method]:
-    targets = {"target_modules": PROJECTIONS}
     small, wide = (1e-3, 3e-3, 1e-2), (1e-2, 3e-2, 1e-1)
     return {
         "full fine-tuning": Method(None, (1e-4, 3e-4, 1e-3)),
-        "LoRA, rank 16": Method(LoraConfig(r=16, lora_alpha=16, **targets), (3e-4, 1e-3, 3e-3)),
-        "LoRA, rank 1": Method(LoraConfig(r=1, lora_alpha=1, **targets), small),
-        "DoRA, rank 1": Method(LoraConfig(r=1, lora_alpha=1, use_dora=True, **targets), small),
-        "VeRA, rank 16": Method(VeraConfig(r=16, vera_dropout=0.0, **targets), wide),
-        f"LoRA-XS, rank {RANK}": Method(
-            nora.NoraConfig(r=RANK, structure="adapter", outer_init="svd", sigma_side="A", **targets), small
+        "LoRA, rank 16": Method(LoraConfig(r=16, lora_alpha=16, target_modules=PROJECTIONS), (3e-4, 1e-3, 3e-3)),
+        "LoRA, rank 1": Method(LoraConfig(r=1, lora_alpha=1, target_modules=PROJECTIONS), small),
+        "DoRA, rank 1": Method(LoraConfig(r=1, lora_alpha=1, use_dora=True, target_modules=PROJECTIONS), small),
+        f"VeRA, rank {WIDTH // 4}": Method(
+            VeraConfig(r=WIDTH // 4, vera_dropout=0.0, target_modules=PROJECTIONS), wide
         ),
-        f"NoRA ({RANK}, {RANK // 2})": Method(nora.NoraConfig(r=RANK // 2, outer_r=RANK, **targets), small),
+        f"LoRA-XS, rank {RANK}": Method(
+            nora.NoraConfig(r=RANK, structure="adapter", outer_init="svd", sigma_side="A", target_modules=PROJECTIONS),
+            small,
+        ),
+        f"NoRA ({RANK}, {RANK // 2})": Method(
+            nora.NoraConfig(r=RANK // 2, outer_r=RANK, target_modules=PROJECTIONS), small
+        ),
     }
 
 

@@ -45,7 +45,7 @@ def test_trained_parameters_stand_as_in_the_papers_table():
     own = counts["NoRA (16, 8)"]
     assert own == counts["LoRA-XS, rank 16"] == 16 * 16 * 7 * 4
     # Mistral-7B in Table 1: VeRA 0.98, LoRA of rank 1 1.77, DoRA 2.55 and NoRA 0.92 million
-    assert 0.9 < counts["VeRA, rank 16"] / own < 1.2
+    assert 0.9 < counts["VeRA, rank 40"] / own < 1.2
     assert 1.6 < counts["LoRA, rank 1"] / own < 2.1 and 2.3 < counts["DoRA, rank 1"] / own < 3.0
 
 

@@ -21,8 +21,14 @@ ROOMS = (  # from the ground up: a room imports those before it, but for what is
     "trainer",
     "train_dreambooth_nora_sdxl",
     "tools",
+    "examples",
 )
-BESIDE = {"nora": {"storage", "diffusers"}, "dreambooth": {"nora"}, "inference": {"dreambooth"}}
+BESIDE = {
+    "nora": {"storage", "diffusers"},
+    "dreambooth": {"nora"},
+    "inference": {"dreambooth"},
+    "examples": {room for room in ROOMS if room not in ("nora", "examples")},  # to be copied into other projects
+}
 OLD_NAMES = {"inference/evaluate.py"}  # commands that moved; the file only calls the new one
 
 
