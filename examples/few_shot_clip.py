@@ -149,8 +149,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--clip", default=str(ROOT / "assets" / "tiny-clip"), help="a CLIP of transformers")
     parser.add_argument("--shots", type=int, nargs="+", default=[4, 16], help="pictures of each class")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=400, help="of each training")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one training each")
     args = parser.parse_args(argv)
     print(table(run(args.clip, args.shots, args.steps, args.seeds)))
 

@@ -182,9 +182,9 @@ def table(rows: Sequence[dict]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=inspect.cleandoc(__doc__ or "").split("\n")[0])
-    parser.add_argument("--pretrain_steps", type=int, default=1500)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--pretrain_steps", type=int, default=1500, help="of the base, on the manual")
+    parser.add_argument("--steps", type=int, default=100, help="of each method, on source code")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one training each")
     parser.add_argument("--methods", nargs="+", default=[], help="some of the table's rows alone")
     args = parser.parse_args(argv)
     if unknown := [name for name in args.methods if name not in methods()]:
