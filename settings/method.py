@@ -45,7 +45,7 @@ class MethodOptions(Record):
     outer_init: Literal["awsvd", "svd", "random"] | None = option(None, "NoRA's frozen factors. Default: awsvd.")
     awsvd_gamma: float | None = option(None, "Exponent of the activations in AwSVD. Default: 0.5.")
     sigma_side: Literal["B", "A", "both"] | None = option(None, "Where the singular values go. Default: B.")
-    inner_init: Literal["matched", "normal", "zero_uniform"] | None = option(
+    inner_init: Literal["matched", "normal", "zero_uniform", "diag"] | None = option(
         None, "NoRA's trained factors. Default: the preset's, matched."
     )
     inner_std: Positive | None = option(None, "Standard deviation of --inner_init normal. Default: 0.01.")

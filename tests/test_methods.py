@@ -4,6 +4,7 @@ import copy
 import functools
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from methods.base_passes import LABEL, encode_generic_prompts, run_base
 from methods.components import COMPONENT_NAMES, FOLDED_WEIGHTS, INNER_WEIGHTS
 from methods.files import PEFT_FOLDER, approximate_file, has_lora_file, save_approximation, save_files
 from methods.registry import METHODS, resolve
+from settings.method import MethodOptions
 
 ROOT = Path(__file__).parent.parent
 STEPS = 3
@@ -336,6 +338,18 @@ def test_a_method_of_peft_is_a_line():
         for option in method.options:
             assert option.field is None or hasattr(config, option.field), (name, option.name)
         assert isinstance(copy.copy(config), type(config)) and set(config.target_modules)
+
+
+def test_flags_and_options_of_one_name_take_the_same_values():
+    hints = get_type_hints(MethodOptions)
+    options = {option.flag: option for method in METHODS.values() for option in method.options if option.flag}
+    checked = set()
+    for flag, option in options.items():
+        if option.choices:
+            literals = [one for one in get_args(hints[flag]) if get_origin(one) is Literal]
+            assert [get_args(one) for one in literals] == [tuple(option.choices)], flag
+            checked.add(flag)
+    assert {"outer_init", "inner_init", "sigma_side"} <= checked
 
 
 def test_the_published_names_are_there():
