@@ -16,6 +16,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from methods.adapter import Places, target_layers
@@ -56,7 +57,7 @@ class Setting(NamedTuple):
     parameters: int
     file_numbers: int  # in the smallest file that is the whole adapter
     frozen_numbers: int  # beside the base, as NoRA's A
-    changed: Mapping[str, Any]  # the options that are not at their defaults
+    chosen: Mapping[str, Any] = MappingProxyType({})  # the options that `nearest` sets
 
 
 def trained_count(method: str, args: Mapping[str, Any], m: int, n: int) -> int:
@@ -133,9 +134,7 @@ def setting(method: Method, args: Mapping[str, Any], layers: Sequence[Layer]) ->
     if method.name == "nola":  # a basis of A for each n and one of B for each m
         sides = [*{layer.n for layer in layers}, *{layer.m for layer in layers}]
         frozen = args["coefficients"] * args["rank"] * sum(sides)
-    defaults = resolve(method.name, [], {})
-    changed = {option: value for option, value in args.items() if value != defaults[option]}
-    return Setting(said, parameters, file_count(method, args, layers), frozen, changed)
+    return Setting(said, parameters, file_count(method, args, layers), frozen)
 
 
 def nearest(method: Method, layers: Sequence[Layer], cost: Callable[[Setting], float], budget: float) -> Setting | None:
@@ -158,10 +157,9 @@ def nearest(method: Method, layers: Sequence[Layer], cost: Callable[[Setting], f
 def _at(method: Method, value: int, layers: Sequence[Layer]) -> Setting | None:
     """The method with that value of what makes it larger or smaller; None if a layer can't hold it."""
     name, _ = SIZES.get(method.name, ("rank", ()))
-    args = resolve(method.name, [], {}) | {name: value}
-    if method.name == "adalora":
-        args["target_rank"] = max(1, value - 1)
-    return setting(method, args, layers) if _fits(method.name, args, layers) else None
+    chosen = {name: value} | ({"target_rank": max(1, value - 1)} if method.name == "adalora" else {})
+    args = resolve(method.name, [], {}) | chosen
+    return setting(method, args, layers)._replace(chosen=chosen) if _fits(method.name, args, layers) else None
 
 
 def _fits(method: str, args: Mapping[str, Any], layers: Sequence[Layer]) -> bool:

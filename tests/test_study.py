@@ -6,12 +6,16 @@ from pathlib import Path
 import pytest
 
 from benchmarks.study import trainings
-from benchmarks.study.report import difference_table, group_table, told_apart
+from benchmarks.study.report import difference_table, draws, group_table
 from benchmarks.study.settings import BUDGETS, groups_of, rates_of, setting, trained_parameters
 from benchmarks.study.trainings import Laboratory, Training, best_rate
+from judging import statistics
 from methods.adapter import Places
 from methods.budget import base_outline, layers_of
 from methods.registry import METHODS
+from trainer.diagnostics import TrainingFailure
+from trainer.models import make_run_adapter
+from trainer.preflight import check_fits_base, preflight
 
 ASSETS = Path(__file__).parent.parent / "assets"
 BASE = str(ASSETS / "tiny-sdxl")
@@ -43,8 +47,19 @@ def test_rates_lie_around_the_sources():
     assert all(len(set(rates_of(name))) == 4 and min(rates_of(name)) > 0 for name in METHODS)
 
 
+def test_the_trainer_takes_every_setting(groups, tmp_path):
+    laboratory = Laboratory(BASE, ASSETS / "subjects", tmp_path, "", "")
+    robot = ASSETS / "subjects" / "robot"
+    for key, one in {one.key: one for rows in groups.values() for one in rows.values()}.items():
+        flags = laboratory.flags(
+            Training(one, "robot", 0, 1e-3, 10), robot, None, "a photo of [V] robot", tmp_path / key
+        )
+        config, pictures = preflight(flags)
+        check_fits_base(config.base, config.loss, config.text, make_run_adapter(config), pictures, ())
+
+
 class Parabola(Laboratory):
-    """A laboratory whose loss is known: least at one rate, and NaN from another on."""
+    """A laboratory whose loss is known: least at one rate, NaN from another on, and no training far beyond it."""
 
     best, diverges = 1e-3, math.inf
     asked: list
@@ -52,6 +67,8 @@ class Parabola(Laboratory):
     def measure(self, training, scored):
         assert not scored
         self.asked.append(training)
+        if training.rate > 3 * self.diverges:
+            raise TrainingFailure("the loss is nan at step 3")
         distance = abs(math.log(training.rate / self.best))
         return {"held_out": math.nan if training.rate >= self.diverges else distance}
 
@@ -83,14 +100,29 @@ def test_tables_hold_means_and_paired_differences():
     noise = {("cat", 0): 0.0, ("cat", 1): 0.2, ("dog", 0): 0.4, ("dog", 1): 0.1, ("fox", 0): 0.3, ("fox", 1): 0.25}
     first = [record(*place, 0.9 + size, dino=0.6) for place, size in noise.items()]
     other = [record(*place, 0.8 + size + size / 100, dino=0.6) for place, size in noise.items()]
-    rows = {"LoRA": (setting("lora", []), first), "NoRA": (setting("nora", []), other)}
+    rows = {"LoRA": first, "NoRA": other}
     table, differences = group_table(rows).splitlines(), difference_table(rows)
     assert table[2].startswith("| base | – | – | – | 1.000 | 0.500 |")
     assert table[3].startswith("| LoRA | 1,000 | 0.001 | 5 | 1.108 | 0.600 |")
     assert "NoRA − LoRA | -0.098" in differences
     # far apart when paired, though each varies more between subjects than they differ
-    assert set(told_apart(first, other)) == {"Held-out loss ↓"}
+    found = {
+        score: statistics.differences({0: draws(first, score)}, {"NoRA": {0: draws(other, score)}})["NoRA"].p_value
+        for score in ("held_out", "dino", "copies")
+    }
+    assert [score for score, p_value in found.items() if p_value < 0.05] == ["held_out"]
     assert difference_table({"LoRA": rows["LoRA"]}) is None
+
+
+def test_results_are_of_one_base(tmp_path):
+    subject = tmp_path / "subjects" / "robot"
+    subject.mkdir(parents=True)
+    laboratory = Laboratory(BASE, tmp_path / "subjects", tmp_path / "work", "clip", "dino")
+    laboratory.claim()
+    laboratory.claim()
+    (subject / "new.png").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"has results of other files \(subjects\)"):
+        laboratory.claim()
 
 
 def test_a_training_is_measured_once(tmp_path, monkeypatch):

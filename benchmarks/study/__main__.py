@@ -15,7 +15,7 @@ import inference  # noqa: F401 -- before the libraries, because it quietens what
 # isort: split
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,14 +23,14 @@ from benchmarks.study.report import difference_table, group_table
 from benchmarks.study.settings import Groups, Setting, groups_of
 from benchmarks.study.trainings import Laboratory, Training
 from benchmarks.study.workers import in_processes, score, tune
-from storage.files import write_atomic
+from storage.files import check_writable_target, write_atomic
 from storage.text import expand_home, home_path
 
 
 def report(
     laboratory: Laboratory,
     groups: Groups,
-    rates: dict[Setting, float],
+    rates: Mapping[Setting, float],
     subjects: Sequence[str],
     seeds: Sequence[int],
     steps: int,
@@ -40,16 +40,10 @@ def report(
     for title, rows in groups.items():
         measured = {}
         for name, one in rows.items():
-            if one not in rates:
-                continue
             trainings = [Training(one, subject, seed, rates[one], steps) for subject in subjects for seed in seeds]
-            records = [
-                found | {"subject": training.subject, "seed": training.seed, "rate": training.rate}
-                for training in trainings
-                if (found := laboratory.found(training, scored=True))
-            ]
-            measured[name] = one, records
-        if any(records for _, records in measured.values()):
+            records = [laboratory.found(training, scored=True) for training in trainings]
+            measured[name] = [record for record in records if record]
+        if any(measured.values()):
             parts += [f"## {title}", group_table(measured)]
             parts += [table] if (table := difference_table(measured)) else []
     return "\n\n".join(parts) + "\n"
@@ -72,22 +66,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=home_path, default=Path("out/study"))
     parser.add_argument("--output", type=home_path, help="a file for the tables, beside printing them")
     args = parser.parse_args(argv)
-    there = sorted(folder.name for folder in (args.subjects_dir / "heldout").iterdir())
+    there = sorted(folder.name for folder in (args.subjects_dir / "heldout").glob("*"))
     subjects = args.subjects or [name for name in there if name not in args.tuning_subjects]
     if unknown := [name for name in (*subjects, *args.tuning_subjects) if name not in there]:
-        parser.error(f"{unknown[0]} is no subject of {args.subjects_dir}/heldout, which has {', '.join(there)}")
+        parser.error(
+            f"{unknown[0]} is no subject of {args.subjects_dir}/heldout, which has {', '.join(there) or 'none'}"
+        )
     if both := sorted(set(subjects) & set(args.tuning_subjects)):
         parser.error(f"{both[0]} is to be scored, so its rate can't be chosen on it: give --subjects without it")
     laboratory = Laboratory(args.base, args.subjects_dir, args.work, args.clip, args.dino, args.attributes)
     try:
+        if args.output:
+            check_writable_target(args.output, "--output", folder=False)
+        check_writable_target(args.work, "--work", folder=True)
+        laboratory.claim()
         found = groups_of(args.base)
-    except ValueError as error:
+        groups = {
+            title: {name: one for name, one in rows.items() if re.search(args.settings, one.key)}
+            for title, rows in found.items()
+            if any(re.search(pattern, title) for pattern in args.groups)
+        }
+    except (ValueError, re.error) as error:
         parser.error(str(error))
-    groups = {
-        title: {name: one for name, one in rows.items() if re.search(args.settings, one.key)}
-        for title, rows in found.items()
-        if any(re.search(pattern, title) for pattern in args.groups)
-    }
     chosen = list(dict.fromkeys(one for rows in groups.values() for one in rows.values()))
     if not chosen:
         parser.error(f"nothing fits --groups and --settings: the groups are {'; '.join(found)}")
@@ -101,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = report(laboratory, groups, rates, subjects, args.seeds, args.steps)
     print(text)
     if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(args.output, text)
 
 

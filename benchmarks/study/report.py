@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.study.settings import Setting
 from inference.score_labels import SCORE_LABELS
 from judging.statistics import Draws, differences
 from judging.tables import UNKNOWN, markdown_table
-from runs.interval import Difference, format_difference
+from runs.interval import format_difference
 
 LABELS = {"held_out": "Held-out loss ↓", **SCORE_LABELS, "copies": "Copies ↓"}
 Records = Sequence[Mapping[str, Any]]  # of one setting: one a subject and seed, as `value` reads them
@@ -31,16 +30,16 @@ def draws(records: Records, score: str) -> Draws:
     return found
 
 
-def group_table(rows: Mapping[str, tuple[Setting, Records]]) -> str:
+def group_table(rows: Mapping[str, Records]) -> str:
     """Means over subjects and seeds, the base's beside them, with each setting's rate and costs."""
-    known = [score for score in LABELS if any(value(one, score) is not None for _, own in rows.values() for one in own)]
+    known = [score for score in LABELS if any(value(one, score) is not None for own in rows.values() for one in own)]
     lines = []
-    for name, (_, records) in rows.items():
+    for name, records in rows.items():
         if not records:
             continue
         costs = [f"{records[0]['trained_parameters']:,}", f"{records[0]['rate']:g}", f"{mean(records, 'seconds'):.0f}"]
         lines.append([name, *costs, *(shown(mean_of(records, score)) for score in known)])
-    base = [one["base"] for _, own in rows.values() for one in own if "base" in one]
+    base = [one["base"] for own in rows.values() for one in own if "base" in one]
     if base:
         means = {score: [one[score] for one in base if score in one] for score in known} | {"held_out": [1.0]}
         cells = (shown(sum(own) / len(own) if own else None) for own in means.values())
@@ -49,33 +48,22 @@ def group_table(rows: Mapping[str, tuple[Setting, Records]]) -> str:
     return markdown_table(header, lines)
 
 
-def difference_table(rows: Mapping[str, tuple[Setting, Records]]) -> str | None:
+def difference_table(rows: Mapping[str, Records]) -> str | None:
     """Of each row from the first, paired by subject and seed, p by Holm over the rows; None where there is one row."""
-    (first, (_, of_first)), *others = [(name, own) for name, own in rows.items() if own[1]] or [("", (None, []))]
-    if not others:
+    there = [(name, records) for name, records in rows.items() if records]
+    if len(there) < 2:
         return None
+    (first, of_first), *others = there
     cells: dict[str, dict[str, str]] = {name: {} for name, _ in others}
     for score, label in LABELS.items():
         reference = draws(of_first, score)
-        paired = {name: {0: own} for name, (_, records) in others if (own := draws(records, score)) and reference}
+        paired = {name: {0: own} for name, records in others if (own := draws(records, score)) and reference}
         if paired and all(own[0].keys() == reference.keys() for own in paired.values()):
             for name, found in differences({0: reference}, paired).items():
                 cells[name][label] = format_difference(found)
     labels = [label for label in LABELS.values() if any(label in own for own in cells.values())]
     body = [[f"{name} − {first}", *(own.get(label, UNKNOWN) for label in labels)] for name, own in cells.items()]
     return markdown_table(["", *labels], body)
-
-
-def told_apart(one: Records, other: Records) -> dict[str, Difference]:
-    """Label of each score in which two settings differ significantly (p < .05 by itself) -> the difference."""
-    found = {}
-    for score, label in LABELS.items():
-        first, second = draws(one, score), draws(other, score)
-        if first and first.keys() == second.keys():
-            difference = differences({0: first}, {"other": {0: second}})["other"]
-            if difference.p_value is not None and difference.p_value < 0.05:
-                found[label] = difference
-    return found
 
 
 def mean(records: Records, field: str) -> float:

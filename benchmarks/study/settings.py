@@ -17,6 +17,7 @@ STEPS_OF_RATES = (1 / 3, 1.0, 3.0, 9.0)
 # LoRA's rank of each budget of trained parameters; a half is half of what rank 1 trains.
 BUDGETS = (0.5, 4, 16)
 EXPORTED_RANK = 16
+LORA_RANKS = (1, 4, 16)  # where these are not told apart, nor are methods
 # NoRA's neighbours: each group varies one choice, as the paper's table of that number does.
 NEIGHBOURS: dict[str, Mapping[str, Sequence[str]]] = {
     "NoRA: outer and inner rank": {
@@ -39,13 +40,13 @@ NEIGHBOURS: dict[str, Mapping[str, Sequence[str]]] = {
         "diag": ("inner_init=diag",),
     },
     "NoRA: structure and position (Tables 6, 7)": {
-        f"{structure} {position}": (f"structure={structure}", f"position={position}")
-        for structure, position in (
+        f"{structure} {position}": (f"structure={structure}", f"position={position}", *ranks)
+        for structure, position, *ranks in (
             ("serial", "a"),
-            ("adapter", "a"),
+            ("adapter", "a", "rank=32"),  # R is r x r, and trains as much as serial a at (64, 8)
             ("parallel", "a"),
             ("serial", "b"),
-            ("adapter", "b"),
+            ("adapter", "b", "rank=64"),  # trains m x m, whatever the frozen pair's rank
             ("parallel", "b"),
             ("serial", "ab"),
         )
@@ -102,6 +103,7 @@ def groups_of(base: str) -> Groups:
         own = at_budget(layers, budget)
         groups[f"trained parameters ≤ {budget:,.0f}, LoRA's of rank {rank:g}"] = own
     groups[f"rank {EXPORTED_RANK} of the exported LoRA"] = at_rank(EXPORTED_RANK)
+    groups["LoRA: rank"] = {f"rank {rank}": setting("lora", [f"rank={rank}"]) for rank in LORA_RANKS}
     for name, rows in NEIGHBOURS.items():
         groups[name] = {row: setting("nora", (*args, *with_ranks(args))) for row, args in rows.items()}
     return groups
@@ -117,7 +119,7 @@ def at_budget(layers: Sequence[Layer], budget: float) -> dict[str, Setting]:
     found = {}
     for name, method in METHODS.items():
         if (nearby := nearest(method, layers, lambda one: one.parameters, budget)) is not None:
-            found[f"{method.title}, {nearby.said}"] = setting(name, as_args(nearby.changed))
+            found[f"{method.title}, {nearby.said}"] = setting(name, as_args(nearby.chosen))
     first = next((row for row, one in found.items() if one.method == "lora"), None)
     return {row: found[row] for row in sorted(found, key=lambda row: row != first)}
 
@@ -126,8 +128,7 @@ def at_rank(rank: int) -> dict[str, Setting]:
     """Each method whose export is a LoRA of just that rank."""
     found = {}
     for name in ("lora", "nora", "rslora", "loraplus", "moslora", "mica", "lora-fa"):
-        options = {"rank": rank} if resolve(name, [], {})["rank"] != rank else {}
-        found[METHODS[name].title] = setting(name, as_args(options))
+        found[METHODS[name].title] = setting(name, as_args({"rank": rank}))
     return found
 
 

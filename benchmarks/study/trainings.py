@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,12 +26,15 @@ from runs.record import METRICS
 from settings.columns import BASE_COLUMN, EvaluateConfig
 from settings.training import TrainConfig
 from storage.files import read_json, write_atomic
+from storage.state import local_state
 from train_dreambooth_nora_sdxl import train
+from trainer.diagnostics import TrainingFailure
 
 PICTURE_SEEDS = [1000, 1001]
 DRAWING_STEPS = 20
 HELDOUT_SAMPLES = 256
 CURVE_POINTS = 5
+TUNING_SEED = 100  # none of those that are scored
 COLUMN = "adapted"  # each training takes the place of the one before
 
 
@@ -51,7 +55,7 @@ class Laboratory:
     """Where the study's models, subjects and results lie.
 
     Args:
-        subjects: a folder of each, and their held-out pictures in ``heldout``.
+        subjects: a folder of each, named after its class, and their held-out pictures in ``heldout``.
         work: results, one file a training, and pictures; a training that is there isn't made again.
         attributes: folder of an attribute reader; None: what pictures show isn't read.
     """
@@ -62,6 +66,23 @@ class Laboratory:
     clip: str
     dino: str
     attributes: str | None = None
+
+    def claim(self) -> None:
+        """Note in `work` what its results are of.
+
+        Raises:
+            ValueError: if they are of another base, other subjects or other judges.
+        """
+        paths = {"base": self.base, "subjects": self.subjects, "clip": self.clip, "dino": self.dino}
+        own = {name: [str(path), local_state(str(path))] for name, path in paths.items()}
+        own["attributes"] = [self.attributes, local_state(self.attributes)]
+        note = self.work / "laboratory.json"
+        if note.is_file():
+            if changed := [name for name, state in read_json(note).items() if own.get(name) != state]:
+                raise ValueError(f"--work {self.work} has results of other files ({changed[0]}): name another folder")
+            return
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(note, json.dumps(own) + "\n")
 
     def record(self, training: Training) -> Path:
         return self.work / "trainings" / f"{training.key}.json"
@@ -86,11 +107,12 @@ class Laboratory:
             folder = Path(name) / "run"
             started = time.process_time()
             train(self.flags(training, own, heldout if scored else None, prompt, folder))
+            seconds, run = time.process_time() - started, read_json(folder / RUN_RECORD)
             record = {
-                "key": training.key,
-                "seconds": time.process_time() - started,
-                "peak_memory_mb": read_json(folder / RUN_RECORD).get("peak_memory_mb"),
-                "trained_parameters": read_json(folder / RUN_RECORD).get("trainable_parameters"),
+                **{"setting": training.setting.key, "subject": training.subject, "seed": training.seed},
+                **{"rate": training.rate, "steps": training.steps, "seconds": seconds},
+                "peak_memory_mb": run["peak_memory_mb"],
+                "trained_parameters": run["trainable_parameters"],
                 "held_out": self.held_out(folder, heldout, prompt),
                 "curve": curve(folder / METRICS),
             }
@@ -184,8 +206,11 @@ def best_rate(laboratory: Laboratory, one: Setting, subjects: Sequence[str], ste
     """
 
     def loss(rate: float, subject: str, count: int) -> float:
-        found = laboratory.measure(Training(one, subject, 100, rate, count), scored=False)["held_out"]
-        return found if found == found else float("inf")  # a diverged one
+        try:
+            found = laboratory.measure(Training(one, subject, TUNING_SEED, rate, count), scored=False)["held_out"]
+        except TrainingFailure:  # the loss became NaN: the rate is too high
+            return math.inf
+        return math.inf if math.isnan(found) else found
 
     def mean(rate: float) -> float:
         return sum(loss(rate, subject, steps) for subject in subjects) / len(subjects)
