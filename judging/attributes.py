@@ -2,7 +2,7 @@
 
 In that world fidelity has a ground truth: a subject is a set of attributes, and a small classifier says which of them a
 picture shows. What can be asked, and the possible answers, come with the weights (``config.json``); what the subject
-is comes with its pictures (``attributes.json``).
+is stands beside its folder (``attributes.json``: name of the folder -> attribute -> answer).
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from inference.sampling import GeneratedImage
 from judging.statistics import Draws, by_prompt
 from storage.files import read_json, write_atomic
+from storage.tensors import write_safetensors
 
 SIDE = 64  # pixels: pictures of any size are reduced to this
 # Attributes that make a subject; the view and the place are the prompt's.
@@ -60,15 +61,15 @@ class AttributeReader(nn.Module):
     @torch.no_grad()
     def read(self, images: Sequence[Image.Image]) -> list[dict[str, str]]:
         """The most probable answer to each question, for each picture."""
-        found = {question: logits.argmax(-1).tolist() for question, logits in self(to_pixels(images)).items()}
+        pixels = to_pixels(np.stack([reduced(image) for image in images]))
+        found = {question: logits.argmax(-1).tolist() for question, logits in self(pixels).items()}
         return [
             {question: self.answers[question][found[question][i]] for question in found} for i in range(len(images))
         ]
 
     def save(self, directory: Path, facts: Mapping[str, object]) -> None:
         """Weights in fp16 and, in ``config.json``, the answers beside ``facts`` about the training."""
-        directory.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.half().contiguous() for k, v in self.state_dict().items()}, directory / "model.safetensors")
+        write_safetensors(directory / "model.safetensors", {k: v.half() for k, v in self.state_dict().items()})
         content = {"answers": self.answers, "places": self.places, **facts}
         write_atomic(directory / "config.json", json.dumps(content, indent=1) + "\n")
 
@@ -90,11 +91,14 @@ class AttributeReader(nn.Module):
         return reader.eval()
 
 
-def to_pixels(images: Sequence[Image.Image]) -> torch.Tensor:
-    """RGB pictures of any size -> (B, 3, 64, 64) in [-1, 1]."""
-    small = [image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX) for image in images]
-    pixels = np.stack([np.asarray(image, dtype=np.float32) for image in small])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+def reduced(image: Image.Image) -> np.ndarray:
+    """A picture of any size -> (64, 64, 3) uint8."""
+    return np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX))
+
+
+def to_pixels(images: np.ndarray) -> torch.Tensor:
+    """(B, 64, 64, 3) uint8 -> (B, 3, 64, 64) in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def attributes_kept(subject: dict[str, str], reading: dict[str, str]) -> float:
@@ -121,7 +125,7 @@ class SubjectReading:
 
     Args:
         reader: folder of an `AttributeReader`.
-        subject: folder of the subject's pictures, with its ``attributes.json``.
+        subject: folder of the subject's pictures; ``attributes.json`` beside it says who that is.
 
     Raises:
         ValueError: if one of them isn't there, or the subject has an answer that the reader doesn't know.
@@ -129,13 +133,14 @@ class SubjectReading:
 
     def __init__(self, reader: Path, subject: Path) -> None:
         self.reader = AttributeReader.load(reader)
-        path = subject / "attributes.json"
-        if not path.is_file():
+        subject = subject.resolve()
+        path = subject.parent / "attributes.json"
+        found = read_json(path).get(subject.name) if path.is_file() else None
+        if not isinstance(found, dict):
             raise ValueError(
-                f"--attributes: {path} isn't there, which says what the subject is, such as "
-                '{"kind": "cat", "main": "teal"}: write it, or leave the flag out'
+                f"--attributes: {path} doesn't say what {subject.name} is, such as "
+                f'{{"{subject.name}": {{"kind": "cat", "main": "teal"}}}}: write it, or leave the flag out'
             )
-        found = read_json(path)
         self.subject = {question: str(found[question]) for question in IDENTITY if question in found}
         for question, answer in self.subject.items():
             if answer not in (known := self.reader.answers.get(question, [])):

@@ -21,30 +21,33 @@ from settings.command_line import parse_config, quiet_libraries, run_command
 from storage.files import check_own_output, check_writable_target, read_json, write_atomic
 
 if TYPE_CHECKING:
-    from judging.attributes import SubjectReading
+    import torch
+    from PIL import Image
+
     from judging.scorer import Scorer
 
 
 def check(config: EvaluateConfig, recorded: Sequence[Mapping[str, Any]]) -> None:
     """Raise ValueError for what `run` would refuse once runs of these flags are there."""
     plan_images(config, recorded)
-    subject = instance_folder(config.instance_images, recorded)
-    instances = instance_pictures(subject)
+    folder = instance_folder(config.instance_images, recorded)
+    instances = instance_pictures(folder)
     quiet_libraries()
     import torch
 
     from inference.pipelines import check_hardware
-    from judging.scorer import Scorer
 
     check_hardware(config)
-    Scorer(config.clip, config.dino, instances, torch.device("cpu"), subject_reading(config.attributes, subject))
+    load_scorer(config, folder, instances, torch.device("cpu"))
 
 
-def subject_reading(reader: str | None, subject: str) -> SubjectReading | None:
-    """The reader of a folder, for the subject whose pictures are in another one."""
+def load_scorer(config: EvaluateConfig, folder: str, instances: Sequence[Image.Image], device: torch.device) -> Scorer:
+    """The encoders, and the reader of attributes if one is asked for, for the subject with these pictures."""
     from judging.attributes import SubjectReading
+    from judging.scorer import Scorer
 
-    return SubjectReading(Path(reader), Path(subject)) if reader else None
+    reading = SubjectReading(Path(config.attributes), Path(folder)) if config.attributes else None
+    return Scorer(config.clip, config.dino, instances, device, reading)
 
 
 def is_scores(path: Path) -> bool:
@@ -81,7 +84,6 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     from inference.columns import open_listed
     from inference.pipelines import check_hardware, choose_base
     from judging.comparison import method_differences, score_summary
-    from judging.scorer import Scorer
 
     check_hardware(config)
     for path in adapters.values():
@@ -91,9 +93,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if adapters:
         plan = plan_images(config, recorded)
         config = choose_base(config, str(next(iter(adapters.values()))))
-    subject = instance_folder(config.instance_images, recorded)
-    instances, reading = instance_pictures(subject), subject_reading(config.attributes, subject)
-    scorer = Scorer(config.clip, config.dino, instances, check_device(config.device), reading)
+    folder = instance_folder(config.instance_images, recorded)
+    instances = instance_pictures(folder)
+    scorer = load_scorer(config, folder, instances, check_device(config.device))
     scores = score_adapters(config, adapters, plan, scorer) if plan else {}
     for name, files in listed.items():
         drawn = open_listed(files)

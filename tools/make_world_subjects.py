@@ -4,7 +4,7 @@
 
 The subjects are those of ``world.SUBJECTS``, settings that the base has never seen, nor any near them. The training
 pictures show every view of the kind before plain colours and easy scenes; the held-out ones other poses in every scene.
-``attributes.json`` beside them says who it is, so that the attribute reader can look for it.
+``attributes.json`` says who each one is, so that the attribute reader can look for it.
 """
 
 import argparse
@@ -44,7 +44,8 @@ def main() -> None:
     for name, who in SUBJECTS.items():
         write(args.output / name, pictures_of(who, 2 * args.seed, PLACES))
         write(args.output / "heldout" / name, pictures_of(who, 2 * args.seed + 1, SCENES))
-        (args.output / name / "attributes.json").write_text(json.dumps(asdict(who), indent=1) + "\n")
+    facts = {name: asdict(who) for name, who in SUBJECTS.items()}
+    (args.output / "attributes.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

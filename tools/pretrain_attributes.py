@@ -39,7 +39,7 @@ from world import (
 )
 from world.attributes import ACCENT_COLORS, EYE_COLORS, draw_new_subject
 
-from judging.attributes import SIDE, AttributeReader
+from judging.attributes import AttributeReader, reduced, to_pixels
 
 ANSWERS = {
     "kind": list(KINDS),
@@ -65,10 +65,6 @@ def labels_of(picture: Picture) -> list[int]:
     return [options.index(shown[name]) if name in shown else UNSEEN for name, options in ANSWERS.items()]
 
 
-def small(image: Image.Image) -> Image.Image:
-    return image.resize((SIDE, SIDE), Image.Resampling.BOX)
-
-
 def kept_out_picture(seed: int, index: int) -> Picture:
     """A picture of a setting that no training shows."""
     rng = np.random.default_rng((seed, index, 4))
@@ -82,8 +78,9 @@ def pool_of(pictures, count: int, seed: int | None) -> tuple[np.ndarray, torch.T
     images, labels = [], []
     for index in tqdm(range(count), desc="pictures", mininterval=10):
         picture = pictures(index)
-        image = small(picture.image)
-        images.append(np.asarray(image) if seed is None else weathered(image, np.random.default_rng((seed, index, 2))))
+        image = reduced(picture.image)
+        weather = np.random.default_rng((seed, index, 2)) if seed is not None else None
+        images.append(weathered(Image.fromarray(image), weather) if weather else image)
         labels.append(labels_of(picture))
     return np.stack(images), torch.tensor(labels)
 
@@ -96,10 +93,6 @@ def saved_pool(path: Path, size: int, seed: int) -> tuple[np.ndarray, torch.Tens
         path.with_suffix(".new").rename(path)
     pool = np.load(path)
     return pool["images"], torch.from_numpy(pool["labels"])
-
-
-def normalised(images: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 class Reading(nn.Module):
@@ -120,7 +113,7 @@ class Reading(nn.Module):
 @torch.no_grad()
 def accuracy(reader: AttributeReader, images: np.ndarray, labels: torch.Tensor) -> dict[str, float]:
     """Share of right answers, by question, over the pictures that show it."""
-    logits = [reader(normalised(images[i : i + 200])) for i in range(0, len(images), 200)]
+    logits = [reader(to_pixels(images[i : i + 200])) for i in range(0, len(images), 200)]
     shares = {}
     for i, question in enumerate(ANSWERS):
         found = torch.cat([part[question] for part in logits]).argmax(-1)
@@ -146,7 +139,7 @@ def main() -> None:
 
     def loss_at(model, step):
         rows = torch.randint(0, len(images), (args.batch_size,))
-        return model(normalised(images[rows.numpy()]), labels[rows])
+        return model(to_pixels(images[rows.numpy()]), labels[rows])
 
     train(Accelerator(cpu=True), Reading(reader), 0.995, args.work_dir / "attributes", args.steps, 1e-3, 100, loss_at)
     reader.eval()
