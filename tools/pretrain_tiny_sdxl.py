@@ -2,8 +2,8 @@
 
     ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 tools/pretrain_tiny_sdxl.py
 
-``--world emoji`` (64 pixels, autoencoder of factor 4) made the base in assets/; ``--world drawn`` is the world of
-parametric figures in tools/world (128 pixels, factor 8, the same 16 x 16 latents).
+The drawings are the parametric figures of tools/world: 128 pixels, an autoencoder of factor 8 as SDXL's, latents of
+8 x 16 x 16.
 
 Four stages, each resumable: tokenizer, autoencoder, a pool of encoded pictures, and text encoders with UNet jointly
 (noise prediction on SDXL's scaled-linear schedule, min-SNR weighting, arXiv 2303.09556). Everything random is a
@@ -33,20 +33,18 @@ from diffusers import (
 )
 from diffusers.training_utils import EMAModel, compute_snr
 from safetensors.torch import load_file, save_file
-from tiny_world import TinyWorld
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from world.pool import DrawnWorld
 
-SIZE = 64  # pixels of the emoji world
 LATENT_SIDE = 16
 MAX_TOKENS = 24
 SAVE_EVERY = 120  # seconds
 
 
-def world_texts(world: TinyWorld | DrawnWorld) -> list[str]:
+def world_texts(world: DrawnWorld) -> list[str]:
     """What the tokenizer learns its words from: captions, and the world's other words."""
     return [world.sample(0, index)[1] for index in range(4000)] + world.other_words()
 
@@ -376,13 +374,12 @@ def parse_arguments() -> argparse.Namespace:
         "--work_dir",
         type=lambda text: Path(text).expanduser(),
         default=Path("out/pretrain"),
-        help="checkpoints, pool, artwork",
+        help="checkpoints and the pool",
     )
-    parser.add_argument("--world", choices=["emoji", "drawn"], default="emoji")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vae_steps", type=int, default=8250)
+    parser.add_argument("--vae_steps", type=int, default=5000)
     parser.add_argument("--vae_batch_size", type=int, default=8)
-    parser.add_argument("--pool_size", type=int, default=24_000)
+    parser.add_argument("--pool_size", type=int, default=40_000)
     parser.add_argument("--steps", type=int, default=7500)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
@@ -394,8 +391,8 @@ def main() -> None:
     # a process that is paused for hours keeps the others waiting, not failing
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    with accelerator.main_process_first():  # it downloads before the others read
-        world = DrawnWorld() if args.world == "drawn" else TinyWorld(args.work_dir / "npm", SIZE)
+    world = DrawnWorld()
+    with accelerator.main_process_first():  # it writes the tokenizer before the others read it
         if (args.work_dir / "tokenizer").exists():  # a resumed run keeps the token ids that it has learned
             tokenizer = CLIPTokenizer.from_pretrained(args.work_dir / "tokenizer")
         else:
