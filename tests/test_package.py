@@ -1,6 +1,7 @@
 """The distribution nora-peft: what is in its wheel, and that it works without the checkout."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -72,3 +73,13 @@ def test_the_installed_package_works_outside_the_checkout(wheel, tmp_path):
     assert process.returncode == 0, process.stderr
     assert process.stdout.split() == [nora.__version__, str(target / "nora")]
     assert not (tmp_path / "home").exists()  # no cache of anybody's
+
+
+def test_the_version_is_said_with_what_it_is_built_on(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["nora", "--version"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("nora", run_name="__main__")
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith(
+        f"nora {nora.__version__} (torch {version('torch')}, peft {version('peft')}"
+    )

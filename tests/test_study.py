@@ -1,11 +1,14 @@
 """The study: what it compares, how it chooses rates, what it measures and how it is written down."""
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from benchmarks.study import trainings
+from benchmarks.study.__main__ import report
 from benchmarks.study.report import difference_table, draws, group_table
 from benchmarks.study.settings import BUDGETS, groups_of, rates_of, setting, trained_parameters
 from benchmarks.study.trainings import Laboratory, Training, best_rate
@@ -114,12 +117,26 @@ def test_tables_hold_means_and_paired_differences():
     assert difference_table({"LoRA": rows["LoRA"]}) is None
 
 
+def test_a_groups_report_has_its_plot_where_settings_are_compared(tmp_path):
+    rows = {
+        name: [record("cat", seed, loss + seed / 10) | {"curve": [[1, 0.2], [2, 0.1]]} for seed in (0, 1)]
+        for name, loss in (("LoRA", 0.9), ("NoRA", 0.8))
+    }
+    text = report("Rank 4, both", rows, tmp_path)
+    assert "![Rank 4, both](" + tmp_path.name + "/rank-4-both.png)" in text
+    with Image.open(tmp_path / "rank-4-both.png") as picture:
+        assert picture.format == "PNG" and picture.width > 500
+    assert "![" not in report("LoRA alone", {"LoRA": rows["LoRA"]}, tmp_path)
+    assert report("nothing yet", {"LoRA": [], "NoRA": []}, tmp_path) == ""
+
+
 def test_results_are_of_one_base(tmp_path):
     subject = tmp_path / "subjects" / "robot"
     subject.mkdir(parents=True)
     laboratory = Laboratory(BASE, tmp_path / "subjects", tmp_path / "work", "clip", "dino")
     laboratory.claim()
-    laboratory.claim()
+    elsewhere = shutil.copytree(tmp_path / "subjects", tmp_path / "copied")
+    Laboratory(BASE, elsewhere, tmp_path / "work", "clip", "dino").claim()  # as in another checkout
     (subject / "new.png").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"has results of other files \(subjects\)"):
         laboratory.claim()

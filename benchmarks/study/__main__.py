@@ -19,34 +19,26 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from benchmarks.study.report import difference_table, group_table
-from benchmarks.study.settings import Groups, Setting, groups_of
+from benchmarks.study.plots import group_plot
+from benchmarks.study.report import Records, difference_table, group_table
+from benchmarks.study.settings import groups_of
 from benchmarks.study.trainings import Laboratory, Training
 from benchmarks.study.workers import in_processes, score, tune
 from storage.files import check_writable_target, write_atomic
 from storage.text import expand_home, home_path
 
 
-def report(
-    laboratory: Laboratory,
-    groups: Groups,
-    rates: Mapping[Setting, float],
-    subjects: Sequence[str],
-    seeds: Sequence[int],
-    steps: int,
-) -> str:
-    """The tables of what is there."""
-    parts = [f"{steps} steps of batch 4; subjects {', '.join(subjects)}; seeds {', '.join(map(str, seeds))}."]
-    for title, rows in groups.items():
-        measured = {}
-        for name, one in rows.items():
-            trainings = [Training(one, subject, seed, rates[one], steps) for subject in subjects for seed in seeds]
-            records = [laboratory.found(training, scored=True) for training in trainings]
-            measured[name] = [record for record in records if record]
-        if any(measured.values()):
-            parts += [f"## {title}", group_table(measured)]
-            parts += [table] if (table := difference_table(measured)) else []
-    return "\n\n".join(parts) + "\n"
+def report(title: str, rows: Mapping[str, Records], plots: Path | None) -> str:
+    """A group's table, its differences, and its plot in a folder, of what is there; empty where nothing is."""
+    if not any(rows.values()):
+        return ""
+    parts = [f"## {title}", group_table(rows)]
+    parts += [table] if (table := difference_table(rows)) else []
+    if plots and (picture := group_plot(rows)):
+        name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") + ".png"
+        write_atomic(plots / name, picture)
+        parts.append(f"![{title}]({plots.name}/{name})")
+    return "\n\n".join(parts)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -65,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--attributes", type=expand_home, help="folder of an attribute reader")
     parser.add_argument("--work", type=home_path, default=Path("out/study"))
     parser.add_argument("--output", type=home_path, help="a file for the tables, beside printing them")
+    parser.add_argument("--plots", type=home_path, help="a folder for a plot of each group")
     args = parser.parse_args(argv)
     there = sorted(folder.name for folder in (args.subjects_dir / "heldout").glob("*"))
     subjects = args.subjects or [name for name in there if name not in args.tuning_subjects]
@@ -78,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if args.output:
             check_writable_target(args.output, "--output", folder=False)
+        if args.plots:
+            check_writable_target(args.plots, "--plots", folder=True)
         check_writable_target(args.work, "--work", folder=True)
         laboratory.claim()
         found = groups_of(args.base)
@@ -98,7 +93,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         for subject in subjects
     ]
     in_processes(args.jobs, partial(score, laboratory), trainings)
-    text = report(laboratory, groups, rates, subjects, args.seeds, args.steps)
+    parts = [f"{args.steps} steps of batch 4; subjects {', '.join(subjects)}; seeds {', '.join(map(str, args.seeds))}."]
+    if args.plots:
+        args.plots.mkdir(parents=True, exist_ok=True)
+    for title, rows in groups.items():
+        measured = {
+            name: laboratory.records(
+                Training(one, subject, seed, rates[one], args.steps) for subject in subjects for seed in args.seeds
+            )
+            for name, one in rows.items()
+        }
+        parts += [text] if (text := report(title, measured, args.plots)) else []
+    text = "\n\n".join(parts) + "\n"
     print(text)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from typing import Any
 from inference.score_labels import SCORE_LABELS
 from judging.statistics import Draws, differences
 from judging.tables import UNKNOWN, markdown_table
-from runs.interval import format_difference
+from runs.interval import Difference, format_difference
 
 LABELS = {"held_out": "Held-out loss ↓", **SCORE_LABELS, "copies": "Copies ↓"}
 Records = Sequence[Mapping[str, Any]]  # of one setting: one a subject and seed, as `value` reads them
@@ -48,19 +48,27 @@ def group_table(rows: Mapping[str, Records]) -> str:
     return markdown_table(header, lines)
 
 
+def paired_differences(rows: Mapping[str, Records], score: str) -> dict[str, Difference]:
+    """Of each row from the first, paired by subject and seed, p by Holm over the rows.
+
+    None where a row hasn't the first one's draws: a mean over other subjects would be no difference of methods.
+    """
+    of_first, *others = ((name, draws(records, score)) for name, records in rows.items() if records)
+    paired = {name: {0: own} for name, own in others if own}
+    if not of_first[1] or not paired or any(own[0].keys() != of_first[1].keys() for own in paired.values()):
+        return {}
+    return differences({0: of_first[1]}, paired)
+
+
 def difference_table(rows: Mapping[str, Records]) -> str | None:
-    """Of each row from the first, paired by subject and seed, p by Holm over the rows; None where there is one row."""
-    there = [(name, records) for name, records in rows.items() if records]
-    if len(there) < 2:
+    """The paired differences in all scores; None where there is one row."""
+    first, *others = (name for name, records in rows.items() if records)
+    if not others:
         return None
-    (first, of_first), *others = there
-    cells: dict[str, dict[str, str]] = {name: {} for name, _ in others}
+    cells: dict[str, dict[str, str]] = {name: {} for name in others}
     for score, label in LABELS.items():
-        reference = draws(of_first, score)
-        paired = {name: {0: own} for name, records in others if (own := draws(records, score)) and reference}
-        if paired and all(own[0].keys() == reference.keys() for own in paired.values()):
-            for name, found in differences({0: reference}, paired).items():
-                cells[name][label] = format_difference(found)
+        for name, found in paired_differences(rows, score).items():
+            cells[name][label] = format_difference(found)
     labels = [label for label in LABELS.values() if any(label in own for own in cells.values())]
     body = [[f"{name} − {first}", *(own.get(label, UNKNOWN) for label in labels)] for name, own in cells.items()]
     return markdown_table(["", *labels], body)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -26,7 +27,6 @@ from runs.record import METRICS
 from settings.columns import BASE_COLUMN, EvaluateConfig
 from settings.training import TrainConfig
 from storage.files import read_json, write_atomic
-from storage.state import local_state
 from train_dreambooth_nora_sdxl import train
 from trainer.diagnostics import TrainingFailure
 
@@ -74,8 +74,9 @@ class Laboratory:
             ValueError: if they are of another base, other subjects or other judges.
         """
         paths = {"base": self.base, "subjects": self.subjects, "clip": self.clip, "dino": self.dino}
-        own = {name: [str(path), local_state(str(path))] for name, path in paths.items()}
-        own["attributes"] = [self.attributes, local_state(self.attributes)]
+        own = {name: content(Path(path)) for name, path in paths.items()} | {
+            "attributes": content(Path(self.attributes)) if self.attributes else None
+        }
         note = self.work / "laboratory.json"
         if note.is_file():
             if changed := [name for name, state in read_json(note).items() if own.get(name) != state]:
@@ -92,6 +93,10 @@ class Laboratory:
         path = self.record(training)
         record = read_json(path) if path.is_file() else None
         return record if record and ("scores" in record or not scored) else None
+
+    def records(self, trainings: Iterable[Training]) -> list[dict[str, Any]]:
+        """Of those trainings that are there, scored."""
+        return [found for training in trainings if (found := self.found(training, scored=True))]
 
     def measure(self, training: Training, scored: bool) -> dict[str, Any]:
         """Train, unless that was done before: held-out loss as a share of the base's, its curve, costs and scores.
@@ -190,6 +195,16 @@ def loaded(base: str) -> StableDiffusionXLPipeline:
 @cache
 def base_loss(base: str, heldout: Path, prompt: str) -> float:
     return heldout_loss(loaded(base), heldout, prompt, HELDOUT_SAMPLES)
+
+
+def content(root: Path) -> str | None:
+    """Hash of all files in a folder, their names too; the same wherever the folder lies. None where there is none."""
+    if not root.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(file for file in root.rglob("*") if file.is_file()):
+        digest.update(f"{file.relative_to(root).as_posix()} {file.stat().st_size}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def curve(metrics: Path) -> list[tuple[int, float]]:

@@ -1,0 +1,55 @@
+"""The study's plots: how each setting differs from the first of its group, and how its held-out loss falls."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.study.report import LABELS, Records, paired_differences
+from runs.interval import Difference
+
+PLOTTED = ("attributes", "dino", "held_out")  # is it that subject: by the reader, by the encoder, by the loss
+
+
+def group_plot(rows: Mapping[str, Records]) -> bytes | None:
+    """PNG of a group: a panel of differences for each score, and the curves; None where nothing can be compared."""
+    there = {name: records for name, records in rows.items() if records}
+    found = {score: paired_differences(there, score) for score in PLOTTED} if there else {}
+    found = {score: own for score, own in found.items() if own}
+    if not found:
+        return None
+    height = 1.2 + 0.3 * len(there)
+    figure = Figure(figsize=(3.4 * (len(found) + 1) + 3, height), dpi=90, layout="constrained")
+    *panels, curves = figure.subplots(1, len(found) + 1)
+    for panel, (score, differences) in zip(panels, found.items()):
+        draw_differences(panel, differences, named=panel is panels[0])
+        panel.set_title(f"{LABELS[score]}, less {next(iter(there))}", fontsize=8)
+    draw_curves(curves, there)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", metadata={"Software": None})
+    return stream.getvalue()
+
+
+def draw_differences(axes: Axes, differences: Mapping[str, Difference], named: bool) -> None:
+    """A dot and its interval to a row."""
+    heights = -np.arange(len(differences))
+    for height, one in zip(heights, differences.values()):
+        axes.plot(one.interval.estimate, height, "o", color="C0", markersize=4)
+        if one.interval.low is not None and one.interval.high is not None:
+            axes.plot((one.interval.low, one.interval.high), (height, height), color="C0")
+    axes.axvline(0, color="0.6", linewidth=1)
+    axes.set_yticks(heights, differences if named else [""] * len(differences), fontsize=8)
+
+
+def draw_curves(axes: Axes, rows: Mapping[str, Records]) -> None:
+    """The loss on held-out pictures over the steps, as a share of the first, mean of a setting's trainings."""
+    for name, records in rows.items():
+        if curves := [record["curve"] for record in records if record["curve"]]:
+            steps, losses = np.array(curves).mean(axis=0).T
+            axes.plot(steps, losses / losses[0], label=name)
+    axes.set_title("loss on held-out pictures over steps", fontsize=8)
+    axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
