@@ -9,13 +9,12 @@ import pytest
 from PIL import Image, ImageChops
 
 pytest.importorskip("resvg_py", reason="resvg_py draws the sample subjects: pip install -r requirements-dev.txt")
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 import make_subjects
 from world import SCENES, SUBJECTS, kept_out
 
-FOLDER = ROOT / "assets" / "subjects"
+FOLDER = Path(__file__).parent.parent / "assets" / "subjects"
 PICTURES = sorted(path.relative_to(FOLDER) for path in FOLDER.rglob("*.png"))
 
 
