@@ -1,10 +1,11 @@
-"""Sheets to look at while the base of the drawn world is in training.
+"""Sheets to look at: the drawn world, its base in training, and what became of it.
 
     python tools/world_sheet.py world.png                          # 96 pictures of the world
     python tools/world_sheet.py vae.png --work_dir out/pretrain    # originals above reconstructions, with the PSNR
     python tools/world_sheet.py base.png --work_dir out/pretrain --stage unet    # 12 prompts x 4 seeds
+    python tools/world_sheet.py docs/base.png --base assets/tiny-sdxl            # the same of a finished base
 
-The last two read the averaged weights of the newest checkpoint; the training may go on meanwhile.
+Those of a --work_dir read the averaged weights of the newest checkpoint; the training may go on meanwhile.
 """
 
 import argparse
@@ -76,51 +77,65 @@ def reconstructions(world: DrawnWorld, work_dir: Path, count: int = 32) -> Image
     return sheet([part[i : i + 8] for i in range(0, count, 8) for part in (originals, found)])
 
 
-@torch.no_grad()
-def samples(world: DrawnWorld, work_dir: Path, seeds: int = 4, steps: int = 25) -> Image.Image:
-    """What the newest checkpoint of the UNet draws for ``PROMPTS``."""
+def newest(world: DrawnWorld, work_dir: Path) -> StableDiffusionXLPipeline:
+    """The base of the newest checkpoint of the UNet."""
     tokenizer = CLIPTokenizer.from_pretrained(work_dir / "tokenizer")
     vae = load_vae(world, work_dir)
     # the scale that the training reads from its own held-out pictures
     held_out = to_pixels([world.any_picture(1, index) for index in range(64)])
-    vae.register_to_config(scaling_factor=1 / vae.encode(held_out).latent_dist.mean.std().item())
+    with torch.no_grad():
+        vae.register_to_config(scaling_factor=1 / vae.encode(held_out).latent_dist.mean.std().item())
     model = TextConditionedUNet(tokenizer, world.latent_channels)
     averaged(model, work_dir / "unet")
-    scheduler = EulerDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
-    )
-    pipeline = StableDiffusionXLPipeline(
+    print(f"{(work_dir / 'unet' / 'step').read_text()} steps")
+    return StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=model.text_encoder,
         text_encoder_2=model.text_encoder_2,
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=model.unet,
-        scheduler=scheduler,
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            timestep_spacing="leading",
+            steps_offset=1,
+        ),
         force_zeros_for_empty_prompt=False,
         add_watermarker=False,
     )
+
+
+def samples(pipeline: StableDiffusionXLPipeline, size: int, seeds: int = 4, steps: int = 30) -> Image.Image:
+    """A row for each of ``PROMPTS``."""
     pipeline.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": steps, "guidance_scale": 4.0, "height": world.size, "width": world.size}
     rows = []
     for prompt in PROMPTS:
         generators = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
+        options = {"num_inference_steps": steps, "guidance_scale": 5.0, "height": size, "width": size}
         rows.append(pipeline([prompt] * seeds, generator=generators, **options).images)
-    print(f"{(work_dir / 'unet' / 'step').read_text()} steps; rows: {'; '.join(PROMPTS)}")
+    print("rows:", "; ".join(PROMPTS))
     return sheet(rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--work_dir", type=Path, help="of tools/pretrain_tiny_sdxl.py; without it, the world itself")
+    parser.add_argument("--work_dir", type=Path, help="of tools/pretrain_tiny_sdxl.py")
     parser.add_argument("--stage", choices=["vae", "unet"], default="vae")
+    parser.add_argument("--base", type=Path, help="a finished base")
     parser.add_argument("--seed", type=int, default=0, help="of the world's pictures")
     args = parser.parse_args()
-    if args.work_dir is None:
+    world = DrawnWorld()
+    if args.base:
+        image = samples(StableDiffusionXLPipeline.from_pretrained(args.base), world.size)
+    elif args.work_dir is None:
         image = sheet([[sample(args.seed, 12 * row + i).image for i in range(12)] for row in range(8)])
+    elif args.stage == "vae":
+        image = reconstructions(world, args.work_dir)
     else:
-        image = {"vae": reconstructions, "unet": samples}[args.stage](DrawnWorld(), args.work_dir)
+        image = samples(newest(world, args.work_dir), world.size)
     image.save(args.output)
 
 

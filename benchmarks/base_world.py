@@ -1,0 +1,56 @@
+"""What the embedded base draws of its world, read by the attribute reader.
+
+    python -m benchmarks.base_world
+
+Every kind in every scene, asked for as "a photo of a cat in the jungle": in which share of the pictures are kind and
+place the ones that were asked for? The reader's own accuracy stands in its config.json.
+"""
+
+from __future__ import annotations
+
+import inference  # noqa: F401 -- before the libraries, because it quietens what they print on import
+
+# isort: split
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from inference.base import load_pipeline
+from inference.sampling import generate_images
+from judging.attributes import AttributeReader
+from settings.command_line import quiet_libraries
+from storage.text import expand_home, home_path
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--base", type=expand_home, default="assets/tiny-sdxl")
+    parser.add_argument("--reader", type=home_path, default=Path("assets/tiny-attributes"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1000, 1001])
+    parser.add_argument("--steps", type=int, default=30)
+    args = parser.parse_args(argv)
+    quiet_libraries()
+    pipeline = load_pipeline(args.base, torch.float32)
+    reader = AttributeReader.load(args.reader)
+    scenes = {words: place for words, place in reader.places.items() if "background" not in words}
+    asked = {
+        f"a photo of a {kind} {words}": (kind, place)
+        for kind in reader.answers["kind"]
+        for words, place in scenes.items()
+    }
+    drawn = list(generate_images(pipeline, list(asked), args.seeds, num_inference_steps=args.steps, batch_size=4))
+    right: dict[str, list[bool]] = {}
+    for one, found in zip(drawn, reader.read([one.image for one in drawn])):
+        kind, place = asked[one.prompt]
+        for key, correct in (("kind", found["kind"] == kind), ("place", found["place"] == place)):
+            right.setdefault(key, []).append(correct)
+        right.setdefault(f"kind: {kind}", []).append(found["kind"] == kind)
+        right.setdefault(f"place: {place}", []).append(found["place"] == place)
+    for key, found in right.items():
+        print(f"{key}: {sum(found)} of {len(found)} ({sum(found) / len(found):.3f})")
+
+
+if __name__ == "__main__":
+    main()
