@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import argparse
 import io
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -161,16 +161,15 @@ def _cut_out(image: Image.Image, background: Image.Image) -> Image.Image:
 
 
 def redrawn(folder: Path) -> list[Image.Image] | None:
-    """A sample subject's figures, each before a held-out picture's background; None for other subjects."""
-    from tools import make_subjects
+    """A sample subject's figures in their own poses, each before another scene; None for other subjects."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+    from make_subjects import PLACES, pictures_of
+    from world import SUBJECTS
 
-    if folder.parent.name != "subjects" or folder.name not in make_subjects.SUBJECTS:
+    if folder.parent.name != "subjects" or folder.name not in SUBJECTS:
         return None
-    subject = make_subjects.SUBJECTS[folder.name]()
-    shots = [
-        replace(shot, background=subject.heldout[place % 2].background) for place, shot in enumerate(subject.train)
-    ]
-    return [make_subjects.render(shot.svg()).convert("RGB") for shot in shots]
+    pictures = pictures_of(SUBJECTS[folder.name], 0, [*PLACES[1:], PLACES[0]])
+    return [image.resize((256, 256), Image.Resampling.LANCZOS) for _, _, image in pictures]
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------

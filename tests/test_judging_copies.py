@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 SUBJECTS = ROOT / "assets" / "subjects"
 SHARED = ROOT.parent / "shared" / "data"
 NAMES = ("cat", "dog", "robot", "teapot")
-SIZE = (64, 64)
+SIZE = (128, 128)
 
 
 def drawn(images):
@@ -40,10 +40,10 @@ def pipeline():
 
 
 def test_held_out_pictures_of_the_same_subjects_are_no_copies(detectors):
-    """E1: the alarm of before fired on three of these four."""
+    """E1: the alarm of before fired on most. A figure in nearly the pose of a training picture may be taken for one."""
     found = {name: detectors[name].copied(drawn(held_out(SUBJECTS / name))) for name in NAMES}
     flagged, total = sum(map(sum, found.values())), sum(map(len, found.values()))
-    assert total == 8 and flagged / total <= 0.05, found
+    assert total == 24 and flagged / total <= 0.1, found
     assert not any(Copies.of(sum(one), len(one)).alarm for one in found.values())
 
 
@@ -167,7 +167,7 @@ def test_a_lone_training_image_has_a_stricter_limit():
 
 
 def test_edges_know_neither_hue_nor_the_sign_of_contrast():
-    image = open_image(SUBJECTS / "robot" / "01_standing.png").convert("RGB").resize((GRID, GRID))
+    image = open_image(SUBJECTS / "robot" / "02_standing_grass.png").convert("RGB").resize((GRID, GRID))
     negative = ImageOps.invert(image)
     assert torch.allclose(edges([image], GRID), edges([negative], GRID), atol=1e-4)
     red, green, blue = image.split()
