@@ -163,13 +163,14 @@ def _cut_out(image: Image.Image, background: Image.Image) -> Image.Image:
 def redrawn(folder: Path) -> list[Image.Image] | None:
     """A sample subject's figures in their own poses, each before another scene; None for other subjects."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-    from make_subjects import PLACES, pictures_of
+    from make_subjects import PLACES, pictures_of, poses_of
     from world import SUBJECTS
 
     if folder.parent.name != "subjects" or folder.name not in SUBJECTS:
         return None
-    pictures = pictures_of(SUBJECTS[folder.name], 0, [*PLACES[1:], PLACES[0]])
-    return [image.resize((256, 256), Image.Resampling.LANCZOS) for _, _, image in pictures]
+    who = SUBJECTS[folder.name]
+    pictures = pictures_of(who, 0, poses_of(who, 0, len(PLACES)), [*PLACES[1:], PLACES[0]])
+    return [image.resize((256, 256), Image.Resampling.LANCZOS) for image in pictures]
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------

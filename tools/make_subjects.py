@@ -9,38 +9,61 @@ pictures show every view of the kind before plain colours and easy scenes; the h
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from world import SCENES, SUBJECTS, Who, draw, draw_pose, views_of
+from PIL import Image
+from world import SCENES, SUBJECTS, Pose, Who, draw, draw_pose, views_of
 from world.attributes import with_pose
 
 PLACES = ("white", "grass", "gray", "beach", "brown", "snow")
 
 
-def pictures_of(who: Who, seed: int, places) -> list:
-    """One picture in each place, the views of the kind in turn."""
-    views, pictures = views_of(who.kind), []
-    for number, place in enumerate(places):
+def poses_of(who: Who, seed: int, count: int, others: Sequence[Pose] = ()) -> list[Pose]:
+    """The views of the kind in turn; beside other pictures each turned otherwise than those of its view.
+
+    Of 20 draws then the one whose tilt is furthest from theirs, mirrored or not: a figure that is only moved and scaled
+    would be the same picture again.
+    """
+    views, poses = views_of(who.kind), []
+    for number in range(count):
         rng = np.random.default_rng((seed, number, who.shades))
-        place = "yellow" if place == who.main else place  # the figure stands out from its background
-        pose = with_pose(draw_pose(rng, who.kind), view=views[number % len(views)])
-        pictures.append((pose.view, place, draw(who, pose, place, rng)))
-    return pictures
+        view = views[number % len(views)]
+        tilts = [pose.tilt for pose in others if pose.view == view]
+        draws = [with_pose(draw_pose(rng, who.kind), view=view) for _ in range(20 if tilts else 1)]
+        poses.append(max(draws, key=lambda pose: min((abs(pose.tilt - tilt) for tilt in tilts), default=0)))
+    return poses
 
 
-def write(directory: Path, pictures) -> None:
+def pictures_of(who: Who, seed: int, poses: Sequence[Pose], places: Sequence[str]) -> list[Image.Image]:
+    """One picture of each pose, in its place."""
+    return [
+        draw(who, pose, place_for(who, place), np.random.default_rng((seed, number, who.shades, 1)))
+        for number, (pose, place) in enumerate(zip(poses, places))
+    ]
+
+
+def place_for(who: Who, place: str) -> str:
+    """The place, or yellow where the figure would not stand out from it."""
+    return "yellow" if place == who.main else place
+
+
+def write(directory: Path, who: Who, seed: int, poses: Sequence[Pose], places: Sequence[str]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    for number, (view, place, image) in enumerate(pictures, start=1):
-        image.save(directory / f"{number:02}_{view}_{place}.png", optimize=True)
+    pictures = pictures_of(who, seed, poses, places)
+    for number, (pose, place, image) in enumerate(zip(poses, places, pictures), start=1):
+        image.save(directory / f"{number:02}_{pose.view}_{place_for(who, place)}.png", optimize=True)
 
 
 def write_subjects(output: Path, seed: int) -> None:
     """All subjects with their held-out pictures, and ``attributes.json``."""
     for name, who in SUBJECTS.items():
-        write(output / name, pictures_of(who, 2 * seed, PLACES))
-        write(output / "heldout" / name, pictures_of(who, 2 * seed + 1, SCENES))
+        train = poses_of(who, 2 * seed, len(PLACES))
+        write(output / name, who, 2 * seed, train, PLACES)
+        heldout = poses_of(who, 2 * seed + 1, len(SCENES), others=train)
+        write(output / "heldout" / name, who, 2 * seed + 1, heldout, tuple(SCENES))
     facts = {name: asdict(who) for name, who in SUBJECTS.items()}
     (output / "attributes.json").write_text(json.dumps(facts, indent=1) + "\n")
 
