@@ -48,14 +48,16 @@ SUBJECTS = Path(__file__).parent.parent / "assets" / "subjects"
 def encode_folder(
     pipeline: StableDiffusionXLPipeline, folder: Path, prompt: str
 ) -> tuple[list[EncodedPicture], EncodedPrompts]:
-    """The folder's pictures, whole, and the one prompt of all of them."""
+    """The folder's pictures, whole, and their captions, or the prompt where there is none beside a picture."""
     resolution = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     settings = CropSettings([(resolution, resolution)], center_crop=True, variants=1)
     examples = folder_examples(folder, prompt, flag="subject")
     cuts = [cut_picture(inspect_picture(example), settings) for example in examples]
+    captions = list(dict.fromkeys(example.prompt for example in examples))
+    numbers = [captions.index(example.prompt) for example in examples]
     with tempfile.TemporaryDirectory() as cache:
-        pictures = encode_pictures(pipeline.vae, "", cuts, [0] * len(cuts), settings, EncodedCache(cache))
-    tokens = tokenize([pipeline.tokenizer, pipeline.tokenizer_2], [prompt])
+        pictures = encode_pictures(pipeline.vae, "", cuts, numbers, settings, EncodedCache(cache))
+    tokens = tokenize([pipeline.tokenizer, pipeline.tokenizer_2], captions)
     prompts = encode_prompts([pipeline.text_encoder, pipeline.text_encoder_2], tokens)
     return pictures, prompts
 

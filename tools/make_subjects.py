@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from world import SCENES, SUBJECTS, Pose, Who, draw, draw_pose, views_of
+from world import SCENES, SUBJECTS, Pose, Who, draw, draw_pose, place_words, views_of
 from world.attributes import with_pose
 
 PLACES = ("white", "grass", "gray", "beach", "brown", "snow")
@@ -50,20 +50,25 @@ def place_for(who: Who, place: str) -> str:
     return "yellow" if place == who.main else place
 
 
-def write(directory: Path, who: Who, seed: int, poses: Sequence[Pose], places: Sequence[str]) -> None:
+def write(directory: Path, who: Who, seed: int, poses: Sequence[Pose], places: Sequence[str], captions: bool) -> None:
+    """The pictures and, with ``captions``, beside each a prompt that names its place."""
     directory.mkdir(parents=True, exist_ok=True)
     pictures = pictures_of(who, seed, poses, places)
     for number, (pose, place, image) in enumerate(zip(poses, places, pictures), start=1):
-        image.save(directory / f"{number:02}_{pose.view}_{place_for(who, place)}.png", optimize=True)
+        place = place_for(who, place)
+        file = directory / f"{number:02}_{pose.view}_{place}.png"
+        image.save(file, optimize=True)
+        if captions:
+            file.with_suffix(".txt").write_text(f"a photo of [V] {who.kind} {place_words(place)}\n")
 
 
 def write_subjects(output: Path, seed: int) -> None:
     """All subjects with their held-out pictures, and ``attributes.json``."""
     for name, who in SUBJECTS.items():
         train = poses_of(who, 2 * seed, len(PLACES))
-        write(output / name, who, 2 * seed, train, PLACES)
+        write(output / name, who, 2 * seed, train, PLACES, captions=False)
         heldout = poses_of(who, 2 * seed + 1, len(SCENES), others=train)
-        write(output / "heldout" / name, who, 2 * seed + 1, heldout, tuple(SCENES))
+        write(output / "heldout" / name, who, 2 * seed + 1, heldout, tuple(SCENES), captions=True)
     facts = {name: asdict(who) for name, who in SUBJECTS.items()}
     (output / "attributes.json").write_text(json.dumps(facts, indent=1) + "\n")
 

@@ -3,9 +3,9 @@
     python -m benchmarks.study --tuning_subjects fox rabbit --attributes assets/tiny-attributes
     python -m benchmarks.study --tuning_subjects fox rabbit --groups "rank 4" "Table 4" --seeds 0
 
-First each setting's rate is tuned on subjects that are not scored (successive halving by held-out loss), then it is
-trained on every other subject with every seed, and scored. Each training is written to --work as it ends: the command
-may be ended and given again until all is there, for a few groups at a time.
+First each setting's rate is tuned on subjects that are not scored (successive halving by attributes and scenes), then
+it is trained on every other subject with every seed, and scored. Each training is written to --work as it ends: the
+command may be ended and given again until all is there, for a few groups at a time.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -213,24 +213,37 @@ def curve(metrics: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
 
 
+def shortfall(record: Mapping[str, Any]) -> float:
+    """What a training lacks: the subject's attributes and the prompts' scenes, both counting alike; 0 to 1.
+
+    Without an attribute reader the loss on held-out pictures, which tells too high a rate from a good one, but hardly
+    a good one from too low a rate: most of it is of the pose and the background, which no adapter can know.
+    """
+    scores = record.get("scores", {})
+    if "attributes" in scores:
+        return 1 - (scores["attributes"] + scores["scene"]) / 2
+    return record["held_out"]
+
+
 def best_rate(laboratory: Laboratory, one: Setting, subjects: Sequence[str], steps: int) -> float:
-    """The setting's best learning rate by the held-out loss on subjects that are not scored: successive halving.
+    """The setting's best learning rate on subjects that are not scored, by `shortfall`: successive halving.
 
     All rates for half of the steps on the first subject; the better half of them for all steps on every subject. While
     the best one is at an end of what was tried, the next one three times beyond is tried too.
     """
 
-    def loss(rate: float, subject: str, count: int) -> float:
+    def lacking(rate: float, subject: str, count: int) -> float:
+        training = Training(one, subject, TUNING_SEED, rate, count)
         try:
-            found = laboratory.measure(Training(one, subject, TUNING_SEED, rate, count), scored=False)["held_out"]
+            found = shortfall(laboratory.measure(training, scored=laboratory.attributes is not None))
         except TrainingFailure:  # the loss became NaN: the rate is too high
             return math.inf
         return math.inf if math.isnan(found) else found
 
     def mean(rate: float) -> float:
-        return sum(loss(rate, subject, steps) for subject in subjects) / len(subjects)
+        return sum(lacking(rate, subject, steps) for subject in subjects) / len(subjects)
 
-    first = sorted(one.rates, key=lambda rate: loss(rate, subjects[0], max(1, steps // 2)))
+    first = sorted(one.rates, key=lambda rate: lacking(rate, subjects[0], max(1, steps // 2)))
     tried = {rate: mean(rate) for rate in first[: max(1, len(first) // 2)]}
     for _ in range(3):
         best = min(tried, key=tried.__getitem__)
