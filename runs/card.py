@@ -15,6 +15,7 @@ from methods.registry import METHODS
 from runs.interval import Interval, format_interval
 from runs.plot import loss_plot
 from runs.record import LOSS_PLOT, METRICS, MODEL_CARD
+from runs.tools_header import LICENSES
 from storage.files import write_atomic
 from storage.text import spell
 
@@ -38,6 +39,7 @@ def card_text(record: Mapping[str, Any], samples: Sequence[tuple[str, str]] = ()
     instance_prompt = spell(instance_prompt, record["new_words"])
     data = ModelCardData(
         base_model=config["pretrained_model_name_or_path"],
+        license=config.get("license") or LICENSES.get(config["pretrained_model_name_or_path"]),
         library_name="diffusers",
         tags=["text-to-image", "diffusers", "lora", "dreambooth", "stable-diffusion-xl", record["method"]],
         instance_prompt=one_line(instance_prompt),
