@@ -12,10 +12,12 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from peft import get_peft_model_state_dict
 from safetensors.torch import save
+from torch import nn
 
 from methods.adapter import NAME, Adapter, adapted_layers
 from methods.components import COMPONENT_NAMES, EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
 from methods.formats.kohya import kohya_tensors
+from methods.update import Update
 from storage.files import cut_bytes, replacing_folder, write_atomic
 from storage.tensors import write_safetensors
 
@@ -61,11 +63,25 @@ def tools_file(folder: Path) -> str:
     return f"{name}.safetensors" if own else f"{name}_kohya.safetensors"
 
 
-def write_kohya_file(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> None:
-    """With the hash of the tensors by which A1111, Forge and Civitai know a file (its bytes after the header)."""
+def write_kohya_file(
+    path: Path,
+    updates: Mapping[str, Mapping[str, Update]],
+    models: Mapping[str, nn.Module],
+    header: Mapping[str, str],
+    dtype: torch.dtype,
+) -> None:
+    """With the hash of the tensors by which A1111, Forge and Civitai know a file (its bytes after the header).
+
+    Args:
+        updates: component -> module path -> update.
+        header: the network's dimension and the hash are added.
+    """
+    rank = max(update.rank for layers in updates.values() for update in layers.values())
+    tensors = kohya_tensors(updates, models, dtype)
     data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     digest = hashlib.sha256(memoryview(data)[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
-    write_safetensors(path, tensors, {**header, "sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"})
+    own = {"ss_network_dim": str(rank), "ss_network_alpha": str(rank), "sshs_model_hash": digest}
+    write_safetensors(path, tensors, {**header, **own, "modelspec.hash_sha256": f"0x{digest}"})
 
 
 def save_kohya(adapter: Adapter, path: Path, header: Mapping[str, str], dtype: torch.dtype) -> None:
@@ -75,9 +91,7 @@ def save_kohya(adapter: Adapter, path: Path, header: Mapping[str, str], dtype: t
         header: what they show of it; the network's dimension is added.
     """
     updates = {component: dict(adapter.updates(component)) for component in adapter.models}
-    rank = max(update.rank for layers in updates.values() for update in layers.values())
-    network = {"ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
-    write_kohya_file(path, kohya_tensors(updates, adapter.models, dtype), {**header, **network})
+    write_kohya_file(path, updates, adapter.models, header, dtype)
 
 
 def lora_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
@@ -85,15 +99,23 @@ def lora_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
     tensors = {}
     for prefix, model in adapter_components(adapter.models).items():
         if adapter.method.low_rank:
-            component = prefix.removesuffix(".text_model")
-            for name, update in adapter.updates(component):
-                tensors[f"{prefix}.{name}.lora_A.weight"] = update.down
-                tensors[f"{prefix}.{name}.lora_B.weight"] = update.up
+            tensors |= factor_tensors(prefix, dict(adapter.updates(prefix.removesuffix(".text_model"))))
         else:  # DoRA
             scales = {name: layer.scaling[NAME] for name, layer in adapted_layers(model).items()}
             for key, weight in get_peft_model_state_dict(model).items():
                 name, is_B, _ = key.partition(".lora_B.")
                 tensors[f"{prefix}.{key}"] = weight.float() * (scales[name] if is_B else 1)
+    return tensors
+
+
+def factor_tensors(prefix: str, updates: Mapping[str, Update]) -> dict[str, torch.Tensor]:
+    """``….lora_A.weight`` (r, n) and ``….lora_B.weight`` (m, r) of each layer, and ``….lora_B.bias`` where there is."""
+    tensors = {}
+    for name, update in updates.items():
+        tensors[f"{prefix}.{name}.lora_A.weight"] = update.down
+        tensors[f"{prefix}.{name}.lora_B.weight"] = update.up
+        if update.bias is not None:
+            tensors[f"{prefix}.{name}.lora_B.bias"] = update.bias
     return tensors
 
 

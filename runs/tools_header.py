@@ -75,9 +75,9 @@ def run_header(
         prompts: one of each subject; what a drawing program says triggers it.
         captions: of each subject's pictures, with how many have it. Only their words go in, no folder's name.
     """
-    config, words = record["config"], record["new_words"]
+    config, words = record["config"], record.get("new_words") or {}
     base = config["pretrained_model_name_or_path"]
-    side, predicted = config["resolution"], record.get("prediction_type") or "epsilon"
+    side, predicted = config.get("resolution"), record.get("prediction_type") or "epsilon"
     trigger = ", ".join(dict.fromkeys(spell(prompt, words) for prompt in prompts))
     header = minimal_header(name) | {
         METHOD_KEY: record["method"],
