@@ -1,4 +1,4 @@
-"""What the commands of `inference.adapters` do with adapters: opened against their base, worked on, written, compared."""
+"""What the commands of `inference.adapters` do: adapters opened against their base, worked on, written, compared."""
 
 from __future__ import annotations
 
@@ -285,7 +285,7 @@ def merge_into_base(parts: Sequence[tuple[str, float]], base: str | None, folder
         error = _largest_change(fresh, expected)
         if error != 0:
             raise ValueError(f"{folder} read back differs by {error:.1e} from the merged weights: it is not kept")
-        record = {"base": base, "adapters": {path: weight for path, weight in parts}}
+        record = {"base": base, "adapters": dict(parts)}
         (fresh / "merged.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(
         f"{folder}: {sum(map(len, expected.values()))} tensors merged; read back, the largest difference is {error:g}"

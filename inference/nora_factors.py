@@ -1,4 +1,4 @@
-"""NoRA's inner factors out of an update that is given as it acts: the nearest ``s B B' A' A`` of a base's own A and B."""
+"""NoRA's inner factors out of an update as it acts: the nearest ``s B B' A' A`` of a base's own A and B."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffusers import StableDiffusionXLPipeline
 from peft import PeftConfig
 from torch import nn
 
-from inference.adapter_files import recorded_config
+from inference.adapter_files import read_run_record, recorded_config
 from inference.base_statistics import base_statistics
 from methods.adapter import NAME, Places, make_adapter
 from methods.adapter_file import AdapterFile
@@ -40,9 +40,9 @@ def nora_configs(file: AdapterFile, updates: Layers) -> dict[str, NoraConfig]:
             found[part or next(iter(updates))] = config
     if found:
         return found
-    flags = recorded_config(file.path)
+    flags, method = recorded_config(file.path), read_run_record(file.path).get("method")
     known = {name: value for name, value in flags.items() if name in MethodOptions.model_fields}
-    options = MethodOptions(**known) if flags.get("method") == "nora" else None
+    options = MethodOptions(**known) if method == "nora" else None
     if options is None:
         raise ValueError(
             f"adapter {file.path} can't be made inner-only: neither a run.json beside it nor a PEFT configuration says "

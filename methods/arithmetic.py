@@ -83,8 +83,8 @@ def largest_difference(found: Layers, expected: Layers) -> tuple[float, str]:
         for path, update in layers.items()
     }
     names = {f"{component}.{path}" for component, layers in found.items() for path in layers}
-    if other := names.symmetric_difference(norms):
-        return math.inf, min(other)
+    if unlike := names.symmetric_difference(norms):
+        return math.inf, min(unlike)
     greatest = max(norms.values(), default=0.0) or 1.0
     worst = (0.0, "")
     for component, layers in expected.items():

@@ -96,7 +96,7 @@ def save_kohya(adapter: Adapter, path: Path, header: Mapping[str, str], dtype: t
 
 def lora_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
     """The adapter as LoRA with alpha = rank, any scale being in lora_B; keys as in diffusers' files."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for prefix, model in adapter_components(adapter.models).items():
         if adapter.method.low_rank:
             tensors |= factor_tensors(prefix, dict(adapter.updates(prefix.removesuffix(".text_model"))))
@@ -110,7 +110,7 @@ def lora_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
 
 def factor_tensors(prefix: str, updates: Mapping[str, Update]) -> dict[str, torch.Tensor]:
     """``….lora_A.weight`` (r, n) and ``….lora_B.weight`` (m, r) of each layer, and ``….lora_B.bias`` where there is."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, update in updates.items():
         tensors[f"{prefix}.{name}.lora_A.weight"] = update.down
         tensors[f"{prefix}.{name}.lora_B.weight"] = update.up
