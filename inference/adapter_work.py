@@ -67,29 +67,42 @@ def open_adapters(paths: Sequence[str], base: str | None, for_inner: bool = Fals
         ValueError: for a base or an adapter that can't be read, or whose base isn't known and is needed.
     """
     files = [inspect_adapter(path) for path in paths]
-    pipeline, outline = None, None
+    pipeline = None
     needing = next((file.path for file in files if needs_weights(file)), files[0].path if for_inner else None)
     if needing is not None:
         pipeline = load_pipeline(base or recorded_base(needing), torch.float32, "cpu")
-        components = {name: getattr(pipeline, name) for name in COMPONENT_NAMES}
+        components = _parts(pipeline)
+    elif base is not None:
+        components = _shapes(base)
     else:
-        if base is not None:
-            check_base(base)
-            outline = load_outline(base)  # None for a single file, which is of SDXL's own shape
-        elif (recorded := _recorded(paths)) is not None:
-            outline = load_outline(recorded)
-        components = {name: getattr(outline, name) for name in COMPONENT_NAMES} if outline else sdxl_outline()
+        components = _recorded_shapes(paths)
     statistics = base_statistics(pipeline) if pipeline else None
     return Source(files, [read_file(file, components, statistics) for file in files], components, statistics, pipeline)
 
 
-def _recorded(paths: Sequence[str]) -> str | None:
+def _parts(pipeline: StableDiffusionXLPipeline) -> dict[str, nn.Module]:
+    return {name: getattr(pipeline, name) for name in COMPONENT_NAMES}
+
+
+def _shapes(base: str) -> Mapping[str, nn.Module]:
+    """A base's models, without weights where that can be: a single file says no more than its tensors' shapes."""
+    check_base(base)
+    if (outline := load_outline(base)) is not None:
+        return _parts(outline)
+    sdxl, (_, shapes) = sdxl_outline(), read_safetensors_header(Path(base), "base")
+    first = shapes.get("model.diffusion_model.input_blocks.0.0.weight", (0,))
+    is_sdxl = first[0] == sdxl["unet"].get_submodule("conv_in").out_channels
+    return sdxl if is_sdxl else _parts(load_pipeline(base, torch.float32, "cpu"))
+
+
+def _recorded_shapes(paths: Sequence[str]) -> Mapping[str, nn.Module]:
+    """Of the first recorded base that is here; else SDXL's."""
     for path in paths:
         try:
-            return recorded_base(path)
-        except ValueError:  # without a record, or a base that is gone: shapes can be SDXL's
+            return _shapes(recorded_base(path))
+        except ValueError:
             continue
-    return None
+    return sdxl_outline()
 
 
 def needs_weights(file: AdapterFile) -> bool:
@@ -262,7 +275,7 @@ def merge_into_base(parts: Sequence[tuple[str, float]], base: str | None, folder
     base = base or recorded_base(parts[0][0])
     dtype = DTYPES[dtype_name] if dtype_name else stored_dtype(base)
     pipeline = load_pipeline(base, torch.float32 if any(map(needs_weights, files)) else dtype, "cpu")
-    components: dict[str, Any] = {name: getattr(pipeline, name) for name in COMPONENT_NAMES}
+    components: dict[str, Any] = _parts(pipeline)
     statistics = base_statistics(pipeline)
     read = [read_file(file, components, statistics) for file in files]
     total = sum_of(read, [weight for _, weight in parts])
