@@ -154,6 +154,7 @@ def write_and_check(source: Source, updates: Layers, path: Path, form: str, dtyp
         ValueError: if the file is further off than its dtype rounds; nothing is written then.
     """
     write_checked(source.components, updates, path, form, dtype_name, header_of(source, path.stem), source.statistics)
+    say_new_words(source.files)
 
 
 def write_checked(
@@ -172,6 +173,13 @@ def write_checked(
     with placed(path, folder=form == "peft") as fresh:
         write_adapter(fresh, form, updates, components, header, dtype)
         report(path, read_adapter(fresh, components, statistics), updates, TOLERANCES[dtype])
+
+
+def say_new_words(files: Sequence[AdapterFile]) -> None:
+    """Words that an adapter's run taught are in a file of their own."""
+    for file in files:
+        if file.new_word is not None:
+            print(f"{file.path} has new words beside it, which are not in what was written: copy {file.new_word} too")
 
 
 def report(path: Path, found: Layers, expected: Layers, tolerance: float) -> None:

@@ -1,6 +1,8 @@
 """Names of layers in kohya's files, against tables written by hand and SDXL's real modules, both ways."""
 
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,15 +12,15 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from inference.outline import sdxl_outline
-from methods.components import COMPONENT_NAMES
-from methods.formats.kohya import kohya_names, kohya_tensors
+from methods.components import COMPONENT_NAMES, TARGETS
+from methods.files import write_kohya_file
+from methods.formats.kohya import kohya_names
 from methods.formats.layers import layer_names
 from methods.formats.sgm import SgmNames
 from methods.update import Update
+from runs.tools_header import minimal_header
 
 ROOT = Path(__file__).parent.parent
-SD_SCRIPTS = os.environ.get("SD_SCRIPTS")  # a checkout of kohya-ss/sd-scripts
-COMFYUI = os.environ.get("COMFYUI")  # and of Comfy-Org/ComfyUI
 # SDXL's transformers: Stability's block -> (diffusers' path, depth), from sd_xl_base.yaml and docs/files.md.
 TRANSFORMERS = {
     "input_blocks_4_1": ("down_blocks.1.attentions.0", 2),
@@ -109,63 +111,27 @@ def test_the_embedded_base_of_other_depth():
 # --- the tools' own code ----------------------------------------------------------------------------------------------
 
 
-def rank_one(sdxl) -> dict[str, torch.Tensor]:
-    """A kohya file of SDXL's 560 attention layers and all of the text encoders', of rank 1."""
+@pytest.fixture(scope="module")
+def rank_one(sdxl, tmp_path_factory) -> Path:
+    """A file of rank 1 for all attention layers of SDXL: 560 of the UNet, 48 and 128 of the text encoders."""
     updates: dict[str, dict[str, Update]] = {}
-    for component, ends in (("unet", tuple(ATTENTION)), *((name, ("proj",)) for name in COMPONENT_NAMES[1:])):
+    for component, ends in TARGETS.items():
         for path, one in sdxl[component].named_modules():
-            if (
-                isinstance(one, nn.Linear)
-                and path.endswith(ends)
-                and "transformer_blocks" in path + ".encoder"
-                or (isinstance(one, nn.Linear) and component != "unet" and ".self_attn." in path)
-            ):
+            if path.endswith(ends):
                 update = Update(torch.ones(one.out_features, 1), torch.ones(1, one.in_features))
                 updates.setdefault(component, {})[path] = update
-    return kohya_tensors(updates, sdxl)
+    path = tmp_path_factory.mktemp("rank-one") / "rank_one.safetensors"
+    write_kohya_file(path, updates, sdxl, minimal_header("rank_one"), torch.float16)
+    return path
 
 
-@pytest.mark.skipif(SD_SCRIPTS is None, reason="SD_SCRIPTS names no checkout of kohya-ss/sd-scripts")
-def test_sd_scripts_own_map_and_unet(sdxl, monkeypatch):
-    """Its conversion map, and the modules of its UNet, by which sdxl_merge_lora.py finds what to merge into."""
-    monkeypatch.syspath_prepend(SD_SCRIPTS)
-    from library.sdxl_model_util import make_unet_conversion_map
-    from library.sdxl_original_unet import SdxlUNet2DConditionModel
-    from networks.lora import LoRANetwork
-
-    theirs = {diffusers: sgm for sgm, diffusers in make_unet_conversion_map().items()}
-    names = kohya_names("unet", sdxl["unet"])
-    ours = {path.replace(".", "_"): name for path, name in names.items()}
-    checked = 0
-    for path, name in theirs.items():
-        layers = {one: sgm for one, sgm in ours.items() if one.startswith(path.replace(".", "_"))}
-        for one, sgm in layers.items():
-            assert sgm.startswith(f"lora_unet_{name.replace('.', '_')}"), (one, sgm, name)
-            checked += 1
-    assert checked >= len(names)
-    with torch.device("meta"):
-        unet = SdxlUNet2DConditionModel()
-    kinds = LoRANetwork.UNET_TARGET_REPLACE_MODULE + LoRANetwork.UNET_TARGET_REPLACE_MODULE_CONV2D_3X3
-    found = {
-        f"lora_unet_{name}_{child}".replace(".", "_")
-        for name, module in unet.named_modules()
-        if type(module).__name__ in kinds
-        for child, one in module.named_modules()
-        if type(one).__name__ in ("Linear", "Conv2d")
-    }
-    written = {key.partition(".")[0] for key in rank_one(sdxl) if key.startswith("lora_unet_")}
-    assert len(written) == 560 and written <= found
-
-
-@pytest.mark.skipif(COMFYUI is None, reason="COMFYUI names no checkout of Comfy-Org/ComfyUI")
-def test_comfyui_s_own_map_takes_every_key(sdxl, monkeypatch):
-    monkeypatch.syspath_prepend(COMFYUI)
-    monkeypatch.setattr(sys, "argv", ["main.py", "--cpu"])
-    from comfy.weight_adapter.lora import LoRAAdapter
-
-    tensors = rank_one(sdxl)
-    loaded: set[str] = set()
-    for name in {key.partition(".")[0] for key in tensors}:
-        alpha = float(tensors[f"{name}.alpha"])
-        assert LoRAAdapter.load(name, tensors, alpha, None, loaded) is not None
-    assert {key for key in tensors if not key.endswith(".alpha")} == {k for k in loaded if not k.endswith(".alpha")}
+@pytest.mark.parametrize(("tool", "variable"), [("sd-scripts", "SD_SCRIPTS"), ("comfyui", "COMFYUI")])
+def test_the_tools_own_code_finds_every_layer(rank_one, tool, variable):
+    checkout = os.environ.get(variable)
+    if checkout is None:
+        pytest.skip(f"{variable} names no checkout of {tool}")
+    command = [sys.executable, str(ROOT / "tests" / "foreign_tools.py"), tool, checkout, str(rank_one)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == {"unet": 560, "text_encoder": 48, "text_encoder_2": 128}
