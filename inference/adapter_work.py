@@ -308,9 +308,9 @@ def merge_into_base(parts: Sequence[tuple[str, float]], base: str | None, folder
             raise ValueError(f"{folder} read back differs by {error:.1e} from the merged weights: it is not kept")
         record = {"base": base, "adapters": dict(parts)}
         (fresh / "merged.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(
-        f"{folder}: {sum(map(len, expected.values()))} tensors merged; read back, the largest difference is {error:g}"
-    )
+    say_new_words(files)
+    count = sum(map(len, expected.values()))
+    print(f"{folder}: {count} tensors merged; read back, the largest difference is {error:g}")
 
 
 def _largest_change(folder: Path, expected: Mapping[str, Mapping[str, torch.Tensor]]) -> float:

@@ -1,8 +1,7 @@
 """Which layers of SDXL other programs' own code finds in a LoRA file: `python foreign_tools.py TOOL CHECKOUT FILE`.
 
-Prints component -> number of layers, as JSON. Models are on the device "meta"; packages of theirs that are not installed,
-which none of the functions called here use, are empty. A process of its own, because their modules are called `library`
-and `utils`.
+Prints component -> number of layers, as JSON. Models are on the device "meta". Packages of theirs that are not here are
+empty; no function that is called uses them. A process of its own: their modules have names such as `library`.
 """
 
 import importlib.abc
