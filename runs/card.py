@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from methods.components import FOLDED_WEIGHTS
+from methods.files import tools_file
 from methods.registry import METHODS
 from runs.interval import Interval, format_interval
 from runs.plot import loss_plot
@@ -48,6 +49,8 @@ def card_text(record: Mapping[str, Any], samples: Sequence[tuple[str, str]] = ()
     options = {"template_path": str(_TEMPLATE), "record": record, "samples": samples, "loss_plot": LOSS_PLOT}
     options |= {"prompt": instance_prompt, "plain": plain, "code": code, "literal": literal}
     options |= {"best_score": _best_score(record.get("best")), "method": METHODS[record["method"]].title}
+    tools = tools_file(Path(config.get("output_dir", "")))
+    options["tools_file"] = tools if tools in record["files"] else None
     options["lora_file"] = FOLDED_WEIGHTS if FOLDED_WEIGHTS in record["files"] else None
     return str(ModelCard.from_template(data, **options))
 
