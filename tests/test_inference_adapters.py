@@ -305,6 +305,25 @@ def test_a_foreign_file_needs_no_base(tmp_path, capsys):
     assert "SDXL" in capsys.readouterr().out
 
 
+def test_a_dora_becomes_its_whole_update(pipeline, tmp_path, capsys):
+    """Its magnitudes act on the base's weights: with the base exactly, at full rank; without it a sentence."""
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    W = pipeline.unet.get_submodule(layer).weight.double().numpy()
+    up, down, size = (
+        np.random.RandomState(seed).randn(*shape) for seed, shape in enumerate(((32, 2), (2, 32), (32, 1)))
+    )
+    name = kohya_names("unet", pipeline.unet)[layer]
+    parts = {"lora_up.weight": up, "lora_down.weight": down, "dora_scale": size, "alpha": np.array(2.0)}
+    source = tmp_path / "dora.safetensors"
+    save_file({f"{name}.{part}": torch.tensor(value).float() for part, value in parts.items()}, source)
+    out = ["--to", "kohya", "--dtype", "fp32", "--output", str(tmp_path / "lora.safetensors")]
+    assert "name it with --base" in refused(capsys, "convert", str(source), *out)
+    main(["convert", str(source), *out, "--base", str(saved_base())])
+    whole = W + up @ down
+    expected = size * whole / np.linalg.norm(whole, axis=1, keepdims=True) - W
+    assert relative(deltas(pipeline, tmp_path / "lora.safetensors"), {f"unet.{layer}": expected}) < 1e-5
+
+
 KINDS = {
     "DoRA": {"lora_unet_x.dora_scale": (4, 1), "lora_unet_x.lora_down.weight": (2, 3)},
     "LoHa": {"lora_unet_x.hada_w1_a": (4, 2), "lora_unet_x.hada_w1_b": (2, 3)},
