@@ -32,15 +32,23 @@ from settings.command_line import exit_with, parse_config, quiet_libraries, run_
 from storage.files import check_kept, check_writable_target
 
 
-def check_output(path: str, inputs: Sequence[str], *, folder: bool, overwrite: bool, flag: str = "--output") -> None:
+def check_output(
+    path: str, inputs: Sequence[tuple[str, str]], *, folder: bool, overwrite: bool, flag: str = "--output"
+) -> None:
     """Raise ValueError where nothing can be written, or something is there that --overwrite doesn't give away."""
-    check_kept([("the input", one) for one in inputs if Path(one).exists()], [path])
+    check_kept([(kind, one) for kind, one in inputs if Path(one).exists()], [path])
     if os.path.lexists(path) and not overwrite:
         raise ValueError(f"{flag} {path} is there: add --overwrite to replace it, or name another place")
     check_writable_target(path, flag, folder=folder)
 
 
+def adapters(config: ConvertConfig | ResizeConfig | MergeConfig) -> list[tuple[str, str]]:
+    """The inputs that a message may name."""
+    return [("adapter", path) for path in config.adapter]
+
+
 def inspect(config: InspectConfig) -> None:
+    quiet_libraries()
     from inference.adapter_facts import adapter_facts, facts_text
 
     found = [adapter_facts(Path(path)) for path in config.adapter]
@@ -51,7 +59,8 @@ def inspect(config: InspectConfig) -> None:
 
 
 def convert(config: ConvertConfig) -> None:
-    check_output(config.output, config.adapter, folder=config.to == "peft", overwrite=config.overwrite)
+    check_output(config.output, adapters(config), folder=config.to == "peft", overwrite=config.overwrite)
+    quiet_libraries()  # which takes seconds: what can be refused has been
     from inference import adapter_work as work
 
     source = work.open_adapters(config.adapter, config.base, for_inner=config.to == "inner")
@@ -62,7 +71,8 @@ def convert(config: ConvertConfig) -> None:
 
 
 def resize(config: ResizeConfig) -> None:
-    check_output(config.output, config.adapter, folder=config.to == "peft", overwrite=config.overwrite)
+    check_output(config.output, adapters(config), folder=config.to == "peft", overwrite=config.overwrite)
+    quiet_libraries()  # which takes seconds: what can be refused has been
     from inference import adapter_work as work
 
     source = work.open_adapters(config.adapter, config.base)
@@ -75,8 +85,9 @@ def resize(config: ResizeConfig) -> None:
 def merge(config: MergeConfig) -> None:
     place, flag = (config.output, "--output") if config.output else (str(config.into), "--into")
     folder = config.into is not None or config.to == "peft"
-    inputs = [*config.adapter, *([config.base] if config.base else [])]
+    inputs = adapters(config) + ([("--base", config.base)] if config.base else [])
     check_output(place, inputs, folder=folder, overwrite=config.overwrite, flag=flag)
+    quiet_libraries()  # which takes seconds: what can be refused has been
     from inference import adapter_work as work
 
     if config.into is not None:
@@ -92,8 +103,9 @@ def merge(config: MergeConfig) -> None:
 
 
 def extract(config: ExtractConfig) -> None:
-    inputs = [config.base, config.tuned]
+    inputs = [("--base", config.base), ("--tuned", config.tuned)]
     check_output(config.output, inputs, folder=config.to == "peft", overwrite=config.overwrite)
+    quiet_libraries()
     from inference import adapter_extract
 
     adapter_extract.extract(config)
@@ -117,12 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config_class, rest, prog=f"python -m inference.adapters {name}", description=config_class.__doc__
     )
     command: Any = {"inspect": inspect, "convert": convert, "resize": resize, "merge": merge, "extract": extract}[name]
-
-    def work() -> None:
-        quiet_libraries()
-        command(config)
-
-    run_command(work)
+    run_command(lambda: command(config))
 
 
 if __name__ == "__main__":
