@@ -80,7 +80,7 @@ def test_files_of_a_run(nora_run):
     assert record["peak_memory_mb"] > 10 and record["timings"]["train_seconds"] > 0
     parts = ("unet", "text_encoder", "text_encoder_2")
     peft = [f"peft/{part}/{file}" for part in parts for file in ("adapter_config.json", "adapter_model.safetensors")]
-    files = [FOLDED_WEIGHTS, INNER_WEIGHTS, *peft]
+    files = [FOLDED_WEIGHTS, INNER_WEIGHTS, f"{nora_run.name}.safetensors", *peft]
     assert record["files"] == {name: (nora_run / name).stat().st_size for name in files}
     images = sorted((nora_run / "samples").glob("*.png"))
     assert len(images) == 2 and Image.open(images[0]).size == (32, 32)
