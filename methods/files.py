@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,7 +58,8 @@ def save_files(adapter: Adapter, folder: Path, *, peft: bool = True) -> list[str
 
 def tools_file(folder: Path) -> str:
     """Name of a run's file for drawing programs, which show it: that of the run's folder, such as cat.safetensors."""
-    name = cut_bytes(folder.resolve().name.lstrip("."), 200) or "lora"
+    spelled = re.sub("[\ud800-\udfff]", "_", folder.resolve().name)  # bytes that are no text, and no header's either
+    name = cut_bytes(spelled.lstrip("."), 200) or "lora"
     taken = (FOLDED_WEIGHTS, INNER_WEIGHTS, KOHYA_WEIGHTS, EMBEDDINGS)
     own = f"{name}.safetensors" not in taken and not name.startswith("approximate_lora_rank")
     return f"{name}.safetensors" if own else f"{name}_kohya.safetensors"

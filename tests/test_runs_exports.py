@@ -200,7 +200,7 @@ def test_the_header_of_a_run_on_other_targets():
 
 @pytest.mark.parametrize(
     ("folder", "file"),
-    [("cat", "cat"), ("my cat", "my cat"), (".out", "out"), ("nora_inner_weights", "nora_inner_weights_kohya")],
+    [("cat", "cat"), ("caf\udce9", "caf_"), (".out", "out"), ("nora_inner_weights", "nora_inner_weights_kohya")],
 )
 def test_the_tools_file_has_the_folder_s_name(tmp_path, folder, file):
     assert tools_file(tmp_path / folder) == f"{file}.safetensors"
