@@ -45,6 +45,25 @@ def compressed(update: Update, rank: int | None = None, energy: float | None = N
     return Compressed(small, float(squares[:k].sum()), whole)
 
 
+def conditioned(update: Update) -> Update:
+    """The same of singular vectors, whose products don't cancel as PiSSA's do: half precision would leave nothing."""
+    return compressed(update).update
+
+
+def rounded(update: Update, dtype: torch.dtype) -> Update:
+    """With factors in a dtype; as they were where float16 would lose numbers so small.
+
+    Raises:
+        ValueError: for numbers too large for the dtype.
+    """
+    cast = Update(*(None if one is None else one.to(dtype) for one in update))
+    if not cast.is_finite():
+        raise ValueError(f"is too large for {str(dtype).removeprefix('torch.')}: take fp32")
+    pairs = zip((cast.up, cast.down), (update.up, update.down))
+    worst = max(_relative(one.float() - other, other) for one, other in pairs)
+    return cast if worst <= torch.finfo(dtype).eps else update
+
+
 def added(parts: Sequence[tuple[float, Update]]) -> Update:
     """``Σ w_i ΔW_i`` exactly: factors side by side, of rank Σ r_i, or as one matrix where that is smaller."""
     up = torch.cat([weight * update.up.flatten(1) for weight, update in parts], 1)

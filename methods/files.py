@@ -78,8 +78,8 @@ def write_kohya_file(
         updates: component -> module path -> update.
         header: the network's dimension and the hash are added.
     """
-    rank = max(update.rank for layers in updates.values() for update in layers.values())
     tensors = kohya_tensors(updates, models, dtype)
+    rank = round(next(float(one) for key, one in tensors.items() if key.endswith(".alpha")))
     data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     digest = hashlib.sha256(memoryview(data)[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
     own = {"ss_network_dim": str(rank), "ss_network_alpha": str(rank), "sshs_model_hash": digest}

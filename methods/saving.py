@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from methods.arithmetic import Layers
+from methods.arithmetic import Layers, conditioned, rounded
 from methods.components import adapter_components
 from methods.files import factor_tensors, write_diffusers_file, write_kohya_file
 from methods.peft_folder import write_lora_folder
@@ -57,7 +57,7 @@ def write_adapter(
 def _cast(name: str, update: Update, dtype: torch.dtype) -> Update:
     if dtype == torch.float32:
         return update
-    cast = Update(*(None if one is None else one.to(dtype) for one in update.balanced()))
-    if not cast.is_finite():
-        raise ValueError(f"{name} is too large for {str(dtype).removeprefix('torch.')}: take fp32")
-    return cast
+    try:
+        return rounded(conditioned(update), dtype)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from error

@@ -17,7 +17,7 @@ from inference.adapters import main
 from inference.base import load_pipeline
 from inference.load import load_adapter
 from inference.outline import sdxl_outline
-from methods.arithmetic import added, compressed, largest_difference
+from methods.arithmetic import added, compressed, conditioned, largest_difference, rounded
 from methods.components import FOLDED_WEIGHTS, INNER_WEIGHTS
 from methods.formats.keys import split_key
 from methods.formats.kohya import kohya_names
@@ -107,6 +107,20 @@ def test_compressing_is_numpy_s_truncated_svd(name, size):
     assert kept / whole == pytest.approx(energies[k - 1], rel=1e-10)
     if "energy" in size:
         assert small.rank == k and kept / whole >= size["energy"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_rounding_keeps_what_cancels_and_what_is_small(dtype):
+    """PiSSA's update is the small difference of large products; after one step of training updates are tiny."""
+    B, A = normal(12, 4, seed=12), normal(4, 9, seed=13)
+    moved = B + 1e-4 * normal(12, 4, seed=14)
+    for update in (Update(torch.cat([moved, -B], 1), torch.cat([A, A])), Update(1e-7 * B, 1e-3 * A), Update(0 * B, A)):
+        expected = update.up.double() @ update.down.double()
+        found = rounded(update if dtype == torch.float32 else conditioned(update), dtype)
+        error = (found.up.double() @ found.down.double() - expected).norm()
+        assert error <= max(2 * torch.finfo(dtype).eps, 1e-6) * expected.norm()
+    with pytest.raises(ValueError, match=r"too large for float16: take fp32"):
+        rounded(Update(1e6 * B, A), torch.float16)
 
 
 def test_adding_is_the_sum_whatever_the_ranks():

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from methods.arithmetic import conditioned, rounded
 from methods.formats.layers import KOHYA_PREFIXES, base_layers
 from methods.formats.sgm import SgmNames
 from methods.update import Update
@@ -52,11 +53,13 @@ def kohya_tensors(
         for path, update in layers.items():
             if update.bias is not None:
                 raise ValueError(f"{component}.{path} has a change of its bias, which kohya's LoRA files don't hold")
-            update = update._replace(up=update.up * (update.rank / largest)).balanced()
-            up, down = update.up.to(dtype), update.down.to(dtype)
-            if not bool(up.isfinite().all() and down.isfinite().all()):
-                raise ValueError(f"{component}.{path} is too large for {str(dtype).removeprefix('torch.')}: take fp32")
-            tensors[f"{names[path]}.lora_down.weight"] = down
-            tensors[f"{names[path]}.lora_up.weight"] = up
+            if dtype != torch.float32:
+                update = conditioned(update)
+            try:
+                update = rounded(update._replace(up=update.up * (update.rank / largest)), dtype)
+            except ValueError as error:
+                raise ValueError(f"{component}.{path} {error}") from error
+            tensors[f"{names[path]}.lora_down.weight"] = update.down
+            tensors[f"{names[path]}.lora_up.weight"] = update.up
             tensors[f"{names[path]}.alpha"] = torch.tensor(float(largest))  # bf16 would round one above 256
     return tensors
