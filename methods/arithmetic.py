@@ -96,8 +96,9 @@ def largest_difference(found: Layers, expected: Layers) -> tuple[float, str]:
 
     A layer of zeros is compared with the largest one.
     """
-    norms = {
-        f"{component}.{path}": squared_norm(update) ** 0.5
+    eps = torch.finfo(torch.float32).eps
+    norms = {  # no less than what float32 factors can tell: PiSSA's may cancel to nothing
+        f"{component}.{path}": max(squared_norm(update) ** 0.5, eps * float(update.up.norm() * update.down.norm()))
         for component, layers in expected.items()
         for path, update in layers.items()
     }

@@ -136,6 +136,9 @@ def test_adding_is_the_sum_whatever_the_ranks():
 def test_the_largest_difference_is_found_where_it_is():
     layers = {"unet": {"a": UPDATES["thin"], "b": UPDATES["bias"]}}
     assert largest_difference(layers, layers)[0] < 1e-12
+    up, down = normal(12, 4, seed=12), normal(4, 9, seed=13)
+    nothing = Update(torch.cat([up, -up], 1), torch.cat([down, down]))  # a PiSSA layer that learned nothing
+    assert largest_difference({"unet": {"a": conditioned(nothing)}}, {"unet": {"a": nothing}})[0] < 1e-6
     off = UPDATES["bias"]._replace(up=UPDATES["bias"].up * 1.01)
     error, layer = largest_difference({"unet": {"a": UPDATES["thin"], "b": off}}, layers)
     assert error == pytest.approx(0.01, rel=1e-4) and layer == "unet.b"
