@@ -67,10 +67,11 @@ def finish(
             dtype=run.dtype,
             num_processes=accelerator.num_processes,
         )
+        check_files(run.adapter, folder, files)
+        _write_record(folder, record, files)  # which must not be lost with what follows
         if tools := _save_tools_file(run, pictures, record):
             files.append(tools)
-        check_files(run.adapter, folder, files, PRECISIONS[output.output_kohya_dtype])
-        _write_record(folder, record, files)
+            _write_record(folder, record, files)
         write_card(folder, record)
     seeds = range(loop.seed, loop.seed + validation.num_validation_images)
     samples = sampler.samples(validation.validation_prompt, seeds)
@@ -86,7 +87,7 @@ def finish(
 
 
 def _save_tools_file(run: Run, pictures: Pictures, record: Mapping[str, Any]) -> str | None:
-    """Write the file for drawing programs where it is wanted; returns its name."""
+    """Write and check the file for drawing programs where it is wanted; returns its name."""
     output = run.config.output
     if not output.writes_tools_file(run.adapter.method.low_rank):
         return None
@@ -94,7 +95,10 @@ def _save_tools_file(run: Run, pictures: Pictures, record: Mapping[str, Any]) ->
     for picture in pictures.instance:
         captions[picture.example.concept][picture.example.prompt] += 1
     header = run_header(Path(tools_file(folder)).stem, record, pictures.instance_prompts, captions)
-    return save_tools_file(run.adapter, folder, header, PRECISIONS[output.output_kohya_dtype])
+    dtype = PRECISIONS[output.output_kohya_dtype]
+    name = save_tools_file(run.adapter, folder, header, dtype)
+    check_files(run.adapter, folder, [name], dtype)
+    return name
 
 
 def _write_record(folder: Path, record: dict[str, Any], files: Sequence[str]) -> None:

@@ -44,13 +44,15 @@ def kohya_tensors(
         components: with those layers.
 
     Raises:
-        ValueError: for a change of a bias, which such files don't hold, or numbers too large for the dtype.
+        ValueError: for a layer or a change of a bias that such files don't hold, or numbers too large for the dtype.
     """
     largest = max(update.rank for layers in updates.values() for update in layers.values())
     tensors: dict[str, torch.Tensor] = {}
     for component, layers in updates.items():
         names = kohya_names(component, components[component])
         for path, update in layers.items():
+            if path not in names:
+                raise ValueError(f"{component}.{path} has no name in Stability's code, and so none in kohya's files")
             if update.bias is not None:
                 raise ValueError(f"{component}.{path} has a change of its bias, which kohya's LoRA files don't hold")
             if dtype != torch.float32:
