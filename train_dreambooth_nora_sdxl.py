@@ -181,7 +181,7 @@ def train_in_folder(config: TrainConfig, lock: FolderLock) -> Path:
 
     # 6. Adapter and record are saved before anything is drawn: running out of memory there must not lose the run.
     run.average.copy_to_parameters()
-    finish(run, total_steps, sampler, fingerprints, words, clock, memory.megabytes, judge.best)
+    finish(run, pictures, total_steps, sampler, fingerprints, words, clock, memory.megabytes, judge.best)
     end_training(accelerator, run.prepared)
     return output_dir
 

@@ -8,6 +8,8 @@ sampling       prompts × seeds -> images, one generator per image
 pipelines      a pipeline as the flags of a command say
 manifest       names of pictures, the text in each PNG, the list of a folder's pictures
 columns        pictures of several models, drawn where they are missing
+adapters       `python -m inference.adapters`: look into adapters, convert, resize, merge, extract
+adapter_work, adapter_extract, adapter_facts, nora_factors, outline    what it does
 figures        what an adapter cost, in words
 page, sheet    pictures side by side, as HTML and as one picture
 generate       `python -m inference.generate`: pictures into a folder

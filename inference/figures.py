@@ -8,7 +8,7 @@ from typing import Any
 
 from inference.adapter_files import inspect_adapter, read_run_record, recorded_config, trained_steps
 from inference.page import UNKNOWN
-from methods.components import FOLDED_WEIGHTS, INNER_WEIGHTS
+from methods.components import EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS
 from methods.files import KOHYA_WEIGHTS, PEFT_FOLDER
 from methods.registry import METHODS
 from settings.sampling import SamplingConfig
@@ -67,7 +67,10 @@ def _timings(record: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _smallest_file(recorded: Any) -> float | None:
-    """Bytes of the smallest file, or of the PEFT folders together, that are the whole adapter."""
+    """Bytes of the smallest file, or of the PEFT folders together, that are the whole adapter, exactly.
+
+    The file for drawing programs is in half precision, and is left out.
+    """
     sizes: dict[str, float] = {}
     for name, size in recorded.items() if isinstance(recorded, dict) else ():
         kind = PEFT_FOLDER if Path(name).parts[0] == PEFT_FOLDER else name
@@ -102,7 +105,7 @@ def file_sizes(path: Path, recorded: Any) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for name in recorded if isinstance(recorded, dict) else ():
         if (folder / name).is_file():
-            kind = "peft" if Path(name).parts[0] == PEFT_FOLDER else FILE_KINDS.get(name)
+            kind = _file_kind(name)
             label = KIND_LABELS[kind] if kind else name
             sizes[label] = sizes.get(label, 0) + (folder / name).stat().st_size
     if not sizes:
@@ -110,6 +113,14 @@ def file_sizes(path: Path, recorded: Any) -> dict[str, int]:
         files = [file for part in adapter.parts.values() for file in part.iterdir()] or [adapter.path]
         sizes = {KIND_LABELS[adapter.kind]: sum(file.stat().st_size for file in files)}
     return sizes
+
+
+def _file_kind(name: str) -> str | None:
+    """Of a run's file; the one for drawing programs has its folder's name."""
+    if Path(name).parts[0] == PEFT_FOLDER:
+        return "peft"
+    other = name == EMBEDDINGS or name.startswith("approximate_lora_rank") or not name.endswith(".safetensors")
+    return FILE_KINDS.get(name, None if other else "kohya")
 
 
 def _outer_rank(ranks: list[int | None]) -> str | None:

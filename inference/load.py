@@ -115,10 +115,8 @@ def _place(update: Update, weight: torch.Tensor, dtype: torch.dtype) -> Update:
     """The update where its layer is, and as precise: factors of one size, so that neither leaves float16's range."""
     if weight.device.type == "meta":
         raise ValueError("the base's weights are offloaded: load adapters before enable_sequential_cpu_offload")
-    up, down = update.up.abs().max().item(), update.down.abs().max().item()
-    if dtype == torch.float16 and up > 0 and down > 0:
-        balance = 2.0 ** round(math.log2(down / up) / 2)  # a power of two changes no digit
-        update = Update(update.up * balance, update.down / balance, update.bias)
+    if dtype == torch.float16:
+        update = update.balanced()
     return Update(*(None if one is None else one.to(weight.device, dtype).contiguous() for one in update))
 
 

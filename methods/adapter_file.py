@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from methods.components import COMPONENT_NAMES, EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS
+from methods.components import COMPONENT_NAMES, EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS, RUN_RECORD
 from methods.files import KOHYA_WEIGHTS, PEFT_FOLDER
 from methods.formats.keys import refused_kind, split_key, what_it_is
 from storage.files import read_json
@@ -111,8 +112,16 @@ def _peft(path: Path, parts: dict[str, Path], new_word: Path | None) -> AdapterF
 
 def _run_embeddings(file: Path) -> Path | None:
     """The learned embeddings beside a file, if it is the run's own: others may have been put there since."""
-    own = _RUN_FILES.fullmatch(file.name) or _APPROXIMATE.fullmatch(file.name)
+    own = _RUN_FILES.fullmatch(file.name) or _APPROXIMATE.fullmatch(file.name) or _is_recorded(file)
     return _embeddings(file.parent) if own else None
+
+
+def _is_recorded(file: Path) -> bool:
+    """Whether the run's record beside a file lists it, which has its own folder's name."""
+    with suppress(OSError, ValueError):
+        listed = read_json(file.parent / RUN_RECORD).get("files")
+        return isinstance(listed, dict) and listed.get(file.name) == file.stat().st_size
+    return False
 
 
 def _embeddings(folder: Path) -> Path | None:

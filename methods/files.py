@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionXLPipeline
-from diffusers.utils import convert_state_dict_to_kohya
 from peft import get_peft_model_state_dict
+from safetensors.torch import save
+from torch import nn
 
 from methods.adapter import NAME, Adapter, adapted_layers
-from methods.components import COMPONENT_NAMES, FOLDED_WEIGHTS, adapter_components
-from storage.files import replacing_folder, write_atomic
+from methods.components import COMPONENT_NAMES, EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
+from methods.formats.kohya import kohya_tensors
+from methods.update import Update
+from storage.files import cut_bytes, replacing_folder, write_atomic
 from storage.tensors import write_safetensors
 
-KOHYA_WEIGHTS = "pytorch_lora_weights_kohya.safetensors"
+KOHYA_WEIGHTS = "pytorch_lora_weights_kohya.safetensors"  # as runs of before named their `tools_file`
 PEFT_FOLDER = "peft"
 
 
@@ -31,21 +36,16 @@ def has_lora_file(adapter: Adapter) -> bool:
     return adapter.method.low_rank or adapter.method.name == "dora"
 
 
-def save_files(adapter: Adapter, folder: Path, *, kohya: bool = False, peft: bool = True) -> list[str]:
+def save_files(adapter: Adapter, folder: Path, *, peft: bool = True) -> list[str]:
     """Write the adapter's files, each whole or not there; returns their names.
 
     Args:
-        kohya: also with the names of kohya's sd-scripts.
         peft: also PEFT folders; written anyway where there is no LoRA file.
     """
     names = []
     if has_lora_file(adapter):
-        lora = lora_tensors(adapter)
-        write_diffusers_file(lora, folder / FOLDED_WEIGHTS)
+        write_diffusers_file(lora_tensors(adapter), folder / FOLDED_WEIGHTS)
         names.append(FOLDED_WEIGHTS)
-        if kohya:
-            write_safetensors(folder / KOHYA_WEIGHTS, kohya_tensors(lora))
-            names.append(KOHYA_WEIGHTS)
     names += adapter.save_more(folder)
     if peft or not has_lora_file(adapter):
         for component in adapter.models:
@@ -56,35 +56,68 @@ def save_files(adapter: Adapter, folder: Path, *, kohya: bool = False, peft: boo
     return names
 
 
-def kohya_tensors(lora: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A LoRA with kohya's names and one alpha, the largest rank; what that changes is made up for in lora_up.
+def tools_file(folder: Path) -> str:
+    """Name of a run's file for drawing programs, which show it: that of the run's folder, such as cat.safetensors."""
+    spelled = re.sub("[\ud800-\udfff]", "_", folder.resolve().name)  # bytes that are no text, and no header's either
+    name = cut_bytes(spelled.lstrip("."), 200) or "lora"
+    taken = (FOLDED_WEIGHTS, INNER_WEIGHTS, KOHYA_WEIGHTS, EMBEDDINGS)
+    own = f"{name}.safetensors" not in taken and not name.startswith("approximate_lora_rank")
+    return f"{name}.safetensors" if own else f"{name}_kohya.safetensors"
 
-    Every reader multiplies by alpha / rank; but of several alphas in one file diffusers takes the commonest for all.
+
+def write_kohya_file(
+    path: Path,
+    updates: Mapping[str, Mapping[str, Update]],
+    models: Mapping[str, nn.Module],
+    header: Mapping[str, str],
+    dtype: torch.dtype,
+) -> None:
+    """With the hash of the tensors by which A1111, Forge and Civitai know a file (its bytes after the header).
+
+    Args:
+        updates: component -> module path -> update.
+        header: the network's dimension and the hash are added.
     """
-    tensors = convert_state_dict_to_kohya(dict(lora))
-    ranks = {key.removesuffix(".alpha"): int(one) for key, one in tensors.items() if key.endswith(".alpha")}
-    largest = max(ranks.values())
-    for name, rank in ranks.items():
-        if rank != largest:
-            tensors[f"{name}.lora_up.weight"] = tensors[f"{name}.lora_up.weight"] * (rank / largest)
-            tensors[f"{name}.alpha"] = torch.tensor(largest)
-    return tensors
+    tensors = kohya_tensors(updates, models, dtype)
+    rank = round(next(float(one) for key, one in tensors.items() if key.endswith(".alpha")))
+    data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    digest = hashlib.sha256(memoryview(data)[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+    own = {"ss_network_dim": str(rank), "ss_network_alpha": str(rank), "sshs_model_hash": digest}
+    write_safetensors(path, tensors, {**header, **own, "modelspec.hash_sha256": f"0x{digest}"})
+
+
+def save_kohya(adapter: Adapter, path: Path, header: Mapping[str, str], dtype: torch.dtype) -> None:
+    """Write the update, which is a pair of factors, for drawing programs (see `formats.kohya`).
+
+    Args:
+        header: what they show of it; the network's dimension is added.
+    """
+    updates = {component: dict(adapter.updates(component)) for component in adapter.models}
+    write_kohya_file(path, updates, adapter.models, header, dtype)
 
 
 def lora_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
     """The adapter as LoRA with alpha = rank, any scale being in lora_B; keys as in diffusers' files."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for prefix, model in adapter_components(adapter.models).items():
         if adapter.method.low_rank:
-            component = prefix.removesuffix(".text_model")
-            for name, update in adapter.updates(component):
-                tensors[f"{prefix}.{name}.lora_A.weight"] = update.down
-                tensors[f"{prefix}.{name}.lora_B.weight"] = update.up
+            tensors |= factor_tensors(prefix, dict(adapter.updates(prefix.removesuffix(".text_model"))))
         else:  # DoRA
             scales = {name: layer.scaling[NAME] for name, layer in adapted_layers(model).items()}
             for key, weight in get_peft_model_state_dict(model).items():
                 name, is_B, _ = key.partition(".lora_B.")
                 tensors[f"{prefix}.{key}"] = weight.float() * (scales[name] if is_B else 1)
+    return tensors
+
+
+def factor_tensors(prefix: str, updates: Mapping[str, Update]) -> dict[str, torch.Tensor]:
+    """``….lora_A.weight`` (r, n) and ``….lora_B.weight`` (m, r) of each layer, and ``….lora_B.bias`` where there is."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, update in updates.items():
+        tensors[f"{prefix}.{name}.lora_A.weight"] = update.down
+        tensors[f"{prefix}.{name}.lora_B.weight"] = update.up
+        if update.bias is not None:
+            tensors[f"{prefix}.{name}.lora_B.bias"] = update.bias
     return tensors
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,14 @@ class Update(NamedTuple):
 
     def is_finite(self) -> bool:
         return all(bool(tensor.isfinite().all()) for tensor in self if tensor is not None)
+
+    def balanced(self) -> Update:
+        """The same, with factors of one size: so neither leaves float16's range. A power of two changes no digit."""
+        up, down = self.up.abs().max().item(), self.down.abs().max().item()
+        if not (up > 0 and down > 0):
+            return self
+        balance = 2.0 ** round(math.log2(down / up) / 2)
+        return Update(self.up * balance, self.down / balance, self.bias)
 
     @classmethod
     def dense(cls, delta: torch.Tensor, bias: torch.Tensor | None = None) -> Update:

@@ -11,10 +11,12 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from methods.components import FOLDED_WEIGHTS
+from methods.files import tools_file
 from methods.registry import METHODS
 from runs.interval import Interval, format_interval
 from runs.plot import loss_plot
 from runs.record import LOSS_PLOT, METRICS, MODEL_CARD
+from runs.tools_header import LICENSES
 from storage.files import write_atomic
 from storage.text import spell
 
@@ -38,6 +40,7 @@ def card_text(record: Mapping[str, Any], samples: Sequence[tuple[str, str]] = ()
     instance_prompt = spell(instance_prompt, record["new_words"])
     data = ModelCardData(
         base_model=config["pretrained_model_name_or_path"],
+        license=config.get("license") or LICENSES.get(config["pretrained_model_name_or_path"]),
         library_name="diffusers",
         tags=["text-to-image", "diffusers", "lora", "dreambooth", "stable-diffusion-xl", record["method"]],
         instance_prompt=one_line(instance_prompt),
@@ -46,6 +49,8 @@ def card_text(record: Mapping[str, Any], samples: Sequence[tuple[str, str]] = ()
     options = {"template_path": str(_TEMPLATE), "record": record, "samples": samples, "loss_plot": LOSS_PLOT}
     options |= {"prompt": instance_prompt, "plain": plain, "code": code, "literal": literal}
     options |= {"best_score": _best_score(record.get("best")), "method": METHODS[record["method"]].title}
+    tools = tools_file(Path(config.get("output_dir", "")))
+    options["tools_file"] = tools if tools in record["files"] else None
     options["lora_file"] = FOLDED_WEIGHTS if FOLDED_WEIGHTS in record["files"] else None
     return str(ModelCard.from_template(data, **options))
 

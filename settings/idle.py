@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from methods.registry import METHODS
+
 Config = Any  # a `TrainConfig`, whose module imports this one
 Idle = Sequence[tuple[Sequence[str], Callable[[Config], object], str]]
 # Flags, when they do something, and where they don't. Given there, these are refused:
@@ -21,6 +23,11 @@ IDLE: Idle = (
         "without --with_prior_preservation",
     ),
     (("num_class_images",), lambda config: not config.prior.prior_teacher, "with --prior_teacher, which needs none"),
+    (
+        ("output_kohya_dtype",),
+        lambda config: config.output.writes_tools_file(METHODS[config.method.name].low_rank),
+        "without the file for drawing programs",
+    ),
     (("huber_c",), lambda config: config.loss.loss_type == "huber", "without --loss_type huber"),
     (("train_text_encoder_frac",), lambda config: config.text.train_text_encoder, "without --train_text_encoder"),
     (

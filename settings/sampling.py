@@ -29,6 +29,21 @@ def _at_home(path: str, name: str) -> str:
         raise ValueError(f"--{name} {path} {error}") from error
 
 
+def settle_texts(config: Any) -> None:
+    """Check a dataclass's texts as a record's, and take ``~`` in its paths as the home folder.
+
+    Raises:
+        ValueError: for a text that can't be recorded, or a home folder that is not known.
+    """
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
+        check_texts(name, value)
+        if value is None or not _is_path(hint):
+            continue
+        several = [_at_home(str(path), name) for path in (value if isinstance(value, list) else [value])]
+        setattr(config, name, several if isinstance(value, list) else several[0])
+
+
 @dataclass
 class SamplingConfig:
     """Flags that all of these commands share."""
@@ -84,13 +99,7 @@ class SamplingConfig:
         Raises:
             ValueError: for another text, or a home folder that is not known.
         """
-        for name, hint in get_type_hints(type(self), include_extras=True).items():
-            value = getattr(self, name)
-            check_texts(name, value)
-            if value is None or not _is_path(hint):
-                continue
-            several = [_at_home(str(path), name) for path in (value if isinstance(value, list) else [value])]
-            setattr(self, name, several if isinstance(value, list) else several[0])
+        settle_texts(self)
 
     @property
     def scales(self) -> list[float]:

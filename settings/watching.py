@@ -53,7 +53,15 @@ class OutputOptions(Record):
     """Output"""
 
     output_dir: FilePath = option("lora-dreambooth-model", "Folder for the adapter, its record and its samples.")
-    output_kohya_format: bool = option(False, "Also write the adapter with kohya's, A1111's and ComfyUI's key names.")
+    output_kohya_format: bool | None = option(
+        None,
+        "The file for ComfyUI, A1111, Forge and kohya's scripts, named as --output_dir is; False leaves it out. "
+        "Default: written where the update is a pair of factors.",
+    )
+    output_kohya_dtype: Literal["fp16", "bf16", "fp32"] = option("fp16", "Of the numbers in that file.")
+    license: str | None = option(
+        None, "Licence that the file's header and the model card name. Default: SDXL's own, for its base on the Hub."
+    )
     output_peft_format: bool = option(
         True, "A PEFT folder for each trained component; False leaves it out where there is a LoRA file."
     )
@@ -65,3 +73,11 @@ class OutputOptions(Record):
     push_to_hub: bool = option(False, "Upload the adapter and its card, never the checkpoints.")
     hub_token: str | None = Field(default=None, description="Token for that; better: hf auth login.", repr=False)
     hub_model_id: str | None = option(None, "Repository for that. Default: the output folder's name.")
+
+    def writes_tools_file(self, low_rank: bool) -> bool:
+        """Whether there is a file for drawing programs.
+
+        Args:
+            low_rank: the method's update is a pair of factors.
+        """
+        return low_rank and self.output_kohya_format is not False

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from storage.files import replacing
@@ -26,6 +26,12 @@ def write_safetensors(
             save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
         except SafetensorError as error:  # its own kind of a full disk
             raise OSError(str(error)) from error
+
+
+def add_to_header(path: Path, entries: Mapping[str, str]) -> None:
+    """Add metadata to a file, whose tensors stay as they are."""
+    metadata, _ = read_safetensors_header(path, "file")
+    write_safetensors(path, load_file(path), {**metadata, **entries})
 
 
 def read_safetensors_header(path: Path, role: str) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:

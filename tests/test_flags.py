@@ -72,6 +72,7 @@ DIFFUSERS = {
 }
 # Ours differ on purpose: docs/flags.md says why.
 DIFFERENT = {
+    "output_kohya_format": None,
     "instance_prompt": None,
     "seed": 0,
     "resolution": None,
@@ -144,6 +145,7 @@ IDLE_CASES = (
     ({"validation_data_dir": "d"}, {"validation_loss_steps": 5}),
     ({"clip": "x"}, {"eval_steps": 5}),
     ({"hub_token": "secret"}, {"push_to_hub": True}),
+    ({"output_kohya_dtype": "fp32", "method": "loha"}, {"method": "lora"}),
 )
 # diffusers takes these: each is a warning, and none with what is beside it.
 WARNED_CASES = (

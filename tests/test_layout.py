@@ -102,6 +102,12 @@ def test_circles_are_found():
 
 
 COMMANDS = ("inference.generate", "inference.gallery", "judging.evaluate", "inference.evaluate", "trainer.compare")
+WORKING_COMMANDS = (
+    ("--help",),
+    ("inspect", "--help"),
+    ("resize", "a", "--energy", "2", "--output", "b"),
+    ("convert", "a"),
+)
 
 
 @pytest.mark.parametrize("flags", [["--help"], ["--no_such_flag"], ["--num_inference_steps", "0"]], ids=" ".join)
@@ -126,6 +132,20 @@ print("heavy", [name for name in {heavy} if name in sys.modules])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     status = 0 if flags == ["--help"] else 2
     assert done.stdout.endswith(f"status {status}\nheavy []\n"), done.stdout[-300:] + done.stderr
+
+
+@pytest.mark.parametrize("words", WORKING_COMMANDS, ids=" ".join)
+def test_help_and_refusals_of_adapters_import_no_torch(words):
+    code = f"""
+import runpy, sys
+sys.argv = ["x", *{words!r}]
+try:
+    runpy.run_module("inference.adapters", run_name="__main__")
+except SystemExit as stopped:
+    print("status", stopped.code, [name for name in ("torch", "diffusers", "peft") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.endswith(f"status {0 if '--help' in words else 2} []\n"), done.stdout[-300:] + done.stderr
 
 
 def test_the_package_imports_no_torch_and_still_quietens_the_libraries():

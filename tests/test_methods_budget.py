@@ -72,7 +72,7 @@ def test_counts_are_those_of_the_layers_and_of_the_smallest_file(name, tmp_path)
     layers = [budget.Layer(16, 24, 1), budget.Layer(48, 32, 1)]
     found = budget.setting(find_method(name), args, layers)
     assert found.parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    files = [path for path in save_files(adapter, tmp_path, kohya=False, peft=True) if path.endswith(".safetensors")]
+    files = [path for path in save_files(adapter, tmp_path, peft=True) if path.endswith(".safetensors")]
     sizes = []
     for path in files:
         if path == INNER_WEIGHTS:  # without the fingerprints

@@ -17,6 +17,7 @@ from test_trainer import QUICK, losses, run
 from tiny_sdxl import saved_base
 
 from methods.components import FOLDED_WEIGHTS, INNER_WEIGHTS
+from methods.files import tools_file
 from runs.checkpoints import (
     STATE,
     check_earlier_run,
@@ -51,7 +52,8 @@ VARIANTS = {
 def same_ends(one: Path, other: Path) -> None:
     assert losses(one) == losses(other)
     for path in sorted(one.glob("*.safetensors")):
-        first, second = load_file(path), load_file(other / path.name)
+        name = tools_file(other) if path.name == tools_file(one) else path.name  # which has its folder's name
+        first, second = load_file(path), load_file(other / name)
         assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first), path.name
 
 

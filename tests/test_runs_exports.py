@@ -1,12 +1,19 @@
 """The files of an adapter: readable elsewhere, and compared with what is in memory before a run calls itself done."""
 
+import base64
+import hashlib
+import io
 import json
 import re
+from collections import Counter
+from datetime import datetime
 
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import PeftModel
+from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_trainer import CAT, run
 from tiny_sdxl import live_outputs, outputs, saved_base
@@ -19,19 +26,20 @@ from inference.base import load_pipeline
 from inference.load import load_adapter, unload_adapters
 from inference.sampling import encode_prompts
 from methods.components import EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS
-from methods.files import KOHYA_WEIGHTS, PEFT_FOLDER
+from methods.files import PEFT_FOLDER, tools_file
 from nora.files import parse_inner
 from runs.card import write_card
 from runs.exports import check_files
 from runs.interval import Interval, format_interval
+from runs.tools_header import run_header
 
-FORMATS = {"output_kohya_format": True, "output_peft_format": True, "train_text_encoder": True}
+FORMATS = {"output_peft_format": True, "train_text_encoder": True, "output_kohya_dtype": "fp32"}
 METHODS = {
     "nora": {},
     "lora": {"method": "lora"},
     "lora with alpha": {"method": "lora", "lora_alpha": 8},
     "nora with alpha": {"lora_alpha": 16},
-    "dora": {"use_dora": True, "output_kohya_format": False, "train_text_encoder": False},
+    "dora": {"use_dora": True, "train_text_encoder": False, "output_kohya_dtype": "fp16"},
 }
 
 
@@ -72,14 +80,16 @@ def agrees_with_base(base, live):
 def test_kohya_file(exported):
     method, folder, live = exported
     if method == "dora":
-        assert not (folder / KOHYA_WEIGHTS).exists()
+        assert not (folder / tools_file(folder)).exists()
         return
-    weights = load_file(folder / KOHYA_WEIGHTS)
+    weights = load_file(folder / tools_file(folder))
     assert {key.rsplit(".", 1)[-1] for key in weights} == {"weight", "alpha"}
     assert {key.split("_")[1] for key in weights} == {"unet", "te1", "te2"}
     assert "lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight" in weights
     pipeline = StableDiffusionXLPipeline.from_pretrained(saved_base(), torch_dtype=torch.float32)
-    pipeline.load_lora_weights(str(folder), weight_name=KOHYA_WEIGHTS)
+    assert "lora_te2_text_model_encoder_layers_1_self_attn_out_proj.lora_up.weight" in weights
+    assert "lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q.alpha" in weights
+    pipeline.load_lora_weights(str(folder), weight_name=tools_file(folder))
     assert agrees(pipeline, live)
 
 
@@ -109,24 +119,93 @@ def test_record_lists_every_file(exported):
     assert f"{PEFT_FOLDER}/unet/adapter_config.json" in files
 
 
-@pytest.mark.parametrize("file", [FOLDED_WEIGHTS, INNER_WEIGHTS, KOHYA_WEIGHTS, f"{PEFT_FOLDER}/unet/adapter_model"])
+@pytest.mark.parametrize("file", [FOLDED_WEIGHTS, INNER_WEIGHTS, "tools", f"{PEFT_FOLDER}/unet/adapter_model"])
 def test_a_wrong_file_is_noticed(tmp_path, monkeypatch, file):
+    file = tools_file(tmp_path) if file == "tools" else file
     file = file if file.endswith("safetensors") else f"{file}.safetensors"
 
-    def check_after_damage(adapter, folder, files):
-        from safetensors import safe_open
-
-        with safe_open(folder / file, "pt") as opened:
-            header = opened.metadata()
+    def check_after_damage(adapter, folder, files, *dtype):
+        if file not in files:
+            return check_files(adapter, folder, files, *dtype)
+        header = header_of(folder / file)
         weights = load_file(folder / file)
         key = next(key for key in sorted(weights) if key.endswith(".weight") and "stats" not in key)
         weights[key] = weights[key] + 0.1
         save_file(weights, folder / file, metadata=header)
-        return check_files(adapter, folder, files)
+        return check_files(adapter, folder, files, *dtype)
 
     monkeypatch.setattr(trainer.finish, "check_files", check_after_damage)
     with pytest.raises(ValueError, match="read back differs"):
-        run(tmp_path, output_kohya_format=True, output_peft_format=True)
+        run(tmp_path, output_peft_format=True)
+
+
+# --- the file for drawing programs ------------------------------------------------------------------------------------
+
+
+def header_of(path):
+    with safe_open(path, "pt") as opened:
+        return opened.metadata()
+
+
+def test_the_header_of_the_tools_file(tmp_path):
+    """What ComfyUI's, A1111's and other managers show, sort and filter by; the hash is of the file as it is."""
+    folder = run(tmp_path / "cat", num_validation_images=1, license="mit", max_train_steps=1)
+    header, data = header_of(folder / "cat.safetensors"), (folder / "cat.safetensors").read_bytes()
+    digest = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+    expected = {
+        "sshs_model_hash": digest,
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "ss_v2": "False",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": "4",
+        "ss_network_alpha": "4",
+        "ss_output_name": "cat",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.title": "cat",
+        "modelspec.trigger_phrase": "a photo of [V] cat",
+        "modelspec.resolution": "32x32",
+        "modelspec.license": "mit",
+        "modelspec.prediction_type": "epsilon",
+        "modelspec.hash_sha256": f"0x{digest}",
+    }
+    assert expected.items() <= header.items()
+    assert json.loads(header["ss_tag_frequency"]) == {"cat": {"a photo of [V] cat": 6}}
+    assert datetime.fromisoformat(header["modelspec.date"]).tzinfo is not None
+    picture = Image.open(io.BytesIO(base64.b64decode(header["modelspec.thumbnail"].partition(",")[2])))
+    assert picture.format == "JPEG" and picture.size == (256, 256)
+    assert str(folder) not in str(header), "a folder's name is the user's"
+    tensors = load_file(folder / "cat.safetensors")
+    assert {value.dtype for key, value in tensors.items() if key.endswith(".weight")} == {torch.float16}
+    assert {tuple(value.shape) for key, value in tensors.items() if key.endswith(".alpha")} == {()}
+    assert json.loads((folder / "run.json").read_text())["files"]["cat.safetensors"] == len(data)
+    assert "license: mit" in (folder / "README.md").read_text()
+    run(folder, max_train_steps=1, output_kohya_format=False)  # an earlier run's file leaves with it
+    assert not (folder / "cat.safetensors").exists()
+    (folder / "cat.safetensors").write_bytes(data.replace(b"nora_suite.method", b"other_suit.method"))
+    with pytest.raises(ValueError, match=r"cat\.safetensors is there and is no file of a run"):
+        run(folder, max_train_steps=1)
+
+
+def test_the_header_of_a_run_on_other_targets():
+    """v-prediction, as a record may say it; several subjects; captions of tags; new words as they are to be written."""
+    config = {"pretrained_model_name_or_path": "stabilityai/stable-diffusion-xl-base-1.0", "resolution": 1024}
+    record = {"config": config, "method": "lora", "new_words": {"[V]": "<v0>"}, "prediction_type": "v_prediction"}
+    captions = [Counter({"[V] cat, sofa": 2, "[V] cat, sky,": 1}), Counter({"[W] dog": 4})]
+    header = run_header("two", record, ["a [V] cat", "a [W] dog"], captions)
+    assert header["modelspec.prediction_type"] == "v" and header["modelspec.license"] == "openrail++"
+    assert header["modelspec.trigger_phrase"] == "a <v0> cat, a [W] dog" and header["ss_num_train_images"] == "7"
+    tags = {"two_1": {"<v0> cat": 3, "sofa": 2, "sky": 1}, "two_2": {"[W] dog": 4}}
+    assert json.loads(header["ss_tag_frequency"]) == tags
+    assert all(isinstance(value, str) for value in header.values())
+
+
+@pytest.mark.parametrize(
+    ("folder", "file"),
+    [("cat", "cat"), ("caf\udce9", "caf_"), (".out", "out"), ("nora_inner_weights", "nora_inner_weights_kohya")],
+)
+def test_the_tools_file_has_the_folder_s_name(tmp_path, folder, file):
+    assert tools_file(tmp_path / folder) == f"{file}.safetensors"
 
 
 # --- new tokens -------------------------------------------------------------------------------------------------------
@@ -236,7 +315,7 @@ def test_only_the_adapter_is_uploaded(tmp_path, uploaded):
     sample = "samples/a-photo-of-v-cat-seed0.png"
     record = {"README.md", "loss.png", "run.json", "metrics.jsonl"}
     peft = {f"peft/unet/{name}" for name in ("adapter_config.json", "adapter_model.safetensors")}
-    assert uploaded["files"] == {FOLDED_WEIGHTS, INNER_WEIGHTS, sample, *record, *peft}
+    assert uploaded["files"] == {FOLDED_WEIGHTS, INNER_WEIGHTS, "my-cat.safetensors", sample, *record, *peft}
     assert uploaded["repo_id"] == "me/my-cat" and uploaded["token"] == "secret"
     kept = [path for path in folder.rglob("*") if path.is_file() and b"secret" in path.read_bytes()]
     assert not kept, "the token is written nowhere"

@@ -17,7 +17,7 @@ from inference.load import load_adapter
 from methods.adapter import Passes, Places, make_adapter, target_layers
 from methods.base_passes import encode_generic_prompts, run_base
 from methods.components import COMPONENT_NAMES, FOLDED_WEIGHTS
-from methods.files import KOHYA_WEIGHTS, save_files
+from methods.files import save_files
 from methods.registry import METHODS, resolve
 from settings.method import MethodOptions
 
@@ -85,7 +85,7 @@ def test_every_method_adapts_them_and_its_files_read_back(method, where, tmp_pat
     if method == "dylora":
         adapter.use(None)
     live = outputs(pipeline)
-    files = save_files(adapter, tmp_path, kohya=METHODS[method].low_rank, peft=True)
+    files = save_files(adapter, tmp_path, peft=True)
     assert files
     fresh = base_pipeline()
     load_adapter(fresh, tmp_path)
@@ -103,14 +103,14 @@ def test_ranks_of_some_layers(tmp_path):
             "rank": 2,
             "max_train_steps": 2,
             "targets": "attention-mlp",
-            "output_kohya_format": True,
+            "output_kohya_dtype": "fp32",
         }
         run(folder, rank_pattern=["attn2=1", r"ff\.net=3"], **options)
         for key, tensor in load_file(folder / FOLDED_WEIGHTS).items():
             if ".lora_A." in key:
                 assert tensor.shape[0] == (1 if "attn2" in key else 3 if "ff.net" in key else 2), key
         load_adapter(ours := base_pipeline(), folder)
-        for name in (FOLDED_WEIGHTS, KOHYA_WEIGHTS):
+        for name in (FOLDED_WEIGHTS, f"{method}.safetensors"):
             stock = base_pipeline()
             stock.load_lora_weights(str(folder), weight_name=name)
             live = outputs(ours)

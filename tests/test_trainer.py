@@ -80,7 +80,7 @@ def test_files_of_a_run(nora_run):
     assert record["peak_memory_mb"] > 10 and record["timings"]["train_seconds"] > 0
     parts = ("unet", "text_encoder", "text_encoder_2")
     peft = [f"peft/{part}/{file}" for part in parts for file in ("adapter_config.json", "adapter_model.safetensors")]
-    files = [FOLDED_WEIGHTS, INNER_WEIGHTS, *peft]
+    files = [FOLDED_WEIGHTS, INNER_WEIGHTS, f"{nora_run.name}.safetensors", *peft]
     assert record["files"] == {name: (nora_run / name).stat().st_size for name in files}
     images = sorted((nora_run / "samples").glob("*.png"))
     assert len(images) == 2 and Image.open(images[0]).size == (32, 32)
@@ -508,8 +508,8 @@ def test_record_stands_before_the_samples(tmp_path, monkeypatch):
 def test_a_second_run_leaves_nothing_of_the_first(tmp_path):
     run(tmp_path, num_validation_images=1)
     run(tmp_path, method="lora")
-    files = {FOLDED_WEIGHTS, "peft", "run.json", "README.md", "loss.png", "metrics.jsonl"}
-    assert set(os.listdir(tmp_path)) == {*files, "encoded"}
+    files = {FOLDED_WEIGHTS, f"{tmp_path.name}.safetensors", "peft", "run.json", "README.md", "loss.png"}
+    assert set(os.listdir(tmp_path)) == {*files, "metrics.jsonl", "encoded"}
 
 
 @pytest.mark.parametrize("name", ["best/mine.txt", "samples/mine.png", "README.md"])

@@ -74,6 +74,7 @@ def path_flags(flags):
 def test_every_flag_of_a_path_knows_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     no_path = {"method", "caption_column", "variant", "validation_prompt", "validation_loss_steps", "push_to_hub"}
+    no_path |= {"output_kohya_format", "output_kohya_dtype", "license"}
     no_path |= {"class_prompt", "num_class_images", "hub_model_id", "output_peft_format", "convert_to_lora", "revision"}
     for part, record in RECORDS.items():
         for name in path_flags(record_flags(record)):

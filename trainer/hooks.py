@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from dreambooth.validation import validation_loss
 from methods.components import BEST
 from runs.checkpoints import GracefulStop, clear_earlier_run, find_checkpoint, save_checkpoint
-from runs.exports import RESULTS
+from runs.exports import results
 from runs.record import SAMPLES, Clock, MetricsLog, PeakMemory, samples_after, step_samples
 from settings.learning import LoopOptions
 from trainer.accelerator import end_training
@@ -56,7 +56,7 @@ class ClearEarlier:
         checkpoint: Path | None,
     ) -> None:
         self.accelerator, self.judge, self.checkpoint, self.cleared = accelerator, judge, checkpoint, False
-        names = [*RESULTS, *(samples_after(folder, first_step) if checkpoint else [SAMPLES, BEST])]
+        names = [*results(folder), *(samples_after(folder, first_step) if checkpoint else [SAMPLES, BEST])]
         self.clear = partial(clear_earlier_run, accelerator, folder, names, keep_state=checkpoint is not None)
         if first_step == total_steps:
             self.after_step()

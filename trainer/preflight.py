@@ -22,7 +22,7 @@ from methods.components import BEST, RUN_RECORD
 from methods.files import approximate_file
 from methods.registry import METHODS
 from runs.checkpoints import FolderLock, check_earlier_run, find_checkpoint, identity, read_step, recorded_flags
-from runs.exports import RESULTS
+from runs.exports import check_tools_file, results
 from runs.record import METRICS, SAMPLES, MetricsLog
 from settings.base import BaseOptions
 from settings.learning import LoopOptions, LossOptions, OptimizerOptions
@@ -82,7 +82,7 @@ def inputs(flags: Mapping[str, Any], pictures: Pictures) -> list[tuple[str, Path
 
 def written_places(output_dir: Path) -> list[Path]:
     """What a run replaces or clears in its folder."""
-    names = [output_dir / name for name in (*RESULTS, METRICS, SAMPLES, BEST, ENCODED)]
+    names = [output_dir / name for name in (*results(output_dir), METRICS, SAMPLES, BEST, ENCODED)]
     patterns = ("checkpoint-*", ".checkpoint-*", approximate_file("*"))
     return names + [path for pattern in patterns for path in output_dir.glob(pattern)]
 
@@ -99,7 +99,10 @@ def open_run(config: TrainConfig, pictures: Pictures) -> tuple[Accelerator, Trai
         print(f"{output_dir} has no checkpoint yet: starting from the beginning")
     if checkpoint and (recorded := recorded_flags(checkpoint).get("method_args")):
         config = config.replace(method_args=config.method.as_recorded(recorded).method_args)
-    check_earlier_run(output_dir, [*RESULTS, SAMPLES, BEST], RUN_RECORD, METRICS, resumes=checkpoint is not None)
+    names = [*results(output_dir), SAMPLES, BEST]
+    if config.output.writes_tools_file(METHODS[config.method.name].low_rank):
+        check_tools_file(output_dir)
+    check_earlier_run(output_dir, names, RUN_RECORD, METRICS, resumes=checkpoint is not None)
     accelerator = make_accelerator(
         config.hardware, config.output, accumulation=loop.gradient_accumulation_steps, trains_text=config.text.learns
     )

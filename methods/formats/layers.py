@@ -9,6 +9,8 @@ from typing import NamedTuple
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from methods.formats.sgm import SgmNames
+
 KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 COMFY_PREFIXES = {
     "text_encoder": "text_encoders.clip_l.transformer",
@@ -16,25 +18,6 @@ COMFY_PREFIXES = {
 }
 _ATTENTION = re.compile(r"(?P<block>.+\.attn\d+)\.(?P<side>to_[qkv]|to_out)(\.0)?")
 _TEXT_ATTENTION = re.compile(r"(?P<block>.+\.self_attn)\.(?P<side>[qkv]|out)_proj")
-_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_SGM_ENDS = {
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-}
-_BLOCK = re.compile(r"(?P<half>down|up)_blocks\.(?P<i>\d+)\.(?P<kind>\w+)\.(?P<j>\d+)\.(?P<rest>.+)")
-_MIDDLE = re.compile(r"mid_block\.(?P<kind>resnets|attentions)\.(?P<j>\d+)\.(?P<rest>.+)")
 
 
 class Layer(NamedTuple):
@@ -68,12 +51,12 @@ def layer_names(components: Mapping[str, nn.Module]) -> dict[str, Layer]:
     names: dict[str, Layer] = {}
     for component, model in components.items():
         layers = base_layers(model)
-        sgm = _SgmNames(layers) if component == "unet" else None
+        sgm = SgmNames(layers).names if component == "unet" else {}
         for path, module in layers.items():
             layer = Layer(component, path, module)
             for name in _names(component, path):
                 names[name] = layer
-            for name in _sgm_spellings(sgm.name(path)) if sgm else ():
+            for name in _sgm_spellings(sgm.get(path)):
                 names[name] = layer
     return names
 
@@ -107,40 +90,6 @@ def _old_attention(path: str) -> list[str]:
     if match := _TEXT_ATTENTION.fullmatch(path):
         return [f"{match['block']}.to_{match['side']}"]
     return []
-
-
-class _SgmNames:
-    """Paths of diffusers' UNet -> those of Stability's code, which kohya and ComfyUI use.
-
-    With n resnets in an upward block, layer j of downward block i is `input_blocks.{n i + j + 1}`, and of upward block
-    i `output_blocks.{n i + j}`.
-    """
-
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        matches = [match for path in layers if (match := _BLOCK.fullmatch(path))]
-        self.n = 1 + max((int(m["j"]) for m in matches if (m["half"], m["kind"]) == ("up", "resnets")), default=0)
-        self.with_attention = {m["i"] for m in matches if (m["half"], m["kind"]) == ("up", "attentions")}
-
-    def name(self, path: str) -> str | None:
-        if path in _SGM_ENDS:
-            return _SGM_ENDS[path]
-        if match := _MIDDLE.fullmatch(path):
-            index = 2 * int(match["j"]) + (match["kind"] == "attentions")
-            return f"middle_block.{index}.{_inside(match['kind'], match['rest'])}"
-        if not (match := _BLOCK.fullmatch(path)):
-            return None
-        i, j, kind, down = int(match["i"]), int(match["j"]), match["kind"], match["half"] == "down"
-        if kind == "downsamplers":
-            return f"input_blocks.{self.n * (i + 1)}.0.op"
-        if kind == "upsamplers":
-            place = 2 if match["i"] in self.with_attention else 1
-            return f"output_blocks.{self.n * (i + 1) - 1}.{place}.{match['rest']}"
-        block = f"input_blocks.{self.n * i + j + 1}" if down else f"output_blocks.{self.n * i + j}"
-        return f"{block}.{int(kind == 'attentions')}.{_inside(kind, match['rest'])}"
-
-
-def _inside(kind: str, rest: str) -> str:
-    return _RESNET.get(rest, rest) if kind == "resnets" else rest
 
 
 def _sgm_spellings(name: str | None) -> list[str]:

@@ -268,7 +268,9 @@ def plain_copy(layer: nn.Module) -> nn.Module:
         copy = nn.Conv2d(*weight.shape[1::-1], layer.kernel_size, bias=bias is not None, device="meta")
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None:
-            own = value.detach().to("cpu", torch.float32, copy=True)
+            own = value.detach()
+            # a base may be its shapes alone, which is all that LoRA's own factors need
+            own = torch.zeros(own.shape) if own.is_meta else own.to("cpu", torch.float32, copy=True)
             setattr(copy, name, nn.Parameter(own, requires_grad=False))
     return copy
 
