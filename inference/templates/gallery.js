@@ -1,10 +1,3 @@
-// What the page does. Texts go in as text and never as markup, since prompts and names may hold anything.
-
-const find = (selector, inside = document) => inside.querySelector(selector);
-const findAll = (selector, inside = document) => [...inside.querySelectorAll(selector)];
-const make = (tag, text) => Object.assign(document.createElement(tag), { textContent: text });
-
-const data = JSON.parse(find("#data").textContent);
 const title = document.title;
 const NO_DIFFERENCE = "no difference";
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
@@ -209,7 +202,6 @@ function placeOf(stop) {
   return { row, place: stops(row).indexOf(stop) };
 }
 
-const modified = (event) => event.ctrlKey || event.metaKey || event.altKey; // the browser's own, such as Alt+←
 const STOPS = ".picture, .row .pair input";
 find("main").addEventListener("focusin", ({ target }) => target.matches(STOPS) && rove(target));
 find("main").addEventListener("click", ({ target }) => {
@@ -386,7 +378,7 @@ find("#copy").addEventListener("click", async () => {
   }
 });
 
-// --- filter, step, scale, theme ---------------------------------------------------------------------------------------
+// --- filter, step, scale ----------------------------------------------------------------------------------------------
 
 const filter = find("#filter");
 const blocks = findAll(".block");
@@ -417,28 +409,6 @@ for (const [key, values, format] of [["step", data.steps, String], ["scale", dat
   });
 }
 
-const THEMES = ["auto", "light", "dark"];
-
-// Some browsers refuse storage to a page from disk: then the choice lasts as long as the page.
-function storedTheme() {
-  try {
-    return localStorage.getItem("theme");
-  } catch {
-    return null;
-  }
-}
-
-function setTheme(theme) {
-  document.documentElement.dataset.theme = theme;
-  find("#theme").textContent = `Theme: ${theme}`;
-  try {
-    localStorage.setItem("theme", theme);
-  } catch {}
-}
-find("#theme").addEventListener("click", () => {
-  setTheme(THEMES[(THEMES.indexOf(document.documentElement.dataset.theme) + 1) % THEMES.length]);
-});
-
 // --- keys -------------------------------------------------------------------------------------------------------------
 
 const KEYS = {
@@ -457,15 +427,9 @@ document.addEventListener("keydown", (event) => {
 
 // --- start ------------------------------------------------------------------------------------------------------------
 
-// Column headers stick below the bar, whatever its height.
-const top = find(".top");
-new ResizeObserver(() => {
-  document.documentElement.style.setProperty("--top", `${top.offsetHeight}px`);
-}).observe(top);
 if (matchMedia("(width < 40rem)").matches) {
   for (const details of findAll(".instances, .figures")) details.open = false;
 }
-setTheme(THEMES.includes(storedTheme()) ? storedTheme() : "auto");
 applyFilter();
 draw();
 find(".bar").hidden = false;
