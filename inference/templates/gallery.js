@@ -6,17 +6,20 @@ const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], Arrow
 const rows = findAll(".row").map((element, index) => {
   const { prompt, seed, cells } = data.rows[index];
   const figures = findAll(".cell", element);
-  const row = { element, prompt, seed, block: element.closest(".block"), vote: null, split: 50, pair: null };
+  const block = element.closest(".block");
+  const row = { element, index, prompt, seed, block, vote: null, split: 50, pair: null };
   row.cells = cells.map((pictures, column) => {
     const figure = figures[column];
     const image = find("img", figure);
     const picture = pictures.find((one) => one.uri === null); // the picture that is there already
     if (picture) picture.uri = image.getAttribute("src");
-    return { column, pictures, picture, figure, image, button: find(".picture", figure), best: find(".best", figure) };
+    const [button, best] = [find(".picture", figure), find(".best", figure)];
+    return { column, pictures, picture, figure, image, button, best, scores: data.rows[index].scores[column] };
   });
   row.order = [...row.cells];
   return row;
 });
+const blocks = findAll(".block");
 const rowOf = (element) => rows.find((row) => row.element.contains(element));
 const visibleRows = () => rows.filter((row) => !row.block.hidden);
 
@@ -25,7 +28,11 @@ const state = {
   step: data.steps.at(-1),
   scale: data.scales.toSorted((a, b) => Math.abs(a - 1) - Math.abs(b - 1))[0],
   sides: [0, data.names.length - 1], // the columns A and B of compare mode
+  columns: new Set(data.names.keys()), // those on show
+  sort: null, // or [column, label]: the score that the rows are sorted by
 };
+const onShow = (cell) => state.columns.has(cell.column);
+const columnsOnShow = () => [...data.names.keys()].filter((column) => state.columns.has(column));
 const voting = () => state.mode === "blind" || state.mode === "revealed";
 
 // --- which picture a cell shows ---------------------------------------------------------------------------------------
@@ -54,7 +61,8 @@ const altOf = (row, cell) => `${nameOf(row, cell)}, seed ${row.seed}: ${row.prom
 
 function caption(row, cell) {
   const shown = state.mode === "blind" ? [] : [scaleText(cell.picture), stepText(cell.picture)];
-  return [nameOf(row, cell), row.prompt, `seed ${row.seed}`, ...shown].filter((text) => text !== null).join(" · ");
+  const scores = state.mode === "blind" ? [] : Object.entries(cell.scores).map(([label, score]) => `${label} ${round(score)}`);
+  return [nameOf(row, cell), row.prompt, `seed ${row.seed}`, ...shown, ...scores].filter((text) => text !== null).join(" · ");
 }
 
 // --- drawing ----------------------------------------------------------------------------------------------------------
@@ -71,6 +79,8 @@ function drawCell(row, cell) {
     distance(picture.scale, state.scale) > 0 ? scaleText(picture) : null,
     distance(picture.step, state.step) > 0 ? stepText(picture) : null,
   ];
+  const [, label] = state.sort ?? [];
+  if (label in cell.scores) others.push(`${label} ${round(cell.scores[label])}`);
   find(".note", cell.figure).textContent = voting() ? "" : others.filter((text) => text !== null).join(", ");
   cell.best.textContent = state.mode === "blind" ? `${nameOf(row, cell)} is best` : "voted best";
   cell.best.setAttribute("aria-pressed", row.vote === cell);
@@ -91,9 +101,15 @@ function draw() {
     same.disabled = state.mode === "revealed";
     drawPair(row);
   }
+  for (const row of rows) row.element.classList.toggle("votable", votable().includes(row));
   const voted = rows.filter((row) => row.vote).length;
   if (voting()) find("#voted").textContent = `voted ${voted} of ${votable().length} rows`;
   rove();
+}
+
+function place(row, order) {
+  row.order = order;
+  find("h3", row.element).after(...order.map((cell) => cell.figure));
 }
 
 function setMode(mode) {
@@ -104,8 +120,7 @@ function setMode(mode) {
   for (const row of rows) {
     if (mode === "revealed") break;
     row.vote = null;
-    row.order = mode === "blind" ? shuffled(row.cells) : [...row.cells];
-    find("h3", row.element).after(...row.order.map((cell) => cell.figure));
+    place(row, mode === "blind" ? shuffled(row.cells.filter(onShow)) : row.cells.filter(onShow));
   }
   find("#compare")?.setAttribute("aria-pressed", mode === "compare");
   find("#blind")?.setAttribute("aria-pressed", voting());
@@ -130,7 +145,6 @@ function makePair(row) {
   for (const [image, cell] of [[find(".over", pair), a], [find(".under", pair), b]]) {
     image.src = cell.picture.uri;
     image.alt = altOf(row, cell);
-    image.classList.toggle("pixelated", cell.image.classList.contains("pixelated"));
   }
   const slider = find("input", pair);
   const split = find(".split", pair);
@@ -226,11 +240,8 @@ let zoomed = null; // the row and place that the dialog shows; null for a traini
 function enlarged({ uri, width, height }, alt) {
   const copy = Object.assign(new Image(), { src: uri, alt });
   const fits = Math.min((0.94 * innerWidth) / width, (0.78 * innerHeight) / height);
-  // Small pictures grow by whole factors, so that each of their pixels is as large as the next.
-  const small = Math.max(width, height) <= 256;
-  const factor = small && fits >= 1 ? Math.floor(Math.min(fits, 768 / Math.max(width, height))) : Math.min(fits, 1);
-  copy.width = Math.round(width * factor);
-  copy.classList.toggle("pixelated", small);
+  const larger = Math.max(1, 768 / Math.max(width, height)); // small pictures grow, large ones are never more than exact
+  copy.width = Math.round(width * Math.min(fits, larger));
   return copy;
 }
 
@@ -242,6 +253,11 @@ function fillZoom(content, text) {
     button.hidden = !zoomed || (state.mode === "compare" && ARROWS[button.value][0] !== 0);
     button.disabled = button.hidden || !neighbour(zoomed, ARROWS[button.value]);
   }
+  const { command } = (zoomed && state.mode === "grid" && zoomed.row.order[zoomed.place].picture) || { command: null };
+  find("#command").textContent = command;
+  find("#command").hidden = true;
+  find("#command-copied").textContent = "";
+  find("#copy-command").hidden = command === null;
   if (focused.disabled) find("form > button", zoom).focus(); // at an edge; keys would go nowhere
 }
 
@@ -271,6 +287,9 @@ for (const button of findAll(".instance")) {
 for (const button of findAll(".steps button", zoom)) {
   button.addEventListener("click", () => walkZoom(ARROWS[button.value]));
 }
+find("#copy-command").addEventListener("click", () => {
+  copyText(find("#command").textContent, find("#command-copied"), find("#command"));
+});
 zoom.addEventListener("keydown", (event) => {
   const direction = ARROWS[event.key];
   if (!direction || modified(event) || (event.target.matches("input") && direction[0])) return;
@@ -300,7 +319,7 @@ function shuffled(items) {
 }
 
 // A single picture is no choice.
-const votable = () => rows.filter((row) => row.cells.filter((cell) => cell.image).length > 1);
+const votable = () => rows.filter((row) => row.cells.filter((cell) => cell.image && onShow(cell)).length > 1);
 
 function vote(row, choice) {
   row.vote = row.vote === choice ? null : choice; // a second press takes it back
@@ -310,7 +329,6 @@ function vote(row, choice) {
 for (const row of rows) {
   for (const cell of row.cells) cell.best?.addEventListener("click", () => vote(row, cell));
   find(".same", row.element).addEventListener("click", () => vote(row, NO_DIFFERENCE));
-  row.element.classList.toggle("votable", votable().includes(row));
 }
 
 // Wilson's score interval of `count` out of `total`, 95 %.
@@ -326,7 +344,8 @@ function wilson(count, total) {
 function tally() {
   const voted = rows.filter((row) => row.vote);
   const line = (name, count, total) => ({ name, votes: count, of: total, interval: total ? wilson(count, total) : null });
-  const columns = data.names.map((name, column) => {
+  const columns = columnsOnShow().map((column) => {
+    const name = data.names[column];
     const chances = voted.filter((row) => row.cells[column].image);
     return line(name, chances.filter((row) => row.vote === row.cells[column]).length, chances.length);
   });
@@ -367,21 +386,148 @@ function toggleBlind() {
 
 find("#blind")?.addEventListener("click", toggleBlind);
 find("#reveal")?.addEventListener("click", reveal);
-find("#copy").addEventListener("click", async () => {
-  const area = find("#tally textarea");
-  area.select();
-  try {
-    await navigator.clipboard.writeText(area.value);
-    find("#copied").textContent = "copied";
-  } catch {
-    find("#copied").textContent = "selected: press Ctrl+C"; // some browsers refuse a page from disk
+find("#copy").addEventListener("click", () => {
+  copyText(find("#tally textarea").value, find("#copied"), find("#tally textarea"));
+});
+
+// --- which columns, in which order ------------------------------------------------------------------------------------
+
+function showColumns() {
+  for (const element of findAll("[data-column]")) element.hidden = !state.columns.has(Number(element.dataset.column));
+  document.body.style.setProperty("--columns", state.columns.size);
+  for (const row of rows) {
+    place(row, row.cells.filter(onShow));
+    for (const cell of row.cells) cell.figure.hidden = !onShow(cell);
   }
+  draw();
+}
+
+const boxes = findAll("#columns input");
+for (const box of boxes) {
+  box.addEventListener("change", () => {
+    state.columns = new Set(boxes.filter((one) => one.checked).map((one) => Number(one.value)));
+    for (const one of boxes) one.disabled = one.checked && state.columns.size === 1; // the last one stays
+    showColumns();
+  });
+}
+
+// The row's score; what has none comes last, whichever way is up.
+const scoreOf = (row) => row.cells[state.sort[0]].scores[state.sort[1]] ?? NaN;
+const mean = (numbers) => numbers.reduce((sum, one) => sum + one, 0) / numbers.length;
+
+// The best first: prompts by the mean of their rows, and within each the rows.
+function sortRows() {
+  const sign = state.sort?.[1].includes("↓") ? 1 : -1;
+  const better = (a, b) => (Number.isNaN(a) || Number.isNaN(b) ? Number.isNaN(a) - Number.isNaN(b) : sign * (a - b));
+  const known = (block) => rows.filter((row) => row.block === block && !Number.isNaN(scoreOf(row))).map(scoreOf);
+  if (state.sort) {
+    const means = new Map(blocks.map((block) => [block, mean(known(block))]));
+    const earlier = (a, b) => blocks.indexOf(a.block) - blocks.indexOf(b.block);
+    const ways = [(a, b) => better(means.get(a.block), means.get(b.block)), earlier, (a, b) => better(scoreOf(a), scoreOf(b))];
+    rows.sort((a, b) => ways.reduce((found, way) => found || way(a, b), 0) || a.index - b.index);
+  } else rows.sort((a, b) => a.index - b.index);
+  for (const row of rows) {
+    find("main").append(row.block);
+    row.block.append(row.element);
+  }
+}
+
+find("#sort")?.addEventListener("change", ({ target }) => {
+  state.sort = target.value ? JSON.parse(target.value) : null;
+  sortRows();
+  draw();
+});
+
+// --- what is on show, as one picture ----------------------------------------------------------------------------------
+
+const LARGEST_SIDE = 16384; // pixels, of a canvas in every browser; and of all of them together:
+const LARGEST_AREA = 64e6;
+
+// Words in lines that fit.
+function wrapped(pen, text, width) {
+  const lines = [""];
+  for (const word of text.split(/\s+/)) {
+    const longer = `${lines.at(-1)} ${word}`.trim();
+    if (lines.at(-1) && pen.measureText(longer).width > width) lines.push(word);
+    else lines[lines.length - 1] = longer;
+  }
+  return lines;
+}
+
+// Names, prompts and seeds around the pictures; the tiles are as large as the pictures, or smaller where all together
+// would be more than a browser draws.
+async function sheet() {
+  const columns = state.mode === "compare" ? [...new Set(state.sides)] : columnsOnShow();
+  const shown = visibleRows().map((row) => ({ row, cells: columns.map((column) => row.cells[column]) }));
+  const pictures = shown.flatMap(({ cells }) => cells).filter((cell) => cell.picture);
+  const images = new Map();
+  for (const cell of pictures) {
+    const image = Object.assign(new Image(), { src: cell.picture.uri });
+    await image.decode();
+    images.set(cell, image);
+  }
+  const shape = Math.max(...pictures.map(({ picture }) => picture.height / picture.width));
+  const natural = Math.max(192, ...pictures.map(({ picture }) => picture.width));
+  const [across, down] = [columns.length, shown.length * shape]; // in tiles; half of the limits is left to what is around
+  const side = Math.min(natural, Math.sqrt(LARGEST_AREA / 2 / (across * down)), LARGEST_SIDE / 2 / Math.max(across, down));
+  const [width, height, gap, line] = [Math.floor(side), Math.floor(side * shape), 8, 22];
+  const canvas = document.createElement("canvas");
+  const pen = canvas.getContext("2d");
+  const font = (weight) => `${weight} 15px system-ui, sans-serif`;
+  canvas.width = 64 + columns.length * (width + gap) + gap;
+  pen.font = font("normal");
+  const texts = new Map(shown.map(({ row }) => [row.block, wrapped(pen, row.prompt, canvas.width - 2 * gap)]));
+  const above = [...texts.values()].reduce((sum, lines) => sum + lines.length * line + gap, 0);
+  canvas.height = line + 2 * gap + above + shown.length * (height + gap);
+  Object.assign(pen, { fillStyle: "#fff", textBaseline: "top", imageSmoothingQuality: "high" });
+  pen.fillRect(0, 0, canvas.width, canvas.height);
+  pen.fillStyle = "#1a1a1a";
+  pen.font = font("bold");
+  const left = (place) => 64 + place * (width + gap);
+  for (const [place, column] of columns.entries()) pen.fillText(data.names[column], left(place), gap, width);
+  pen.font = font("normal");
+  let [y, block] = [line + 2 * gap, null];
+  for (const { row, cells } of shown) {
+    if (row.block !== block) {
+      block = row.block;
+      for (const text of texts.get(block)) {
+        pen.fillText(text, gap, y, canvas.width - 2 * gap);
+        y += line;
+      }
+      y += gap;
+    }
+    pen.fillText(`seed ${row.seed}`, gap, y, 52);
+    for (const [place, cell] of cells.entries()) {
+      const image = images.get(cell);
+      if (!image) continue;
+      const factor = Math.min(width / image.naturalWidth, height / image.naturalHeight);
+      pen.drawImage(image, left(place), y, image.naturalWidth * factor, image.naturalHeight * factor);
+    }
+    y += height + gap;
+  }
+  return canvas;
+}
+
+find("#export").addEventListener("click", async () => {
+  const output = find("#exported");
+  if (!visibleRows().length) {
+    output.textContent = "nothing is on show";
+    return;
+  }
+  output.textContent = "drawing …";
+  const canvas = await sheet();
+  const blob = await new Promise((done) => canvas.toBlob(done, "image/png"));
+  const name = decodeURIComponent(location.pathname.split("/").at(-1)).replace(/\.html?$/, "");
+  const download = `${name || "gallery"}-selection.png`;
+  const link = Object.assign(make("a", ""), { href: URL.createObjectURL(blob), download });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // the browser reads it after the click
+  output.textContent = `${download}, ${canvas.width} × ${canvas.height} pixels`;
 });
 
 // --- filter, step, scale ----------------------------------------------------------------------------------------------
 
 const filter = find("#filter");
-const blocks = findAll(".block");
 
 function applyFilter() {
   const wanted = filter.value.trim().toLowerCase();
