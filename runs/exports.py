@@ -14,13 +14,13 @@ from methods.components import EMBEDDINGS, ENCODERS, FOLDED_WEIGHTS, INNER_WEIGH
 from methods.files import KOHYA_WEIGHTS, PEFT_FOLDER, save_files
 from methods.reading import read_adapter
 from methods.update import Update
-from runs.record import LOSS_PLOT, MODEL_CARD
+from runs.record import LOSS_PLOT, MODEL_CARD, RUN_PAGE
 from storage.tensors import write_safetensors
 
 TOLERANCE = 1e-4  # relative; files hold what is live in fp32, and differ by how a product is rounded
 # What a finished run leaves.
 WEIGHTS = (FOLDED_WEIGHTS, INNER_WEIGHTS, KOHYA_WEIGHTS, EMBEDDINGS, PEFT_FOLDER)
-RESULTS = (RUN_RECORD, MODEL_CARD, LOSS_PLOT, *WEIGHTS)
+RESULTS = (RUN_RECORD, MODEL_CARD, LOSS_PLOT, RUN_PAGE, *WEIGHTS)
 
 
 def save_adapter(

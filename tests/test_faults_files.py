@@ -138,7 +138,7 @@ def test_another_programs_metrics_are_refused(tmp_path):
 def test_a_picture_with_a_samples_name_stays(tmp_path):
     (tmp_path / "a.png").write_bytes(mine := encoded(ramp()))
     here = SimpleNamespace(is_main_process=True, trackers=[])
-    kept = keep_samples(here, [Sample("a", "a.png", ramp()), Sample("b", "b.png", ramp())], tmp_path, 1)
+    kept = keep_samples(here, [Sample("a", 0, "a.png", ramp()), Sample("b", 0, "b.png", ramp())], tmp_path, 1)
     assert (tmp_path / "a.png").read_bytes() == mine and kept[1].file == "b.png"
     assert all(drawn_here(tmp_path / one.file) for one in kept) and len(list(tmp_path.iterdir())) == 3
 

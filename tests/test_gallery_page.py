@@ -501,7 +501,7 @@ def test_what_is_on_show_is_saved_as_one_png_from_disk(visit, tmp_path):
     assert waiting.value.suggested_filename == "example-selection.png"
     with Image.open(tmp_path / "selection.png") as image:
         assert image.format == "PNG"
-        found = dict((colour, count) for count, colour in image.convert("RGB").getcolors(1 << 20))
+        found = {colour: count for count, colour in image.convert("RGB").getcolors(1 << 20)}
         places = [(1, row, 3) for row in (0, 1, 4, 5)] + [(2, row, 0) for row in (0, 1, 4)]
         assert {colour for colour in found if colour[2] in (0, 3) and colour[0] < 3 and colour[1] < 6} >= set(places)
         assert all(found[place] >= 0.98 * 192 * 128 for place in places)  # whole, two columns of four rows
