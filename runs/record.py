@@ -28,7 +28,7 @@ MODEL_CARD = "README.md"
 LOSS_PLOT = "loss.png"
 SAMPLES = "samples"
 RUN_PAGE = "run.html"
-PAGE_MARK = "NoRA training suite, a run's page"  # what the page says that it is
+PAGE_MARK = "NoRA training suite: page of a run"  # what the page says that it is
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 
 

@@ -84,6 +84,7 @@ def finished_run(folder: Path) -> Path:
             (folder / place / name).write_bytes(b"weights")
         (folder / place / record).write_text(json.dumps({"files": file_sizes(folder / place, names[place])}))
     (folder / "README.md").write_text("card")
+    (folder / "run.html").write_text(PAGE_MARK)
     for name in ("samples/a.png", "samples/step-000001/a.png"):
         (folder / name).write_bytes(png_bytes(ramp()))
     return folder

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 import re
-import shutil
 from dataclasses import replace
 from html import escape
 from pathlib import Path
 
 import pytest
+from browser_pages import broken_figures, decode, sideways, visits
 from PIL import Image
 
 from inference.page import Page, PageColumn, PagePicture, render_page
@@ -23,9 +21,6 @@ SEEDS = (0, 7)
 STEPS, SCALES = (100, 200), (0.5, 1.0)
 MISSING = (NAMES[2], PROMPTS[2], 7)
 HOSTILE = """</script><img src=x onerror="window.hacked = 1"> "quoted" & 'single' {{ 7 * 7 }} <!-- -->"""
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-CHROMIUM_FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
 
 def picture(*place: int) -> Image.Image:
@@ -71,10 +66,6 @@ def simple(names: list[str], prompts: list[str], size: tuple[int, int] = (24, 16
     pictures = {key: [PagePicture(None, None, Image.new("RGB", size, (place, 9, 9)))] for place, key in enumerate(keys)}
     made = [PageColumn(name, "", {}, {}) for name in names]
     return Page(options.get("title", "t"), options.get("settings", {}), made, prompts, [0], pictures)
-
-
-def decode(uri: str) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1], validate=True)))
 
 
 # --- the text ---------------------------------------------------------------------------------------------------------
@@ -144,17 +135,6 @@ def test_a_picture_without_a_place_is_refused():
 
 
 @pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
-    if CHROMIUM is None:
-        pytest.skip("no chromium, chromium-browser or google-chrome on the PATH")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, Path]:
     """The pages that tests open, rendered once."""
     folder = tmp_path_factory.mktemp("pages")
@@ -172,37 +152,14 @@ def files(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def visit(browser, files):
-    """`visit(name, **context options)` opens a page from disk; afterwards nothing may have gone wrong or out."""
-    contexts, problems, requests = [], [], []
-
-    def open_page(name="example", width=1280, height=900, setup="", **options):
-        context = browser.new_context(viewport={"width": width, "height": height}, **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(20_000)
-        page.on("console", lambda message: message.type in ("error", "warning") and problems.append(message.text))
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("request", lambda request: requests.append(request.url))
-        if setup:
-            page.add_init_script(setup)
-        page.goto(files[name].as_uri())
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert problems == []
-    assert [url for url in requests if not url.startswith(("file:", "data:", "blob:"))] == []
+    with visits(browser, files) as visit:
+        yield visit
 
 
 def colours(page, selector=".cell img") -> list[tuple[int, ...]]:
     """The pixel of each picture that is on show, which tells its column, row and place."""
     sources = page.locator(selector).evaluate_all("images => images.filter(i => i.offsetParent).map(i => i.src)")
     return [decode(source).getpixel((0, 0)) for source in sources]
-
-
-def sideways(page) -> int:
-    return page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
 
 
 def clip(page, selector) -> str:
@@ -688,14 +645,7 @@ def test_a_phone_scrolls_in_one_direction(visit, name):
     left, right = (page.locator(".cell").nth(place).bounding_box() for place in (0, 1))
     assert left["y"] == right["y"] and left["width"] > 150  # two beside each other
     page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
-    broken = page.locator(".figures td, .figures th, .head dd").evaluate_all(
-        """cells => cells.filter(cell => {
-          const range = document.createRange();
-          range.selectNodeContents(cell);
-          return new Set([...range.getClientRects()].map(box => box.top)).size > 1;
-        }).map(cell => cell.textContent)"""
-    )
-    assert broken == []  # a figure is never broken over lines
+    assert broken_figures(page, ".figures td, .figures th, .head dd") == []  # a figure is never broken over lines
     assert sideways(page) <= 0
     page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = false; })")
     assert page.locator(".cell .name").first.is_visible()  # as there are no headers above the pictures

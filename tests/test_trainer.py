@@ -508,7 +508,7 @@ def test_record_stands_before_the_samples(tmp_path, monkeypatch):
 def test_a_second_run_leaves_nothing_of_the_first(tmp_path):
     run(tmp_path, num_validation_images=1)
     run(tmp_path, method="lora")
-    files = {FOLDED_WEIGHTS, "peft", "run.json", "README.md", "loss.png", "metrics.jsonl"}
+    files = {FOLDED_WEIGHTS, "peft", "run.json", "README.md", "loss.png", "metrics.jsonl", "run.html"}
     assert set(os.listdir(tmp_path)) == {*files, "encoded"}
 
 

@@ -16,7 +16,6 @@ from inference.run_page import RunPage, RunPicture, curve, render_run_page, smal
 from methods.components import RUN_RECORD
 from runs.card import best_score
 from runs.record import METRICS, RUN_PAGE, SAMPLES, Clock, MetricsLog, is_run_page, read_metrics
-from settings.idle import check_idle
 from settings.training import FLAGS
 from storage.files import read_json, write_atomic
 from storage.pictures import drawn_here, png_text
@@ -105,8 +104,7 @@ class Report:
         config = self.run.config
         found = [] if stopped is None else [f"stopped: {stopped}"]
         found += [warning for line in metrics for warning in line.get("warnings", [])]
-        found += check_rates(config.optimizer, config.loop.max_train_steps)
-        return [*found, *check_idle(config, {name: field.default for name, field in FLAGS.items()})]
+        return [*found, *check_rates(config.optimizer, config.loop.max_train_steps)]
 
     def _facts(self, metrics: list[dict[str, Any]]) -> dict[str, str]:
         facts = {
