@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,3 +72,9 @@ def broken_figures(page, selector: str) -> list[str]:
           return new Set([...range.getClientRects()].map(box => box.top)).size > 1;
         }).map(cell => cell.textContent)"""
     )
+
+
+def page_data(folder: Path) -> dict:
+    """What a run's page in its folder knows of its curves and samples."""
+    text = (folder / "run.html").read_text(encoding="utf-8")
+    return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.S)[1])

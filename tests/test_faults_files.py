@@ -14,7 +14,7 @@ from inference import gallery, generate
 from judging import evaluate
 from runs.checkpoints import check_earlier_run, clear_earlier_run, save_checkpoint
 from runs.exports import RESULTS
-from runs.record import file_sizes
+from runs.record import PAGE_MARK, file_sizes
 from settings.columns import CompareConfig, EvaluateConfig, GalleryConfig
 from settings.sampling import GenerateConfig
 from settings.training import TrainConfig

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser_pages import page_data
 from safetensors.torch import load_file
-from test_run_page import page_data
 from test_trainer import QUICK, losses, run
 from tiny_sdxl import saved_base
 

@@ -370,6 +370,8 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     with pytest.raises(ValueError, match="the loss is (nan|inf) at step 2: the learning rate"):
         run(tmp_path, learning_rate=1e30, train_batch_size=1)
     assert not (tmp_path / FOLDED_WEIGHTS).exists()
+    page = (tmp_path / "run.html").read_text()
+    assert "Stopped at step 1 of 2" in page and "at step 2: the learning rate" in page  # the alarm
 
 
 def test_epochs_give_the_steps(tmp_path):
