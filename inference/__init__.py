@@ -10,6 +10,7 @@ manifest       names of pictures, the text in each PNG, the list of a folder's p
 columns        pictures of several models, drawn where they are missing
 figures        what an adapter cost, in words
 page, sheet    pictures side by side, as HTML and as one picture
+run_page       a run's curves, samples, scores and costs, as HTML; charts: its curves
 generate       `python -m inference.generate`: pictures into a folder
 gallery        `python -m inference.gallery`: base | adapter | adapter on one page and one sheet
 """
