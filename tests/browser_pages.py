@@ -74,7 +74,7 @@ def broken_figures(page, selector: str) -> list[str]:
     )
 
 
-def page_data(folder: Path) -> dict:
-    """What a run's page in its folder knows of its curves and samples."""
-    text = (folder / "run.html").read_text(encoding="utf-8")
+def page_data(page: Path) -> dict:
+    """What the scripts of a page know."""
+    text = page.read_text(encoding="utf-8")
     return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.S)[1])

@@ -263,7 +263,7 @@ def test_earlier_samples_are_kept(tmp_path):
     run(tmp_path, **options, resume_from_checkpoint=str(folder / "checkpoint-2"))
     assert first.read_bytes() == b"of the first two steps"
     assert sorted(str(path.relative_to(folder)) for path in (folder / "samples").rglob("*.png")) == names
-    data = page_data(folder)  # one continuous curve, and the samples of both parts
+    data = page_data(folder / "run.html")  # one continuous curve, and the samples of both parts
     assert data["charts"][0]["series"][0]["steps"] == [1, 2, 3, 4] and data["steps"] == [2, 3, 4]
     assert data["charts"][0]["series"][0]["values"] == pytest.approx(losses(folder), rel=1e-4)
 

@@ -126,7 +126,7 @@ class Look:
                     self._evaluate(number, loss)
                 if samples:
                     self._sample(number)
-            self.report.write(peak)
+            self.report.look(peak)
 
     def _sample(self, step: int) -> None:
         config = self.run.config

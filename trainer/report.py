@@ -40,6 +40,7 @@ class Report:
         self.run, self.clock, self.metrics, self.judge = run, clock, metrics, judge
         self.folder = Path(run.config.output.output_dir)
         self.is_due = True  # after the first step, so that there is a page to reload
+        self.rests_until = 0.0  # see `look`
         self.pictures: dict[tuple[Path, int], RunPicture] = {}  # (file, time of its last change), each made small once
         self.peak_memory_mb, self.failed = 0.0, False
 
@@ -51,6 +52,11 @@ class Report:
             reason = "asked to stop" if isinstance(error, SystemExit | KeyboardInterrupt) else first_line(error)
             self.write(self.peak_memory_mb, stopped=reason)
 
+    def look(self, peak_memory_mb: float) -> None:
+        """`write`, unless the last time was so short ago that the page would take more than a twentieth of the run."""
+        if time.perf_counter() >= self.rests_until:
+            self.write(peak_memory_mb)
+
     def write(self, peak_memory_mb: float, stopped: str | None = None) -> None:
         """Write the page anew.
 
@@ -61,7 +67,7 @@ class Report:
         self.is_due, self.peak_memory_mb = False, peak_memory_mb
         if not self.run.accelerator.is_main_process:
             return
-        path = self.folder / RUN_PAGE
+        path, started = self.folder / RUN_PAGE, time.perf_counter()
         try:
             if path.exists() and not is_run_page(path):
                 raise ValueError("a file that is no page of a run is there")
@@ -70,6 +76,7 @@ class Report:
             if not self.failed:
                 print(f"warning: {path} was not written ({first_line(error)}); the training goes on", file=sys.stderr)
             self.failed = True
+        self.rests_until = time.perf_counter() + 20 * (time.perf_counter() - started)
 
     def _page(self, stopped: str | None) -> RunPage:
         metrics, config = read_metrics(self.folder / METRICS), self.run.config
@@ -109,7 +116,7 @@ class Report:
     def _facts(self, metrics: list[dict[str, Any]]) -> dict[str, str]:
         facts = {
             "Base": self.run.config.base.pretrained_model_name_or_path,
-            "Time so far, looks among it": format_seconds(self.clock.total),
+            "Time so far": format_seconds(self.clock.total),
             "Written": time.strftime("%Y-%m-%d %H:%M"),
         }
         if best := self.judge.best:
