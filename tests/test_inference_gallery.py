@@ -200,10 +200,6 @@ def test_scales_and_checkpoints_are_on_the_page(tmp_path):
     assert pictures == 6
 
 
-def page_data(page: Path) -> dict:
-    return json.loads(re.search(r"<script[^>]*application/json[^>]*>(.*?)</script>", page.read_text(), re.DOTALL)[1])
-
-
 def test_checkpoints_and_the_best_are_not_the_finished_run(tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(saved_lora(), run)
