@@ -93,7 +93,7 @@ def test_one_outlier_does_not_flatten_the_steps():
     losses = [(step, 0.1 + 0.001 * (step % 7)) for step in range(1, 301)]
     losses[7] = (8, 50.0)
     assert float(chart("t", [Series("each step", "faint", losses)], 300)["rows"][-1]["text"]) < 0.2
-    assert float(chart("t", [Series("validation", "points", losses)], 300)["rows"][-1]["text"]) >= 50
+    assert float(chart("t", [Series("validation", "points", losses)], 300)["rows"][-1]["text"]) > 20
 
 
 def test_long_curves_are_thinned_and_end_at_their_end():
