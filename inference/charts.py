@@ -61,8 +61,19 @@ def chart(title: str, series: Sequence[Series], last_step: int) -> dict[str, Any
         "columns": [
             {"place": 100 * tick / max(1, last_step), "text": f"{tick:,.0f}"} for tick in ticks(0, last_step, 4)
         ],
-        "summary": "; ".join(f"{one.label}: {one.points[-1][1]:.4g} at step {one.points[-1][0]}" for one in series),
+        "summary": _summary(series),
     }
+
+
+def _summary(series: Sequence[Series]) -> str:
+    """The last values, as the page's script says those of any step."""
+    made = max(one.points[-1][0] for one in series)
+    texts = [
+        f"{one.label} {value:.4g}" + ("" if step == made else f" (step {step})")
+        for one in series
+        for step, value in one.points[-1:]
+    ]
+    return f"step {made}: " + "; ".join(texts)
 
 
 def thinned(items: Sequence[Any], most: int) -> list[Any]:

@@ -127,7 +127,7 @@ def _charts(page: RunPage) -> list[dict[str, Any] | None]:
     for name in SCORED:
         found = [(line["step"], Interval.read(own)) for line in page.metrics if (own := _interval(line, name))]
         bars = [(step, one.low, one.high) for step, one in found if one.low is not None and one.high is not None]
-        scores = Series(f"{SCORE_LABELS[name]}, 95 % interval", "points", curve(page.metrics, name), bars)
+        scores = Series(SCORE_LABELS[name], "points", curve(page.metrics, name), bars)
         charts.append(chart(SCORE_LABELS[name], [scores], page.last_step))
     return charts
 

@@ -85,7 +85,7 @@ def test_a_curve_stands_where_its_values_are():
     bar = coordinates(drawn["series"][0]["bars"])
     assert bar[:, 0] == pytest.approx([250, 250]) and bar[0, 1] > found[1, 1] > bar[1, 1]
     assert all(0 <= row["place"] <= 100 for row in drawn["rows"] + drawn["columns"])
-    assert drawn["summary"] == "a: 0.3 at step 100"
+    assert drawn["summary"] == "step 100: a 0.3"
     assert chart("t", [Series("a", "line", [])], 10) is None
 
 
@@ -216,7 +216,7 @@ def test_without_scripts_curves_samples_and_flags_are_there(visit):
     page = visit(java_script_enabled=False)
     assert not page.locator(".bar").is_visible() and not page.locator(".tools").is_visible()
     assert page.locator(".plot path.line").count() == 2 and len(colours(page)) == 4
-    assert page.locator(".reading").nth(1).inner_text() == "learning rate: 2e-05 at step 400"
+    assert page.locator(".reading").nth(1).inner_text() == "step 400: learning rate 2e-05"
     assert page.locator(".config tr").count() == 4
 
 
