@@ -31,7 +31,7 @@ def chart(title: str, series: Sequence[Series], last_step: int) -> dict[str, Any
     """What the template draws of curves over steps 0 to `last_step`; None where no curve has a point.
 
     Curves with more than 1000 points are drawn by every n-th, the last one among them. Of faint points the highest
-    hundredth may lie above the drawing, so that one outlier doesn't flatten the rest.
+    hundredth may be too high for the drawing, at whose edge they stand, so that one outlier doesn't flatten the rest.
     """
     series = [one for one in series if one.points]
     if not series:
@@ -40,7 +40,7 @@ def chart(title: str, series: Sequence[Series], last_step: int) -> dict[str, Any
     series = [Series(one.label, one.kind, thinned(one.points, MOST_POINTS), one.bands) for one in series]
 
     def place(step: float, value: float) -> str:
-        return f"{SIDE * step / max(1, last_step):.4g} {SIDE * (high - value) / (high - low):.4g}"
+        return f"{SIDE * step / max(1, last_step):.4g} {max(0, SIDE * (high - value) / (high - low)):.4g}"
 
     return {
         "title": title,
