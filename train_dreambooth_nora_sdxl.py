@@ -51,6 +51,7 @@ from trainer.models import (
     trained_names,
 )
 from trainer.preflight import end_dry_run, open_run, preflight
+from trainer.report import Report
 from trainer.run import Run, run_identity, start_run
 from trainer.samples import Base, Sampler, draw_class_images
 
@@ -159,12 +160,13 @@ def train_in_folder(config: TrainConfig, lock: FolderLock) -> Path:
     total_steps, silent = config.loop.max_train_steps, not accelerator.is_main_process
     options = {"initial": first_step, "total": total_steps, "desc": "training", "unit": "step", "disable": silent}
     progress = tqdm(range(first_step, total_steps), **options)
-    with metrics, GracefulStop() as stop:
+    report = Report(run, clock, metrics, judge)
+    with metrics, GracefulStop() as stop, report:
         checkpoints = Checkpoints(accelerator, output_dir, config.loop, same_run)
         hooks: list[Hook] = [
             ClearEarlier(accelerator, output_dir, judge, first_step, total_steps, checkpoint),
             Log(accelerator, metrics, progress),
-            Look(run, clock, memory, metrics, judge, sampler, samples_every),
+            Look(run, clock, memory, metrics, judge, sampler, samples_every, report),
             checkpoints,
             EarlyStop(judge),
             Interruption(run, stop, checkpoints),
@@ -181,7 +183,9 @@ def train_in_folder(config: TrainConfig, lock: FolderLock) -> Path:
 
     # 6. Adapter and record are saved before anything is drawn: running out of memory there must not lose the run.
     run.average.copy_to_parameters()
-    finish(run, pictures, total_steps, sampler, fingerprints, words, clock, memory.megabytes, judge.best)
+    peak = memory.megabytes
+    finish(run, pictures, total_steps, sampler, fingerprints, words, clock, peak, judge.best)
+    report.write(peak)
     end_training(accelerator, run.prepared)
     return output_dir
 

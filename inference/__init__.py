@@ -12,6 +12,7 @@ adapters       `python -m inference.adapters`: look into adapters, convert, resi
 adapter_work, adapter_extract, adapter_facts, nora_factors, outline    what it does
 figures        what an adapter cost, in words
 page, sheet    pictures side by side, as HTML and as one picture
+run_page       a run's curves, samples, scores and costs, as HTML; charts: its curves
 generate       `python -m inference.generate`: pictures into a folder
 gallery        `python -m inference.gallery`: base | adapter | adapter on one page and one sheet
 """

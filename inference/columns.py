@@ -14,11 +14,18 @@ from tqdm.auto import tqdm
 
 from inference.adapter_files import inspect_adapter, run_checkpoints, trained_steps
 from inference.load import load_adapter, set_adapter_scale, swap_adapter, unload_adapters
-from inference.manifest import image_names, image_record, read_manifest, write_image, write_manifest
+from inference.manifest import (
+    image_names,
+    image_record,
+    read_manifest,
+    remake_command,
+    write_image,
+    write_manifest,
+)
 from inference.pipelines import pipeline_for, refiner_for, torch_dtype
 from inference.sampling import GeneratedImage, Refiner, generate_images, warn_of_truncated_prompts
 from settings.sampling import SamplingConfig
-from storage.pictures import open_image
+from storage.pictures import open_image, png_text
 from storage.state import local_state
 
 Requests = dict[tuple[str, int], str]  # (prompt, seed) -> a digest of all that the picture depends on
@@ -26,7 +33,10 @@ Requests = dict[tuple[str, int], str]  # (prompt, seed) -> a digest of all that 
 
 def open_listed(files: Mapping[tuple[str, int, float | None], Path]) -> list[GeneratedImage]:
     """The pictures of `inference.manifest.listed_images`."""
-    return [GeneratedImage(prompt, seed, open_image(file), scale) for (prompt, seed, scale), file in files.items()]
+    return [
+        GeneratedImage(prompt, seed, open_image(file), scale, png_text(file).get("command"))
+        for (prompt, seed, scale), file in files.items()
+    ]
 
 
 def picture_folder(output: Path) -> Path:
@@ -92,7 +102,9 @@ class CachedSampler:
 
     def _pictures(self, samples: SampleSet, requests: Requests, bar: tqdm) -> list[GeneratedImage]:
         bar.set_description(samples.name)
-        images = {place: open_image(file) for place, file in self._kept(samples, requests).items()}
+        kept = self._kept(samples, requests)
+        images = {place: open_image(file) for place, file in kept.items()}
+        commands = {place: png_text(file).get("command") for place, file in kept.items()}
         bar.update(len(images))
         missing: dict[str, tuple[int, ...]] = {}  # prompt -> seeds
         for prompt, seed in requests:
@@ -117,10 +129,11 @@ class CachedSampler:
                     write_image(folder, record, drawn.image)
                     records.append(record)
                     images[drawn.prompt, drawn.seed] = drawn.image
+                    commands[drawn.prompt, drawn.seed] = remake_command(record)
         finally:
             if records:
                 write_manifest(folder, records)  # also when interrupted: what was drawn need not be drawn again
-        return [GeneratedImage(*place, images[place]) for place in requests]
+        return [GeneratedImage(*place, images[place], command=commands[place]) for place in requests]
 
     def _kept(self, samples: SampleSet, requests: Requests) -> dict[tuple[str, int], Path]:
         """The files of the pictures that are there."""

@@ -34,7 +34,7 @@ def adapter_figures(path: Path) -> dict[str, str]:
         "Rank of the update": config.get("rank"),
         "Outer rank": _outer_rank(record.get("outer_ranks") or [config.get("outer_rank")]),
         **{label: _format_bytes(size) for label, size in file_sizes(path, record.get("files")).items()},
-        "Training time": _format(timings.get("train_seconds"), _format_seconds),
+        "Training time": _format(timings.get("train_seconds"), format_seconds),
         "Steps": _format(steps, lambda count: f"{count:,}"),
         **cost_figures([record if whole else {**record, "timings": None}]),
     }
@@ -56,7 +56,7 @@ def cost_figures(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         "Peak memory": _format(
             _mean([one.get("peak_memory_mb") for one in records]), lambda megabytes: _format_bytes(megabytes * 1e6)
         ),
-        "Start-up": _format(_mean(startups), _format_seconds),
+        "Start-up": _format(_mean(startups), format_seconds),
     }
     return {label: UNKNOWN if value is None else value for label, value in figures.items()}
 
@@ -139,7 +139,8 @@ def _format_bytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def _format_seconds(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
+    """ "8.3 s", or "12 min 05 s"."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -11,11 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from inference.manifest import listed_images
 from inference.page import Page, PageColumn, PagePicture, render_page
-from inference.score_labels import SCORES_VERSION, difference_cells, difference_sentences, score_cells
+from inference.score_labels import (
+    PICTURE_SCORES,
+    SCORE_LABELS,
+    SCORES_VERSION,
+    difference_cells,
+    difference_sentences,
+    score_cells,
+)
 from inference.sheet import draw_sheet
 from settings.columns import BASE_COLUMN, SAMPLING, GalleryConfig
 from settings.command_line import parse_config, quiet_libraries, run_command
@@ -31,6 +38,7 @@ class Scores(NamedTuple):
     cells: dict[str, dict[str, str]]
     costs: dict[str, dict[str, str]]
     sentences: list[str]  # what the paired differences show
+    pictures: dict[tuple[str, str, int], dict[str, float]]  # (column, prompt, seed) -> label -> score of that picture
 
 
 def read_scores(path: str | None) -> Scores:
@@ -40,14 +48,14 @@ def read_scores(path: str | None) -> Scores:
         ValueError: if it is no such file, or an old one.
     """
     if path is None:
-        return Scores({}, {}, [])
+        return Scores({}, {}, [], {})
+    found = read_json(Path(path))
+    if (version := found.get("version", 1)) != SCORES_VERSION and "scores" in found:
+        raise ValueError(
+            f"--scores {path} is of version {version}, whose intervals mean something else than those of version "
+            f"{SCORES_VERSION}: run judging.evaluate again with the same flags, the pictures are kept"
+        )
     try:
-        found = read_json(Path(path))
-        if (version := found.get("version", 1)) != SCORES_VERSION and "scores" in found:
-            raise ValueError(
-                f"--scores {path} is of version {version}, whose intervals mean something else than those of version "
-                f"{SCORES_VERSION}: run judging.evaluate again with the same flags, the pictures are kept"
-            )
         cells = {name: score_cells(scores) for name, scores in found["scores"].items()}
         differences, sentences = found["differences"], []
         if differences:
@@ -60,9 +68,25 @@ def read_scores(path: str | None) -> Scores:
             {name: {label: text.replace("*", "") for label, text in one.items()} for name, one in cells.items()},
             {name: dict(one) for name, one in found.get("costs", {}).items()},
             sentences,
+            picture_scores(found.get("draws", {})),
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"--scores {path} is not a file of judging.evaluate ({error!r})") from error
+
+
+def picture_scores(draws: Mapping[str, Any]) -> dict[tuple[str, str, int], dict[str, float]]:
+    """(column, prompt, seed) -> label -> score of that one picture, of a file's draws.
+
+    Raises:
+        AttributeError, TypeError, ValueError: if they have another form.
+    """
+    found: dict[tuple[str, str, int], dict[str, float]] = {}
+    for name, scores in draws.items():
+        for key in PICTURE_SCORES:
+            for prompt, seeds in scores.get(key, {}).items():
+                for seed, value in seeds.items():
+                    found.setdefault((name, prompt, int(seed)), {})[SCORE_LABELS[key]] = float(value)
+    return found
 
 
 def check_own_page(page: Path) -> None:
@@ -100,8 +124,8 @@ def run(config: GalleryConfig) -> tuple[Path, Path]:
     for path in (page_path, sheet_path):
         check_writable_target(path, "--output", folder=False)
     paths = find_images(config.instance_images, "instance_images") if config.instance_images else []
-    shown = [file for files in listed.values() for file in files.values()]
-    check_kept([("the picture", file) for file in [*paths, *shown]], [page_path, sheet_path])
+    listed_files = [file for files in listed.values() for file in files.values()]
+    check_kept([("the picture", file) for file in [*paths, *listed_files]], [page_path, sheet_path])
     check_own_page(page_path)
     instances = [(path.name, open_image(path)) for path in paths]
 
@@ -127,7 +151,8 @@ def run(config: GalleryConfig) -> tuple[Path, Path]:
     for name, files in listed.items():
         for one in open_listed(files):
             if one.prompt in prompts and one.seed in seeds:
-                pictures.setdefault((name, one.prompt, one.seed), []).append(PagePicture(one.scale, None, one.image))
+                picture = PagePicture(one.scale, None, one.image, one.command)
+                pictures.setdefault((name, one.prompt, one.seed), []).append(picture)
     if not pictures:
         raise ValueError("--images have no picture of these --prompts and --seeds: leave them out to show all")
     subtitles = {BASE_COLUMN: "no adapter"} | {name: subtitle(name, found) for name, found in figures.items()}
@@ -135,7 +160,8 @@ def run(config: GalleryConfig) -> tuple[Path, Path]:
         PageColumn(name, subtitles.get(name, ""), figures.get(name, {}), scores.cells.get(name, {})) for name in names
     ]
     title = TITLE + ", ".join(names)
-    page = Page(title, settings, columns, prompts, seeds, pictures, instances, scores.sentences)
+    shown = {place: own for place, own in scores.pictures.items() if place in pictures}
+    page = Page(title, settings, columns, prompts, seeds, pictures, instances, scores.sentences, shown)
     last = {place: several[-1].image for place, several in pictures.items()}
     sheet = draw_sheet(columns, last, prompts, seeds, instances)
     page_path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +182,7 @@ def draw_columns(
     pictures: dict[tuple[str, str, int], list[PagePicture]] = {}
     for name, version, drawn in draw_versions(config, versions, prompts, seeds, folder):
         for one in drawn:
-            picture = PagePicture(version.scale, version.step, one.image)
+            picture = PagePicture(version.scale, version.step, one.image, one.command)
             pictures.setdefault((name, one.prompt, one.seed), []).append(picture)
     return pictures
 

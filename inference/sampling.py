@@ -26,6 +26,7 @@ class GeneratedImage:
     seed: int
     image: Image.Image | np.ndarray | torch.Tensor  # PIL, (H, W, 3) in [0, 1], or (C, H, W), as output_type says
     scale: float | None = None  # of the adapters, where it is known
+    command: str | None = None  # draws it again, where it is known
 
 
 @dataclass(frozen=True)

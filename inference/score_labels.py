@@ -17,6 +17,7 @@ SCORE_LABELS = {
     "class_drift": "Class drift ↓",
     "diversity": "Diversity ↑",
 }
+PICTURE_SCORES = ("attributes", "scene", "dino", "clip_i", "clip_t")  # a picture by itself has one
 COPIES_LABEL = "Copies of training images ↓"
 SCORES_VERSION = 2  # of the files of judging.evaluate
 

@@ -48,11 +48,17 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
 
 
+def copies_warning(name: str, found: Mapping[str, Any]) -> str | None:
+    """The alarm as a sentence; None where there is none."""
+    if not found["alarm"]:
+        return None
+    return (
+        f"{name} draws its training images: {found['count']} of its {found['pictures']} pictures are "
+        f"copies of one (p {found['p_value']:.2g}, were the detector wrong in {found['false_alarm_rate']:.0%}); "
+        "train for fewer steps, at a lower learning rate, or with --with_prior_preservation"
+    )
+
+
 def warn_of_copies(name: str, found: Mapping[str, Any]) -> None:
-    if found["alarm"]:
-        print(
-            f"warning: {name} draws its training images: {found['count']} of its {found['pictures']} pictures are "
-            f"copies of one (p {found['p_value']:.2g}, were the detector wrong in {found['false_alarm_rate']:.0%}); "
-            "train for fewer steps, at a lower learning rate, or with --with_prior_preservation",
-            file=sys.stderr,
-        )
+    if warning := copies_warning(name, found):
+        print(f"warning: {warning}", file=sys.stderr)

@@ -48,14 +48,14 @@ def card_text(record: Mapping[str, Any], samples: Sequence[tuple[str, str]] = ()
     )
     options = {"template_path": str(_TEMPLATE), "record": record, "samples": samples, "loss_plot": LOSS_PLOT}
     options |= {"prompt": instance_prompt, "plain": plain, "code": code, "literal": literal}
-    options |= {"best_score": _best_score(record.get("best")), "method": METHODS[record["method"]].title}
+    options |= {"best_score": best_score(record.get("best")), "method": METHODS[record["method"]].title}
     tools = tools_file(Path(config.get("output_dir", "")))
     options["tools_file"] = tools if tools in record["files"] else None
     options["lora_file"] = FOLDED_WEIGHTS if FOLDED_WEIGHTS in record["files"] else None
     return str(ModelCard.from_template(data, **options))
 
 
-def _best_score(best: Mapping[str, Any] | None) -> str | None:
+def best_score(best: Mapping[str, Any] | None) -> str | None:
     """The score by which an adapter was the best one, with its interval over what was drawn."""
     if best is None:
         return None

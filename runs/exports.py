@@ -14,7 +14,7 @@ from methods.components import EMBEDDINGS, ENCODERS, FOLDED_WEIGHTS, INNER_WEIGH
 from methods.files import KOHYA_WEIGHTS, PEFT_FOLDER, save_files, save_kohya, tools_file
 from methods.reading import read_adapter
 from methods.update import Update
-from runs.record import LOSS_PLOT, MODEL_CARD
+from runs.record import LOSS_PLOT, MODEL_CARD, RUN_PAGE
 from runs.tools_header import METHOD_KEY
 from storage.files import check_own_output
 from storage.tensors import read_safetensors_header, write_safetensors
@@ -23,7 +23,7 @@ from storage.tensors import read_safetensors_header, write_safetensors
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 # What a finished run leaves, beside the `tools_file` of its folder.
 WEIGHTS = (FOLDED_WEIGHTS, INNER_WEIGHTS, KOHYA_WEIGHTS, EMBEDDINGS, PEFT_FOLDER)
-RESULTS = (RUN_RECORD, MODEL_CARD, LOSS_PLOT, *WEIGHTS)
+RESULTS = (RUN_RECORD, MODEL_CARD, LOSS_PLOT, RUN_PAGE, *WEIGHTS)
 
 
 def results(folder: Path) -> list[str]:

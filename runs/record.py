@@ -27,6 +27,8 @@ METRICS = "metrics.jsonl"
 MODEL_CARD = "README.md"
 LOSS_PLOT = "loss.png"
 SAMPLES = "samples"
+RUN_PAGE = "run.html"
+PAGE_MARK = "NoRA training suite: page of a run"  # what the page says that it is
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 
 
@@ -40,17 +42,32 @@ def is_metrics(path: Path) -> bool:
         return False
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics; none where there is no such file."""
+    return [json.loads(line) for line in read_text(path).split("\n") if line] if path.is_file() else []
+
+
+def is_run_page(path: Path) -> bool:
+    """Whether a file is a page that a run wrote."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return PAGE_MARK in file.read(2000)
+    except OSError:
+        return False
+
+
 def recorded_files(folder: Path, results: Sequence[str] = ()) -> list[Path]:
     """The files in a run's folder that runs have written and recorded there, checkpoints apart.
 
-    That is what ``run.json`` and the best adapter's scores list, with the size that they list, and samples, which say
-    themselves what made them. Nothing else may be cleared, but for empty samples, which hold nothing.
+    That is what ``run.json`` and the best adapter's scores list, with the size that they list, and samples and the
+    page, which say themselves what made them. Nothing else may be cleared, but for empty samples, which hold nothing.
 
     Args:
         results: what a run leaves, for a ``run.json`` of before, which listed no files.
     """
     samples = [path for path in (folder / SAMPLES).rglob("*.png") if path.is_file()]
     found = [path for path in samples if path.stat().st_size == 0 or drawn_here(path)]
+    found += [folder / RUN_PAGE] if is_run_page(folder / RUN_PAGE) else []
     for inside, name in ((folder, RUN_RECORD), (folder / BEST, BEST_SCORES)):
         try:
             files = read_json(inside / name).get("files")
@@ -139,7 +156,7 @@ class MetricsLog:
         if self.file:
             self.file.close()
 
-    def write(self, step: int, **values: float) -> None:
+    def write(self, step: int, **values: Any) -> None:
         if "seconds" in values:
             self.seconds.append(values["seconds"])
         if self.enabled and self.file is None:

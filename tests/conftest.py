@@ -2,6 +2,7 @@
 
 import pytest
 from accelerate.state import AcceleratorState
+from browser_pages import chromium
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -18,3 +19,9 @@ def fresh_accelerator():
     AcceleratorState._reset_state(True)
     yield
     AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    with chromium() as browser:
+        yield browser

@@ -14,7 +14,7 @@ from inference import gallery, generate
 from judging import evaluate
 from runs.checkpoints import check_earlier_run, clear_earlier_run, save_checkpoint
 from runs.exports import RESULTS
-from runs.record import file_sizes
+from runs.record import PAGE_MARK, file_sizes
 from settings.columns import CompareConfig, EvaluateConfig, GalleryConfig
 from settings.sampling import GenerateConfig
 from settings.training import TrainConfig
@@ -84,6 +84,7 @@ def finished_run(folder: Path) -> Path:
             (folder / place / name).write_bytes(b"weights")
         (folder / place / record).write_text(json.dumps({"files": file_sizes(folder / place, names[place])}))
     (folder / "README.md").write_text("card")
+    (folder / "run.html").write_text(PAGE_MARK)
     for name in ("samples/a.png", "samples/step-000001/a.png"):
         (folder / name).write_bytes(png_bytes(ramp()))
     return folder
@@ -138,7 +139,7 @@ def test_another_programs_metrics_are_refused(tmp_path):
 def test_a_picture_with_a_samples_name_stays(tmp_path):
     (tmp_path / "a.png").write_bytes(mine := encoded(ramp()))
     here = SimpleNamespace(is_main_process=True, trackers=[])
-    kept = keep_samples(here, [Sample("a", "a.png", ramp()), Sample("b", "b.png", ramp())], tmp_path, 1)
+    kept = keep_samples(here, [Sample("a", 0, "a.png", ramp()), Sample("b", 0, "b.png", ramp())], tmp_path, 1)
     assert (tmp_path / "a.png").read_bytes() == mine and kept[1].file == "b.png"
     assert all(drawn_here(tmp_path / one.file) for one in kept) and len(list(tmp_path.iterdir())) == 3
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 import re
-import shutil
 from dataclasses import replace
 from html import escape
 from pathlib import Path
 
 import pytest
+from browser_pages import broken_figures, decode, sideways, visits
 from PIL import Image
 
 from inference.page import Page, PageColumn, PagePicture, render_page
@@ -23,9 +21,6 @@ SEEDS = (0, 7)
 STEPS, SCALES = (100, 200), (0.5, 1.0)
 MISSING = (NAMES[2], PROMPTS[2], 7)
 HOSTILE = """</script><img src=x onerror="window.hacked = 1"> "quoted" & 'single' {{ 7 * 7 }} <!-- -->"""
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-CHROMIUM_FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
 
 def picture(*place: int) -> Image.Image:
@@ -46,19 +41,23 @@ def example() -> Page:
     Colours are (column, row, shot's position).
     """
     pictures: dict[tuple[str, str, int], list[PagePicture]] = {}
-    rows = [(prompt, seed) for prompt in PROMPTS for seed in SEEDS]
+    rows, scores = [(prompt, seed) for prompt in PROMPTS for seed in SEEDS], {}
     for row, (prompt, seed) in enumerate(rows):
         ladder = [(scale, step) for step in STEPS for scale in SCALES]
         pictures[NAMES[0], prompt, seed] = [PagePicture(None, None, picture(0, row, 0))]
         pictures[NAMES[1], prompt, seed] = [
             PagePicture(*rung, picture(1, row, place)) for place, rung in enumerate(ladder)
         ]
-        pictures[NAMES[2], prompt, seed] = [PagePicture(1.0, 200, picture(2, row, 0))]
+        command = f"python -m inference.generate --adapter={NAMES[2]} --prompt='{prompt}' --seed={seed}"
+        pictures[NAMES[2], prompt, seed] = [PagePicture(1.0, 200, picture(2, row, 0), command)]
+        scores[NAMES[1], prompt, seed] = {"DINO ↑": (0.2, 0.3, 0.9, 0.7, 0.5, 0.6)[row]}
+        if seed == 0:
+            scores[NAMES[2], prompt, seed] = {"Drift ↓": 0.1 * row}
     del pictures[MISSING]
     settings = {"Base": "tiny", "Columns": ", ".join(NAMES)}
     instances = [("cat.png", Image.new("RGB", (400, 200), "red"))]
     title, findings = "Side by side: " + ", ".join(NAMES), [f"{NAMES[1]} is 0.1 higher than {NAMES[2]} in DINO."]
-    return Page(title, settings, columns(), PROMPTS, SEEDS, pictures, instances, findings)
+    return Page(title, settings, columns(), PROMPTS, SEEDS, pictures, instances, findings, scores)
 
 
 def simple(names: list[str], prompts: list[str], size: tuple[int, int] = (24, 16), **options) -> Page:
@@ -67,10 +66,6 @@ def simple(names: list[str], prompts: list[str], size: tuple[int, int] = (24, 16
     pictures = {key: [PagePicture(None, None, Image.new("RGB", size, (place, 9, 9)))] for place, key in enumerate(keys)}
     made = [PageColumn(name, "", {}, {}) for name in names]
     return Page(options.get("title", "t"), options.get("settings", {}), made, prompts, [0], pictures)
-
-
-def decode(uri: str) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1], validate=True)))
 
 
 # --- the text ---------------------------------------------------------------------------------------------------------
@@ -140,17 +135,6 @@ def test_a_picture_without_a_place_is_refused():
 
 
 @pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
-    if CHROMIUM is None:
-        pytest.skip("no chromium, chromium-browser or google-chrome on the PATH")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, Path]:
     """The pages that tests open, rendered once."""
     folder = tmp_path_factory.mktemp("pages")
@@ -168,37 +152,14 @@ def files(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def visit(browser, files):
-    """`visit(name, **context options)` opens a page from disk; afterwards nothing may have gone wrong or out."""
-    contexts, problems, requests = [], [], []
-
-    def open_page(name="example", width=1280, height=900, setup="", **options):
-        context = browser.new_context(viewport={"width": width, "height": height}, **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(20_000)
-        page.on("console", lambda message: message.type in ("error", "warning") and problems.append(message.text))
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("request", lambda request: requests.append(request.url))
-        if setup:
-            page.add_init_script(setup)
-        page.goto(files[name].as_uri())
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert problems == []
-    assert [url for url in requests if not url.startswith(("file:", "data:", "blob:"))] == []
+    with visits(browser, files) as visit:
+        yield visit
 
 
 def colours(page, selector=".cell img") -> list[tuple[int, ...]]:
     """The pixel of each picture that is on show, which tells its column, row and place."""
     sources = page.locator(selector).evaluate_all("images => images.filter(i => i.offsetParent).map(i => i.src)")
     return [decode(source).getpixel((0, 0)) for source in sources]
-
-
-def sideways(page) -> int:
-    return page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
 
 
 def clip(page, selector) -> str:
@@ -248,8 +209,8 @@ def test_zoom_opens_by_click_and_walks_to_neighbours(visit):
     page = visit()
     page.click(f"img[alt='{NAMES[1]}, seed 0: {PROMPTS[0]}']")
     caption, large = page.locator("#zoom .caption"), page.locator("#zoom .stage img")
-    assert caption.inner_text() == f"{NAMES[1]} · {PROMPTS[0]} · seed 0 · scale 1 · step 200"
-    assert large.evaluate("image => [image.width / 24, getComputedStyle(image).imageRendering]") == [32, "pixelated"]
+    assert caption.inner_text() == f"{NAMES[1]} · {PROMPTS[0]} · seed 0 · scale 1 · step 200 · DINO ↑ 0.2"
+    assert large.evaluate("image => [image.width / 24, getComputedStyle(image).imageRendering]") == [32, "auto"]
     assert colours(page, "#zoom img") == [(1, 0, 3)]
     walk = {"ArrowRight": (2, 0, 0), "ArrowDown": (2, 1, 0), "ArrowLeft": (1, 1, 3), "ArrowUp": (1, 0, 3)}
     for key, expected in walk.items():
@@ -354,7 +315,7 @@ def test_step_and_scale_choose_the_nearest_picture(visit):
     assert output["scale"].inner_text() == "0.5"
     assert colours(page)[:3] == [(0, 0, 0), (1, 0, 0), (2, 0, 0)]
     page.locator(".picture").nth(1).click()
-    assert page.locator("#zoom .caption").inner_text().endswith("scale 0.5 · step 100")
+    assert page.locator("#zoom .caption").inner_text().endswith("scale 0.5 · step 100 · DINO ↑ 0.2")
     width = page.evaluate(
         """() => {
           document.querySelector("#zoom").close();
@@ -421,6 +382,88 @@ def test_compare_takes_any_two_columns_and_zooms(visit):
     assert page.locator(".row .pair input").nth(1).input_value() == "49"  # as it was left in the dialog
     page.keyboard.press("c")
     assert page.locator(".pair").count() == 0 and len(colours(page)) == 17
+
+
+# --- columns, order, commands, export --------------------------------------------------------------------------------
+
+
+def test_columns_are_chosen_in_every_mode(visit):
+    page = visit(setup=SEEDED)
+    page.click(".menu summary")
+    page.click(f"#columns label:has-text('{NAMES[0]}')")
+    assert {colour[0] for colour in colours(page)} == {1, 2}
+    assert page.locator(".head strong:visible").all_inner_texts() == list(NAMES[1:])
+    left, right = (page.locator(place).first.bounding_box()["x"] for place in (".head:visible", ".cell:visible"))
+    assert abs(left - right) < 2  # a header stands above its column
+    page.locator(".picture:visible").first.focus()
+    page.keyboard.press("ArrowLeft")  # no column there any more
+    page.keyboard.press("ArrowRight")
+    assert focused(page) == f"{NAMES[2]}, seed 0: {PROMPTS[0]}"
+    page.keyboard.press("b")
+    assert {colour[0] for row in rows_of(page) for colour in row if colour} >= {1, 2}
+    assert page.locator(".row").nth(5).locator(".best:visible").count() == 0  # a single picture is no choice
+    page.locator(".row").first.locator(".best:visible").first.click()
+    page.keyboard.press("b")
+    assert page.locator("#tally tbody th").all_inner_texts() == [*NAMES[1:], "no difference"]
+    page.keyboard.press("b")
+    page.click(f"#columns label:has-text('{NAMES[1]}')")
+    last = page.locator("#columns input").nth(2)
+    assert last.is_checked() and last.is_disabled() and {colour[0] for colour in colours(page)} == {2}
+    page.click(f"#columns label:has-text('{NAMES[0]}')")
+    assert colours(page)[:2] == [(0, 0, 0), (2, 0, 0)]  # back in its place, though blind mode had moved it
+
+
+def test_rows_are_sorted_by_a_score_prompts_together(visit):
+    page = visit()
+    page.click(".menu summary")
+    page.select_option("#sort", label=f"DINO ↑ {NAMES[1]}")
+    assert page.locator(".block h2").all_inner_texts() == [PROMPTS[1], PROMPTS[2], PROMPTS[0]]
+    assert [colour[1] for colour in colours(page) if colour[0] == 1] == [2, 3, 5, 4, 1, 0]
+    assert page.locator(".row").first.locator(".note").nth(1).inner_text() == "DINO ↑ 0.9"
+    page.locator(".picture").first.focus()
+    page.keyboard.press("ArrowDown")  # keys follow the order on show
+    assert focused(page) == f"{NAMES[0]}, seed 7: {PROMPTS[1]}"
+    page.select_option("#sort", label=f"Drift ↓ {NAMES[2]}")  # low is good; what has no score comes last
+    assert [colour[1] for colour in colours(page) if colour[0] == 0] == [0, 1, 2, 3, 4, 5]
+    page.select_option("#sort", value="")
+    assert page.locator(".block h2").all_inner_texts() == list(PROMPTS)
+
+
+def test_the_command_of_a_picture_is_copied(visit):
+    page = visit()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.locator(".picture").nth(1).click()
+    assert not page.locator("#copy-command").is_visible()  # nobody knows how that one was drawn
+    page.keyboard.press("ArrowRight")
+    page.click("#copy-command")
+    page.wait_for_selector("#command-copied:not(:empty)")
+    command = f"python -m inference.generate --adapter={NAMES[2]} --prompt='{PROMPTS[0]}' --seed=0"
+    assert page.evaluate("navigator.clipboard.readText()") == command
+    assert not page.locator("#command").is_visible()
+    page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error('no')); }")
+    page.click("#copy-command")
+    page.wait_for_selector("#command:visible")
+    assert page.evaluate("getSelection().toString()") == command
+
+
+def test_what_is_on_show_is_saved_as_one_png_from_disk(visit, tmp_path):
+    page = visit()
+    assert page.url.startswith("file:")
+    page.fill("#filter", "jungle")
+    page.click(".menu summary")
+    page.click(f"#columns label:has-text('{NAMES[0]}')")
+    with page.expect_download() as waiting:
+        page.click("#export")
+    waiting.value.save_as(tmp_path / "selection.png")
+    assert waiting.value.suggested_filename == "example-selection.png"
+    with Image.open(tmp_path / "selection.png") as image:
+        assert image.format == "PNG"
+        found = {colour: count for count, colour in image.convert("RGB").getcolors(1 << 20)}
+        places = [(1, row, 3) for row in (0, 1, 4, 5)] + [(2, row, 0) for row in (0, 1, 4)]
+        assert {colour for colour in found if colour[2] in (0, 3) and colour[0] < 3 and colour[1] < 6} >= set(places)
+        assert all(found[place] >= 0.98 * 192 * 128 for place in places)  # whole, two columns of four rows
+        assert not any(colour in found for colour in [(0, 4, 0), (0, 5, 0), (1, 2, 3)])  # not what was filtered out
+        assert f"{image.width} × {image.height}" in page.inner_text("#exported")
 
 
 # --- the blind vote ---------------------------------------------------------------------------------------------------
@@ -601,6 +644,10 @@ def test_a_phone_scrolls_in_one_direction(visit, name):
     assert page.locator(".instances[open], .figures[open]").count() == 0
     left, right = (page.locator(".cell").nth(place).bounding_box() for place in (0, 1))
     assert left["y"] == right["y"] and left["width"] > 150  # two beside each other
+    page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+    assert broken_figures(page, ".figures td, .figures th, .head dd") == []  # a figure is never broken over lines
+    assert sideways(page) <= 0
+    page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = false; })")
     assert page.locator(".cell .name").first.is_visible()  # as there are no headers above the pictures
     for mode in ("#compare", "#blind", "#reveal"):
         page.click(mode)

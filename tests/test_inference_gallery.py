@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from browser_pages import page_data
 from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import save_file
@@ -95,6 +97,10 @@ def test_the_page_has_every_picture(gallery):
     page = Parsed((gallery / "gallery.html").read_text(encoding="utf-8"))
     assert len(page.images) == 2 + 3 * len(PROMPTS) * 2 and all(image["alt"] for image in page.images)
     assert [picture.size for picture in shown(gallery / "gallery.html")] == [(32, 32)] * 12
+    rows = page_data(gallery / "gallery.html")["rows"]
+    commands = [(row["prompt"], shlex.split(cell[0]["command"])) for row in rows for cell in row["cells"]]
+    assert all(f"--prompt={prompt}" in command for prompt, command in commands)
+    assert sum(f"--adapter={saved_nora()}" in command for _, command in commands) == len(commands) // 3
     assert PROMPTS[1] in page.text  # escaped in the source, itself on the page
     assert sorted(path.name for path in gallery.iterdir()) == ["gallery.html", "gallery.png", "pictures"]
 
@@ -194,10 +200,6 @@ def test_scales_and_checkpoints_are_on_the_page(tmp_path):
     assert pictures == 6
 
 
-def page_data(page: Path) -> dict:
-    return json.loads(re.search(r"<script[^>]*application/json[^>]*>(.*?)</script>", page.read_text(), re.DOTALL)[1])
-
-
 def test_checkpoints_and_the_best_are_not_the_finished_run(tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(saved_lora(), run)
@@ -260,9 +262,12 @@ def test_scores_are_shown_below_their_columns(gallery, tmp_path):
     difference |= {"p_value": 0.29, "detectable": 0.03}
     more = {"differences": {"first": "lora", "others": {"nora": {"dino": difference}}}}
     more["costs"] = {"nora": {"Peak memory": "77 MB"}}
+    more["draws"] = {"nora": {"dino": {PROMPTS[0]: {"1": 0.8125}}, "diversity": {PROMPTS[0]: {"1": 0.5}}}}
     scores = score_file(tmp_path / "scores.json", ("lora", "nora"), **more)
     main([*COMMAND, "--scores", scores, "--output", str(gallery / "scored.html")])
     text = Parsed((gallery / "scored.html").read_text()).text
+    cells = [row["scores"] for row in page_data(gallery / "scored.html")["rows"]]
+    assert [cell for row in cells for cell in row if cell] == [{"DINO ↑": 0.8125}]  # to sort by: of one picture alone
     assert "0.712 [0.701, 0.724]" in text and "DINO" in text and "1 of 24" in text and "77 MB" in text
     assert "-0.007 [-0.028, +0.014], p 0.290" in text
     assert "nora and lora in DINO: no difference shown at 3 trainings; one of 0.030 would have been" in text

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser_pages import page_data
 from safetensors.torch import load_file
 from test_trainer import QUICK, losses, run
 from tiny_sdxl import saved_base
@@ -112,6 +113,7 @@ def test_asked_to_stop_it_saves_and_leaves(tmp_path, number):
     (step, folder), *rest = checkpoints(tmp_path / "run")
     assert not rest and step == len(losses(tmp_path / "run"))
     assert (folder / FOLDED_WEIGHTS).is_file() and (folder / INNER_WEIGHTS).is_file()
+    assert f"Stopped at step {step:,} of 100,000" in (tmp_path / "run" / "run.html").read_text()
 
 
 # --- what a checkpoint is ---------------------------------------------------------------------------------------------
@@ -263,6 +265,18 @@ def test_earlier_samples_are_kept(tmp_path):
     run(tmp_path, **options, resume_from_checkpoint=str(folder / "checkpoint-2"))
     assert first.read_bytes() == b"of the first two steps"
     assert sorted(str(path.relative_to(folder)) for path in (folder / "samples").rglob("*.png")) == names
+    data = page_data(folder / "run.html")  # one continuous curve, and the samples of both parts
+    assert data["charts"][0]["series"][0]["steps"] == [1, 2, 3, 4] and data["steps"] == [2, 3, 4]
+    assert data["charts"][0]["series"][0]["values"] == pytest.approx(losses(folder), rel=1e-4)
+
+
+def test_a_page_that_can_not_be_written_ends_no_run(copy, capsys):
+    (copy / "run.html").unlink()
+    (copy / "run.html").mkdir()
+    (copy / "run.html" / "mine.txt").write_text("mine")
+    run(copy, max_train_steps=4, checkpointing_steps=1, resume_from_checkpoint="latest")
+    assert capsys.readouterr().err.count("run.html was not written") == 1
+    assert len(losses(copy)) == 4 and (copy / "run.json").is_file() and (copy / "run.html" / "mine.txt").is_file()
 
 
 def test_more_steps_than_before(copy):

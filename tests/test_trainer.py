@@ -370,6 +370,8 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     with pytest.raises(ValueError, match="the loss is (nan|inf) at step 2: the learning rate"):
         run(tmp_path, learning_rate=1e30, train_batch_size=1)
     assert not (tmp_path / FOLDED_WEIGHTS).exists()
+    page = (tmp_path / "run.html").read_text()
+    assert "Stopped at step 1 of 2" in page and "at step 2: the learning rate" in page  # the alarm
 
 
 def test_epochs_give_the_steps(tmp_path):
@@ -508,7 +510,7 @@ def test_record_stands_before_the_samples(tmp_path, monkeypatch):
 def test_a_second_run_leaves_nothing_of_the_first(tmp_path):
     run(tmp_path, num_validation_images=1)
     run(tmp_path, method="lora")
-    files = {FOLDED_WEIGHTS, f"{tmp_path.name}.safetensors", "peft", "run.json", "README.md", "loss.png"}
+    files = {FOLDED_WEIGHTS, f"{tmp_path.name}.safetensors", "peft", "run.json", "README.md", "loss.png", "run.html"}
     assert set(os.listdir(tmp_path)) == {*files, "metrics.jsonl", "encoded"}
 
 

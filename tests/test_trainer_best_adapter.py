@@ -41,6 +41,11 @@ def test_the_run_is_scored_and_the_best_adapter_kept(tmp_path):
     assert recorded_base(folder / "best") == str(saved_base())
     load_adapter(load_pipeline(saved_base(), device="cpu"), folder / "best")
 
+    page = (folder / "run.html").read_text()
+    assert "Finished after 4 steps" in page and f"{best['step']} (best)" in page
+    low, high = (scored[4]["intervals"]["clip_t"][end] for end in ("low", "high"))
+    assert f"{scored[4]['clip_t']:.3f} [{low:.3f}, {high:.3f}]" in page
+
     # resumed after the first evaluation, it ends with the same best one, having looked again at the last step only
     (folder / "run.json").unlink()
     for name in ("checkpoint-4",):

@@ -39,6 +39,7 @@ def test_trainings_scores_table_and_page(tmp_path, capsys, monkeypatch):
     assert set(scores) == {"base", "lora-seed0", "lora-seed1"}
     page = (tmp_path / "gallery.html").read_text()
     assert "lora-seed0" in page and "lora-seed1" not in page and scores["lora-seed0"] != scores["lora-seed1"]
+    assert 'id="sort"' in page  # by the scores of single pictures
     assert json.loads((tmp_path / "lora-seed1" / "run.json").read_text())["seed"] == 1
     main(command)  # all is there: neither trained nor drawn again
     assert capsys.readouterr().out.count("there already") == 2

@@ -18,7 +18,7 @@ from inference.sampling import GeneratedImage
 from judging.prompts import FIRST_SEED, Protocol, subject_of_prompt, with_article
 from judging.scorer import Scorer
 from judging.statistics import interval
-from judging.tables import warn_of_copies
+from judging.tables import copies_warning
 from methods.components import BEST, BEST_SCORES
 from runs.record import file_sizes
 from settings.columns import CLIP, DINO
@@ -50,6 +50,8 @@ class RunJudge:
         self.best: dict[str, Any] | None = None
         self.before: dict[str, float] | None = None  # the scores of the last evaluation
         self.waited = 0  # evaluations since the best one
+        self.intervals: dict[str, Any] = {}  # of the last evaluation's scores
+        self.warnings: list[str] = []  # of the last evaluation
         if options.eval_steps is None:
             return
         words = subject_of_prompt(pictures.concepts[0].instance_prompt)
@@ -76,13 +78,12 @@ class RunJudge:
         intervals = {name: interval([scores[name]]) for name in ("dino", "clip_i", "clip_t")}
         found = {name: one.estimate for name, one in intervals.items()}
         found |= {"val_loss": val_loss, "copies": copied.share}
-        if copied.alarm:
-            warn_of_copies(f"step {step}", copied.fields())
-            if self.before and found["dino"] > self.before["dino"]:
-                print(
-                    f"warning: step {step}: fidelity rises only by memorising, it is not kept as the best",
-                    file=sys.stderr,
-                )
+        self.intervals = {name: one.fields() for name, one in intervals.items()}
+        self.warnings = [warning] if (warning := copies_warning(f"step {step}", copied.fields())) else []
+        if copied.alarm and self.before and found["dino"] > self.before["dino"]:
+            self.warnings.append(f"step {step}: fidelity rises only by memorising, it is not kept as the best")
+        for warning in self.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
         self.before = found
         self.waited += 1
         if not copied.alarm and self._is_better(found):

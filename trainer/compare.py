@@ -233,7 +233,9 @@ def run(config: CompareConfig, train_flags: Sequence[str]) -> Path:
     shown = {one.method: one for one in reversed(runs)}  # of several trainings the first
     columns = {method: one.name for method, one in shown.items()}
     summary_file = output_dir / "summary.json"
-    write_atomic(summary_file, json.dumps(of_columns(summary, columns), indent=1, ensure_ascii=False) + "\n")
+    draws = {name: result["draws"][name] for name in (BASE_COLUMN, *columns.values())}
+    named = of_columns(summary, columns) | {"draws": draws}
+    write_atomic(summary_file, json.dumps(named, indent=1, ensure_ascii=False) + "\n")
     page, _ = gallery.run(
         GalleryConfig(
             **sampling_flags(config),

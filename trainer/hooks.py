@@ -19,6 +19,7 @@ from runs.record import SAMPLES, Clock, MetricsLog, PeakMemory, samples_after, s
 from settings.learning import LoopOptions
 from trainer.accelerator import end_training
 from trainer.best_adapter import RunJudge
+from trainer.report import Report
 from trainer.run import Run
 from trainer.samples import Sampler, keep_samples
 
@@ -86,7 +87,8 @@ class Log:
 class Look:
     """Validation loss, scores and samples after the steps at which the flags ask for them, by the averaged weights.
 
-    Looking is not training: its time counts for no step, and its memory not at all.
+    Looking is not training: its time counts for no step, and its memory not at all. The run's page is written after
+    each look, and after the first step.
 
     Args:
         samples_every: steps; 0: at the end only.
@@ -101,9 +103,10 @@ class Look:
         judge: RunJudge,
         sampler: Sampler,
         samples_every: int,
+        report: Report,
     ) -> None:
         self.run, self.clock, self.memory, self.metrics = run, clock, memory, metrics
-        self.judge, self.sampler, self.samples_every = judge, sampler, samples_every
+        self.judge, self.sampler, self.samples_every, self.report = judge, sampler, samples_every, report
         self.accelerator = run.accelerator
 
     def after_step(self, step: Step) -> None:
@@ -113,16 +116,23 @@ class Look:
         validates = judges or bool(every and number % every == 0)
         last = number == config.loop.max_train_steps  # its samples are drawn from the saved adapter
         samples = bool(self.samples_every and number % self.samples_every == 0 and not last)
-        if not (validates or samples):
+        if not (validates or samples or self.report.is_due):
             return
-        with self.clock.pause(), self.memory.pause(), self.run.average.applied():
-            loss = self._validate(number) if validates else None
-            if judges:
-                self._evaluate(number, loss)
-            if samples:
-                seeds = range(config.loop.seed, config.loop.seed + config.validation.num_validation_images)
-                drawn = self.sampler.samples(config.validation.validation_prompt, seeds)
-                keep_samples(self.accelerator, drawn, Path(config.output.output_dir) / step_samples(number), number)
+        peak = self.memory.megabytes
+        with self.clock.pause(), self.memory.pause():
+            with self.run.average.applied():
+                loss = self._validate(number) if validates else None
+                if judges:
+                    self._evaluate(number, loss)
+                if samples:
+                    self._sample(number)
+            self.report.look(peak)
+
+    def _sample(self, step: int) -> None:
+        config = self.run.config
+        seeds = range(config.loop.seed, config.loop.seed + config.validation.num_validation_images)
+        drawn = self.sampler.samples(config.validation.validation_prompt, seeds)
+        keep_samples(self.accelerator, drawn, Path(config.output.output_dir) / step_samples(step), step)
 
     def _validate(self, step: int) -> float:
         embedder, batch_size = self.run.embedder, self.run.config.loop.train_batch_size
@@ -137,7 +147,7 @@ class Look:
         if self.accelerator.is_main_process:
             scores = self.judge.look(step, drawn, loss, self.run.save)
             self.accelerator.log({f"eval/{name}": score for name, score in scores.items()}, step=step)
-            self.metrics.write(step, **scores)
+            self.metrics.write(step, **scores, intervals=self.judge.intervals, warnings=self.judge.warnings)
 
 
 class Checkpoints:

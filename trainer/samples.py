@@ -33,6 +33,7 @@ from trainer.sharding import SplittingAccelerator
 
 class Sample(NamedTuple):
     prompt: str
+    seed: int
     file: str  # name of the PNG
     image: Image.Image
 
@@ -146,7 +147,7 @@ class Sampler:
         """Pictures with names for files; none but in the main process."""
         names = image_names(prompts)
         drawn = self.draw(prompts, seeds)
-        return [Sample(one.prompt, f"{names[one.prompt]}-seed{one.seed}.png", one.image) for one in drawn]
+        return [Sample(one.prompt, one.seed, f"{names[one.prompt]}-seed{one.seed}.png", one.image) for one in drawn]
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[GeneratedImage]:
         """Every prompt with every seed; none but in the main process."""
@@ -168,12 +169,15 @@ class Sampler:
 def keep_samples(accelerator: Accelerator, samples: Sequence[Sample], folder: Path, step: int) -> list[Sample]:
     """Write the pictures into the folder and to the trackers; returns them with the names that they have there.
 
+    Each PNG says its prompt, seed and step: the run's page is made of them.
+
     A picture of the user's that has a sample's name stays, and the sample gets another.
     """
     kept = []
     for sample in samples:
         folder.mkdir(parents=True, exist_ok=True)
-        data, name = png_bytes(sample.image), sample.file
+        text = {"prompt": sample.prompt, "seed": str(sample.seed), "step": str(step)}
+        data, name = png_bytes(sample.image, text), sample.file
         if os.path.lexists(folder / name) and not drawn_here(folder / name):
             name = f"{Path(name).stem}-{content_hash(data)[:8]}.png"
         write_atomic(folder / name, data)

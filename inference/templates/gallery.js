@@ -1,10 +1,3 @@
-// What the page does. Texts go in as text and never as markup, since prompts and names may hold anything.
-
-const find = (selector, inside = document) => inside.querySelector(selector);
-const findAll = (selector, inside = document) => [...inside.querySelectorAll(selector)];
-const make = (tag, text) => Object.assign(document.createElement(tag), { textContent: text });
-
-const data = JSON.parse(find("#data").textContent);
 const title = document.title;
 const NO_DIFFERENCE = "no difference";
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
@@ -13,17 +6,20 @@ const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], Arrow
 const rows = findAll(".row").map((element, index) => {
   const { prompt, seed, cells } = data.rows[index];
   const figures = findAll(".cell", element);
-  const row = { element, prompt, seed, block: element.closest(".block"), vote: null, split: 50, pair: null };
+  const block = element.closest(".block");
+  const row = { element, index, prompt, seed, block, vote: null, split: 50, pair: null };
   row.cells = cells.map((pictures, column) => {
     const figure = figures[column];
     const image = find("img", figure);
     const picture = pictures.find((one) => one.uri === null); // the picture that is there already
     if (picture) picture.uri = image.getAttribute("src");
-    return { column, pictures, picture, figure, image, button: find(".picture", figure), best: find(".best", figure) };
+    const [button, best] = [find(".picture", figure), find(".best", figure)];
+    return { column, pictures, picture, figure, image, button, best, scores: data.rows[index].scores[column] };
   });
   row.order = [...row.cells];
   return row;
 });
+const blocks = findAll(".block");
 const rowOf = (element) => rows.find((row) => row.element.contains(element));
 const visibleRows = () => rows.filter((row) => !row.block.hidden);
 
@@ -32,7 +28,11 @@ const state = {
   step: data.steps.at(-1),
   scale: data.scales.toSorted((a, b) => Math.abs(a - 1) - Math.abs(b - 1))[0],
   sides: [0, data.names.length - 1], // the columns A and B of compare mode
+  columns: new Set(data.names.keys()), // those on show
+  sort: null, // or [column, label]: the score that the rows are sorted by
 };
+const onShow = (cell) => state.columns.has(cell.column);
+const columnsOnShow = () => [...data.names.keys()].filter((column) => state.columns.has(column));
 const voting = () => state.mode === "blind" || state.mode === "revealed";
 
 // --- which picture a cell shows ---------------------------------------------------------------------------------------
@@ -61,7 +61,8 @@ const altOf = (row, cell) => `${nameOf(row, cell)}, seed ${row.seed}: ${row.prom
 
 function caption(row, cell) {
   const shown = state.mode === "blind" ? [] : [scaleText(cell.picture), stepText(cell.picture)];
-  return [nameOf(row, cell), row.prompt, `seed ${row.seed}`, ...shown].filter((text) => text !== null).join(" · ");
+  const scores = state.mode === "blind" ? [] : Object.entries(cell.scores).map(([label, score]) => `${label} ${round(score)}`);
+  return [nameOf(row, cell), row.prompt, `seed ${row.seed}`, ...shown, ...scores].filter((text) => text !== null).join(" · ");
 }
 
 // --- drawing ----------------------------------------------------------------------------------------------------------
@@ -78,6 +79,8 @@ function drawCell(row, cell) {
     distance(picture.scale, state.scale) > 0 ? scaleText(picture) : null,
     distance(picture.step, state.step) > 0 ? stepText(picture) : null,
   ];
+  const [, label] = state.sort ?? [];
+  if (label in cell.scores) others.push(`${label} ${round(cell.scores[label])}`);
   find(".note", cell.figure).textContent = voting() ? "" : others.filter((text) => text !== null).join(", ");
   cell.best.textContent = state.mode === "blind" ? `${nameOf(row, cell)} is best` : "voted best";
   cell.best.setAttribute("aria-pressed", row.vote === cell);
@@ -98,9 +101,15 @@ function draw() {
     same.disabled = state.mode === "revealed";
     drawPair(row);
   }
+  for (const row of rows) row.element.classList.toggle("votable", votable().includes(row));
   const voted = rows.filter((row) => row.vote).length;
   if (voting()) find("#voted").textContent = `voted ${voted} of ${votable().length} rows`;
   rove();
+}
+
+function place(row, order) {
+  row.order = order;
+  find("h3", row.element).after(...order.map((cell) => cell.figure));
 }
 
 function setMode(mode) {
@@ -111,8 +120,7 @@ function setMode(mode) {
   for (const row of rows) {
     if (mode === "revealed") break;
     row.vote = null;
-    row.order = mode === "blind" ? shuffled(row.cells) : [...row.cells];
-    find("h3", row.element).after(...row.order.map((cell) => cell.figure));
+    place(row, mode === "blind" ? shuffled(row.cells.filter(onShow)) : row.cells.filter(onShow));
   }
   find("#compare")?.setAttribute("aria-pressed", mode === "compare");
   find("#blind")?.setAttribute("aria-pressed", voting());
@@ -137,7 +145,6 @@ function makePair(row) {
   for (const [image, cell] of [[find(".over", pair), a], [find(".under", pair), b]]) {
     image.src = cell.picture.uri;
     image.alt = altOf(row, cell);
-    image.classList.toggle("pixelated", cell.image.classList.contains("pixelated"));
   }
   const slider = find("input", pair);
   const split = find(".split", pair);
@@ -209,7 +216,6 @@ function placeOf(stop) {
   return { row, place: stops(row).indexOf(stop) };
 }
 
-const modified = (event) => event.ctrlKey || event.metaKey || event.altKey; // the browser's own, such as Alt+←
 const STOPS = ".picture, .row .pair input";
 find("main").addEventListener("focusin", ({ target }) => target.matches(STOPS) && rove(target));
 find("main").addEventListener("click", ({ target }) => {
@@ -234,11 +240,8 @@ let zoomed = null; // the row and place that the dialog shows; null for a traini
 function enlarged({ uri, width, height }, alt) {
   const copy = Object.assign(new Image(), { src: uri, alt });
   const fits = Math.min((0.94 * innerWidth) / width, (0.78 * innerHeight) / height);
-  // Small pictures grow by whole factors, so that each of their pixels is as large as the next.
-  const small = Math.max(width, height) <= 256;
-  const factor = small && fits >= 1 ? Math.floor(Math.min(fits, 768 / Math.max(width, height))) : Math.min(fits, 1);
-  copy.width = Math.round(width * factor);
-  copy.classList.toggle("pixelated", small);
+  const larger = Math.max(1, 768 / Math.max(width, height)); // small pictures grow, large ones are never more than exact
+  copy.width = Math.round(width * Math.min(fits, larger));
   return copy;
 }
 
@@ -250,6 +253,11 @@ function fillZoom(content, text) {
     button.hidden = !zoomed || (state.mode === "compare" && ARROWS[button.value][0] !== 0);
     button.disabled = button.hidden || !neighbour(zoomed, ARROWS[button.value]);
   }
+  const { command } = (zoomed && state.mode === "grid" && zoomed.row.order[zoomed.place].picture) || { command: null };
+  find("#command").textContent = command;
+  find("#command").hidden = true;
+  find("#command-copied").textContent = "";
+  find("#copy-command").hidden = command === null;
   if (focused.disabled) find("form > button", zoom).focus(); // at an edge; keys would go nowhere
 }
 
@@ -279,6 +287,9 @@ for (const button of findAll(".instance")) {
 for (const button of findAll(".steps button", zoom)) {
   button.addEventListener("click", () => walkZoom(ARROWS[button.value]));
 }
+find("#copy-command").addEventListener("click", () => {
+  copyText(find("#command").textContent, find("#command-copied"), find("#command"));
+});
 zoom.addEventListener("keydown", (event) => {
   const direction = ARROWS[event.key];
   if (!direction || modified(event) || (event.target.matches("input") && direction[0])) return;
@@ -308,7 +319,7 @@ function shuffled(items) {
 }
 
 // A single picture is no choice.
-const votable = () => rows.filter((row) => row.cells.filter((cell) => cell.image).length > 1);
+const votable = () => rows.filter((row) => row.cells.filter((cell) => cell.image && onShow(cell)).length > 1);
 
 function vote(row, choice) {
   row.vote = row.vote === choice ? null : choice; // a second press takes it back
@@ -318,7 +329,6 @@ function vote(row, choice) {
 for (const row of rows) {
   for (const cell of row.cells) cell.best?.addEventListener("click", () => vote(row, cell));
   find(".same", row.element).addEventListener("click", () => vote(row, NO_DIFFERENCE));
-  row.element.classList.toggle("votable", votable().includes(row));
 }
 
 // Wilson's score interval of `count` out of `total`, 95 %.
@@ -334,7 +344,8 @@ function wilson(count, total) {
 function tally() {
   const voted = rows.filter((row) => row.vote);
   const line = (name, count, total) => ({ name, votes: count, of: total, interval: total ? wilson(count, total) : null });
-  const columns = data.names.map((name, column) => {
+  const columns = columnsOnShow().map((column) => {
+    const name = data.names[column];
     const chances = voted.filter((row) => row.cells[column].image);
     return line(name, chances.filter((row) => row.vote === row.cells[column]).length, chances.length);
   });
@@ -375,21 +386,13 @@ function toggleBlind() {
 
 find("#blind")?.addEventListener("click", toggleBlind);
 find("#reveal")?.addEventListener("click", reveal);
-find("#copy").addEventListener("click", async () => {
-  const area = find("#tally textarea");
-  area.select();
-  try {
-    await navigator.clipboard.writeText(area.value);
-    find("#copied").textContent = "copied";
-  } catch {
-    find("#copied").textContent = "selected: press Ctrl+C"; // some browsers refuse a page from disk
-  }
+find("#copy").addEventListener("click", () => {
+  copyText(find("#tally textarea").value, find("#copied"), find("#tally textarea"));
 });
 
-// --- filter, step, scale, theme ---------------------------------------------------------------------------------------
+// --- filter, step, scale ----------------------------------------------------------------------------------------------
 
 const filter = find("#filter");
-const blocks = findAll(".block");
 
 function applyFilter() {
   const wanted = filter.value.trim().toLowerCase();
@@ -417,28 +420,6 @@ for (const [key, values, format] of [["step", data.steps, String], ["scale", dat
   });
 }
 
-const THEMES = ["auto", "light", "dark"];
-
-// Some browsers refuse storage to a page from disk: then the choice lasts as long as the page.
-function storedTheme() {
-  try {
-    return localStorage.getItem("theme");
-  } catch {
-    return null;
-  }
-}
-
-function setTheme(theme) {
-  document.documentElement.dataset.theme = theme;
-  find("#theme").textContent = `Theme: ${theme}`;
-  try {
-    localStorage.setItem("theme", theme);
-  } catch {}
-}
-find("#theme").addEventListener("click", () => {
-  setTheme(THEMES[(THEMES.indexOf(document.documentElement.dataset.theme) + 1) % THEMES.length]);
-});
-
 // --- keys -------------------------------------------------------------------------------------------------------------
 
 const KEYS = {
@@ -457,15 +438,9 @@ document.addEventListener("keydown", (event) => {
 
 // --- start ------------------------------------------------------------------------------------------------------------
 
-// Column headers stick below the bar, whatever its height.
-const top = find(".top");
-new ResizeObserver(() => {
-  document.documentElement.style.setProperty("--top", `${top.offsetHeight}px`);
-}).observe(top);
 if (matchMedia("(width < 40rem)").matches) {
   for (const details of findAll(".instances, .figures")) details.open = false;
 }
-setTheme(THEMES.includes(storedTheme()) ? storedTheme() : "auto");
 applyFilter();
 draw();
 find(".bar").hidden = false;
