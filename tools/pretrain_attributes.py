@@ -52,6 +52,7 @@ ANSWERS = {
     "view": list(VIEWS),
     "place": list(PLACES),
 }
+SHIFT = 4
 UNSEEN = -100  # the label of what a picture doesn't show: cross-entropy leaves it out
 
 
@@ -110,6 +111,17 @@ class Reading(nn.Module):
         )
 
 
+def moved(pixels: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W): each mirrored or not, and moved by up to 4 pixels: no answer changes by that."""
+    count, _, height, width = pixels.shape
+    mirror = torch.rand(count) < 0.5
+    pixels = torch.where(mirror[:, None, None, None], pixels.flip(-1), pixels)
+    padded = nn.functional.pad(pixels, (SHIFT,) * 4, mode="reflect")
+    rows = torch.randint(0, 2 * SHIFT + 1, (count, 1, 1)) + torch.arange(height)[None, :, None]
+    columns = torch.randint(0, 2 * SHIFT + 1, (count, 1, 1)) + torch.arange(width)[None, None, :]
+    return padded.permute(0, 2, 3, 1)[torch.arange(count)[:, None, None], rows, columns].permute(0, 3, 1, 2)
+
+
 @torch.no_grad()
 def accuracy(reader: AttributeReader, images: np.ndarray, labels: torch.Tensor) -> dict[str, float]:
     """Share of right answers, by question, over the pictures that show it."""
@@ -139,7 +151,7 @@ def main() -> None:
 
     def loss_at(model, step):
         rows = torch.randint(0, len(images), (args.batch_size,))
-        return model(to_pixels(images[rows.numpy()]), labels[rows])
+        return model(moved(to_pixels(images[rows.numpy()])), labels[rows])
 
     train(Accelerator(cpu=True), Reading(reader), 0.995, args.work_dir / "attributes", args.steps, 1e-3, 100, loss_at)
     reader.eval()
