@@ -38,13 +38,13 @@ FREE_TO_CHANGE = {
     "compile",  # rounds otherwise, as another card or version of PyTorch does
     # compared by content instead
     "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "instance_data_dir",
-    "class_data_dir", "dataset_name", "dataset_config_name", "concepts_list", "mask_data_dir",
+    "class_data_dir", "dataset_name", "dataset_config_name", "concepts_list", "mask_data_dir", "base_config",
 }  # fmt: skip
 
 # Flags that are compared where both have them: earlier checkpoints said the same with others, or not at all.
-IN_BOTH = {"method_args", "max_train_steps", "selective_checkpointing"}
+IN_BOTH = {"method_args", "max_train_steps", "selective_checkpointing", "prediction_type", "zero_terminal_snr"}
 # What flags meant for checkpoints that are older than they.
-BEFORE = {"targets": "attention"}
+BEFORE = {"targets": "attention", "clip_skip": 0}
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:

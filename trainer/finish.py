@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from inference.prediction import prediction_of
 from methods.components import RUN_RECORD
 from methods.files import save_approximation
 from methods.nora import Nora
@@ -62,6 +63,7 @@ def finish(
             device=accelerator.device,
             dtype=run.dtype,
             num_processes=accelerator.num_processes,
+            prediction=prediction_of(run.objective.scheduler),
         )
         write_atomic(folder / RUN_RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         write_card(folder, record)

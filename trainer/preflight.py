@@ -17,6 +17,8 @@ from dreambooth.data import source_flag
 from dreambooth.loss import Objective
 from dreambooth.prepare import ENCODED, Pictures, check_folders, check_prompt_lengths, read_pictures
 from inference.base import base_geometry, check_base, check_xformers, load_outline
+from inference.prediction import prediction_line, prediction_of
+from inference.sampling import check_clip_skip
 from methods.adapter import Adapter
 from methods.components import BEST, RUN_RECORD
 from methods.files import approximate_file
@@ -30,10 +32,9 @@ from settings.method import TextOptions
 from settings.training import INPUTS, SUBJECT_INPUTS, TrainConfig, is_first_process
 from settings.watching import OutputOptions, ValidationOptions
 from storage.files import check_kept, check_writable_target
-from trainer.accelerator import PRECISIONS, check_login, check_one_folder, check_same, make_accelerator
+from trainer.accelerator import check_login, check_one_folder, check_same, make_accelerator
 from trainer.models import check_fits, make_run_adapter, reserve_new_tokens, trained_names
 from trainer.optimizer import check_optimizer, check_rates, scaled_learning_rate
-from trainer.samples import Base
 
 
 def preflight(config: TrainConfig) -> tuple[TrainConfig, Pictures]:
@@ -119,16 +120,16 @@ def open_run(config: TrainConfig, pictures: Pictures) -> tuple[Accelerator, Trai
     settled = settled_flags(*records, pictures, accelerator.num_processes)
     config = config.replace(**settled, mixed_precision=accelerator.mixed_precision)
     prompts = config.validation.validation_prompt or ()
-    whole = None
-    if config.data.dry_run and Path(config.base.pretrained_model_name_or_path).is_file():
-        # a single file says nothing before it is loaded, as the run will do next
-        whole = Base(config.base, accelerator.device, PRECISIONS[accelerator.mixed_precision]).load()
-    check_fits_base(config.base, config.loss, config.text, make_run_adapter(config), pictures, prompts, whole)
+    outline = check_fits_base(config.base, config.loss, config.text, make_run_adapter(config), pictures, prompts)
+    if accelerator.is_main_process:
+        named = config.base.pretrained_model_name_or_path, config.base.prediction_type
+        print(prediction_line(outline.scheduler, *named))
     if checkpoint:
         content: dict[str, Any] = {"number_of_processes": accelerator.num_processes}
         if not config.prior.draws_class_images:
             content["pictures_and_prompts"] = pictures.hash()
-        identity_now = identity(config.flags(), config.plans_ahead(), **content)
+        flags = config.flags() | prediction_of(outline.scheduler).flags()
+        identity_now = identity(flags, config.plans_ahead(), **content)
         step = read_step(checkpoint, identity_now, config.loop.max_train_steps)
         MetricsLog(output_dir / METRICS, enabled=False, after=step)  # which refuses damaged lines
     return accelerator, config, checkpoint, samples_every
@@ -165,24 +166,24 @@ def check_fits_base(
     adapter: Adapter,
     pictures: Pictures,
     prompts: Sequence[str],
-    pipeline: StableDiffusionXLPipeline | None = None,
-) -> None:
+) -> StableDiffusionXLPipeline:
     """Refuse prompts, words, ranks and losses that this base can't have, before its weights are read.
+
+    Returns the base's outline.
 
     Args:
         prompts: that are drawn, beside those that are trained on.
-        pipeline: the base itself; None: its outline, which a single file has not.
 
     Raises:
         ValueError: with the limit.
     """
-    options = {"vae": base.pretrained_vae_model_name_or_path, **base.download_options()}
-    outline = pipeline or load_outline(base.pretrained_model_name_or_path, **options)
-    if outline is None:
-        return
+    options = {"vae": base.pretrained_vae_model_name_or_path, **base.loading_options()}
+    outline = load_outline(base.pretrained_model_name_or_path, **options)
+    check_clip_skip([outline.text_encoder, outline.text_encoder_2], base.clip_skip)
     Objective.from_options(outline.scheduler, loss)
     check_fits(adapter, {name: getattr(outline, name) for name in trained_names(text)}, text)
     check_prompt_lengths(outline, pictures, prompts, reserve_new_tokens(outline, text))
+    return outline
 
 
 def end_dry_run(output: OutputOptions, report: str) -> Path:
