@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 import textwrap
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -299,7 +300,9 @@ def make_scheduler(name: str, current: SchedulerMixin) -> SchedulerMixin:
         names = ", ".join(sorted(cls.__name__.removesuffix("Scheduler") for cls in known.values()))
         raise ValueError(f"--scheduler {name} is none that goes with this base: choose one of {names}")
     if prediction_of(current).zero_snr and not knows_zero_snr(wanted):
-        names = ", ".join(sorted(cls.__name__.removesuffix("Scheduler") for cls in known.values() if knows_zero_snr(cls)))
+        names = ", ".join(
+            sorted(cls.__name__.removesuffix("Scheduler") for cls in known.values() if knows_zero_snr(cls))
+        )
         raise ValueError(f"--scheduler {name} can't begin at noise alone, as this base does: choose one of {names}")
     try:
         return wanted.from_config(current.config)
@@ -358,13 +361,22 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
+def attention_line(device: torch.device, xformers: bool) -> str:
+    """One sentence: whose attention is in use, and why."""
+    if xformers:
+        return f"attention: xformers {version('xformers')}, as asked"
+    if device.type != "cuda":
+        return f"attention: PyTorch's own (SDPA), on the {device.type}: no GPU is in use"
+    return "attention: PyTorch's own (SDPA), whose memory-efficient kernels serve this GPU; xformers is not asked for"
+
+
 def check_xformers(device: torch.device | str) -> None:
     """Raise ValueError, with the way out, where xformers' attention can't serve."""
     way_out = "leave --enable_xformers_memory_efficient_attention out, PyTorch's own attention is used then"
     if torch.device(device).type != "cuda":
         raise ValueError(f"xformers' attention needs a CUDA GPU and the device is {device}: {way_out}")
     if not is_xformers_available():
-        raise ValueError(f"xformers is not installed: pip install xformers, or {way_out}")
+        raise ValueError(f"xformers is not installed: see requirements-xformers.txt, or {way_out}")
     try:
         from xformers.ops import memory_efficient_attention
 
@@ -372,4 +384,7 @@ def check_xformers(device: torch.device | str) -> None:
         memory_efficient_attention(query, query, query)
     except (ImportError, NotImplementedError, RuntimeError) as error:  # built for another PyTorch, or for other GPUs
         reason = first_line(error)
-        raise ValueError(f"xformers' attention does not run on {device} ({reason}): {way_out}") from error
+        raise ValueError(
+            f"xformers' attention does not run on {device} ({reason}): a wheel for this PyTorch's CUDA "
+            f"({torch.version.cuda}) is needed, see requirements-xformers.txt, or {way_out}"
+        ) from error

@@ -61,9 +61,7 @@ def encode_prompts(
     options = {"negative_prompt": negative_prompt, "clip_skip": clip_skip or None}
     with evaluation_mode(pipeline), torch.no_grad():
         return {
-            prompt: dict(
-                zip(names, pipeline.encode_prompt(spell_out(pipeline, prompt), **options))
-            )
+            prompt: dict(zip(names, pipeline.encode_prompt(spell_out(pipeline, prompt), **options)))
             for prompt in prompts
         }
 
@@ -201,7 +199,12 @@ def _generate_batches(
                         **base_options,
                     ).images
                 if refiner:
-                    names = ("num_inference_steps", "guidance_scale", "guidance_rescale", "output_type")  # the size is the latents'
+                    names = (
+                        "num_inference_steps",
+                        "guidance_scale",
+                        "guidance_rescale",
+                        "output_type",
+                    )  # the size is the latents'
                     images = refiner.pipeline(
                         **_stack([encoded_for_refiner[prompt] for prompt, _ in batch]),
                         image=images,

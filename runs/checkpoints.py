@@ -33,7 +33,7 @@ FREE_TO_CHANGE = {
     "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "max_train_steps", "num_train_epochs",
     "validation_prompt", "num_validation_images", "validation_epochs", "validation_steps", "num_inference_steps",
     "validation_data_dir", "validation_loss_steps", "sample_batch_size", "push_to_hub", "hub_token", "hub_model_id",
-    "output_kohya_format", "output_peft_format", "convert_to_lora", "local_rank", "dry_run", "low_vram",
+    "output_kohya_format", "output_peft_format", "convert_to_lora", "local_rank", "dry_run", "low_vram", "vram",
     "prior_generation_precision",
     "compile",  # rounds otherwise, as another card or version of PyTorch does
     # compared by content instead

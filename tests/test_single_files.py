@@ -256,7 +256,14 @@ def test_a_velocity_file_trains_resumes_and_draws(files, tmp_path, capsys):
     (own,) = read_manifest(tmp_path / "own")
     assert own["prediction_type"] == "v_prediction" and own["zero_terminal_snr"] == "on" and own["clip_skip"] == 1
     assert "warning" not in capsys.readouterr().err
-    noise = ["--base", str(files / "plain.safetensors"), "--base_config", str(TINY), "--output", str(tmp_path / "other")]
+    noise = [
+        "--base",
+        str(files / "plain.safetensors"),
+        "--base_config",
+        str(TINY),
+        "--output",
+        str(tmp_path / "other"),
+    ]
     generate([*draw, *noise])
     assert "was trained on a base that predicts velocity (v_prediction), and this one predicts noise" in (
         capsys.readouterr().err

@@ -66,7 +66,9 @@ def unet_names(names: list[str], layers_per_block: int) -> dict[str, str]:
             place = 2 if f"up_blocks.{block}.attentions" in attended else 1
             spelled[name] = f"output_blocks.{per_block * (block + 1) - 1}.{place}.{rest}"
         else:
-            side, row = ("input", per_block * block + layer + 1) if kind == "down" else ("output", per_block * block + layer)
+            side, row = (
+                ("input", per_block * block + layer + 1) if kind == "down" else ("output", per_block * block + layer)
+            )
             spelled[name] = f"{side}_blocks.{row}.{0 if part == 'resnets' else 1}.{rest}"
     return spelled
 
@@ -112,7 +114,11 @@ def open_clip(state: Mapping[str, torch.Tensor]) -> Tensors:
 def checkpoint(folder: Path, layers_per_block: int) -> Tensors:
     """Every tensor of a base's folder, by its name in a single file."""
     parts = {
-        name: {key: tensor for file in sorted((folder / name).glob("*.safetensors")) for key, tensor in load_file(file).items()}
+        name: {
+            key: tensor
+            for file in sorted((folder / name).glob("*.safetensors"))
+            for key, tensor in load_file(file).items()
+        }
         for name in ("unet", "vae", "text_encoder", "text_encoder_2")
     }
     names = unet_names(list(parts["unet"]), layers_per_block)

@@ -100,9 +100,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=256)
     parser.add_argument("--no_keys", action="store_true", help="leave out the keys v_pred and ztsnr")
     args = parser.parse_args()
-    losses = teach_velocity(
-        args.folder, args.file, steps=args.steps, pictures=args.pictures, keys=not args.no_keys
-    )
+    losses = teach_velocity(args.folder, args.file, steps=args.steps, pictures=args.pictures, keys=not args.no_keys)
     first, last = (sum(some) / len(some) for some in (losses[:10], losses[-10:]))
     print(f"{args.file}: loss {first:.3f} in the first ten steps, {last:.3f} in the last ten")
 

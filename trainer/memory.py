@@ -51,7 +51,7 @@ def memory_line(
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_allocated(device)  # the weights are there already
-        line += f"; {size(free)} are free" + ("" if total < free else ", which will not do: see --low_vram")
+        line += f"; {size(free)} are free" + ("" if total < free else ", which will not do: see --vram")
     return line
 
 

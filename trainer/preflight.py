@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from dreambooth.data import source_flag
 from dreambooth.loss import Objective
 from dreambooth.prepare import ENCODED, Pictures, check_folders, check_prompt_lengths, read_pictures
-from inference.base import base_geometry, check_base, check_xformers, load_outline
+from inference.base import attention_line, base_geometry, check_base, check_xformers, load_outline
 from inference.prediction import prediction_line, prediction_of
 from inference.sampling import check_clip_skip
 from methods.adapter import Adapter
@@ -32,9 +32,12 @@ from settings.method import TextOptions
 from settings.training import INPUTS, SUBJECT_INPUTS, TrainConfig, is_first_process
 from settings.watching import OutputOptions, ValidationOptions
 from storage.files import check_kept, check_writable_target
-from trainer.accelerator import check_login, check_one_folder, check_same, make_accelerator
+from trainer.accelerator import PRECISIONS, check_login, check_one_folder, check_same, make_accelerator
+from trainer.memory import import_torchao
 from trainer.models import check_fits, make_run_adapter, reserve_new_tokens, trained_names
 from trainer.optimizer import check_optimizer, check_rates, scaled_learning_rate
+from trainer.sharding import SplittingAccelerator
+from trainer.vram import fit_card, run_shape
 
 
 def preflight(config: TrainConfig) -> tuple[TrainConfig, Pictures]:
@@ -124,6 +127,17 @@ def open_run(config: TrainConfig, pictures: Pictures) -> tuple[Accelerator, Trai
     if accelerator.is_main_process:
         named = config.base.pretrained_model_name_or_path, config.base.prediction_type
         print(prediction_line(outline.scheduler, *named))
+        print(attention_line(accelerator.device, config.hardware.enable_xformers_memory_efficient_attention))
+    samples = loop.train_batch_size * (2 if config.prior.with_prior_preservation else 1)
+    dtype = PRECISIONS[accelerator.mixed_precision]
+    shape = run_shape(outline, config.text, make_run_adapter(config), pictures, samples, dtype)
+    splits = isinstance(accelerator, SplittingAccelerator)
+    hardware, said = fit_card(config.hardware, shape, accelerator.device, may_quantize=not splits)
+    if said and accelerator.is_main_process:
+        print(said)
+    if hardware.quantize_base == "int8":
+        import_torchao()
+    config = config.replace(**dict(hardware))
     if checkpoint:
         content: dict[str, Any] = {"number_of_processes": accelerator.num_processes}
         if not config.prior.draws_class_images:
