@@ -22,7 +22,7 @@ from inference.generate import main as generate
 from inference.manifest import read_manifest
 from inference.prediction import Prediction, guidance_rescale_for, prediction_of, settle_scheduler
 from inference.single_file import UNET, read_markers
-from tools.single_file import scaled, write_single_file
+from tools.single_file import write_single_file
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny-sdxl"
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")

@@ -1,4 +1,4 @@
-"""A base's folder as one file, as single-file checkpoints of SDXL spell it; with the keys of v-prediction bases if asked.
+"""A base's folder as one file, as single-file checkpoints of SDXL spell it, with the keys of v-prediction bases.
 
     python -m tools.single_file assets/tiny-sdxl out/velocity.safetensors --v_pred --ztsnr --dtype fp16
 

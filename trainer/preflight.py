@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from dreambooth.data import source_flag
 from dreambooth.loss import Objective
 from dreambooth.prepare import ENCODED, Pictures, check_folders, check_prompt_lengths, read_pictures
 from inference.base import attention_line, base_geometry, check_base, check_xformers, load_outline
-from inference.prediction import prediction_line, prediction_of
+from inference.prediction import Prediction, prediction_line, prediction_of
 from inference.sampling import check_clip_skip
 from methods.adapter import Adapter
 from methods.components import BEST, RUN_RECORD
@@ -127,6 +127,8 @@ def open_run(config: TrainConfig, pictures: Pictures) -> tuple[Accelerator, Trai
     if accelerator.is_main_process:
         named = config.base.pretrained_model_name_or_path, config.base.prediction_type
         print(prediction_line(outline.scheduler, *named))
+        for warning in zero_snr_warnings(config.loss, prediction_of(outline.scheduler)):
+            print(f"warning: {warning}", file=sys.stderr)
         print(attention_line(accelerator.device, config.hardware.enable_xformers_memory_efficient_attention))
     samples = loop.train_batch_size * (2 if config.prior.with_prior_preservation else 1)
     dtype = PRECISIONS[accelerator.mixed_precision]
@@ -147,6 +149,19 @@ def open_run(config: TrainConfig, pictures: Pictures) -> tuple[Accelerator, Trai
         step = read_step(checkpoint, identity_now, config.loop.max_train_steps)
         MetricsLog(output_dir / METRICS, enabled=False, after=step)  # which refuses damaged lines
     return accelerator, config, checkpoint, samples_every
+
+
+def zero_snr_warnings(loss: LossOptions, predicts: Prediction) -> Iterator[str]:
+    """What is said of losses that don't go well with a last timestep of noise alone."""
+    if not predicts.zero_snr:
+        return
+    if loss.noise_offset:
+        yield f"--noise_offset {loss.noise_offset:g}: this base, with zero terminal SNR, draws dark and light without it"
+    flag = (
+        "--snr_gamma" if loss.snr_gamma is not None else "--debiased_estimation" if loss.debiased_estimation else None
+    )
+    if flag:
+        yield f"{flag} gives the last timestep, at which drawing begins and the SNR is zero, no weight"
 
 
 def settled_flags(
