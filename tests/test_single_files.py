@@ -60,20 +60,24 @@ def test_a_single_file_is_the_folder_it_was_made_of(files, tiny):
         assert own.keys() == found.keys() and all(torch.equal(own[name].half().float(), found[name]) for name in own)
 
 
+EIGHT_BIT = {
+    "time_embed.0": "time_embedding.linear_1",
+    "input_blocks.3.1.transformer_blocks.0.attn1.to_q": "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+}
+
+
 @pytest.mark.parametrize("name", ["fp8", "scaled"])
 def test_weights_in_8_bits_are_plain_numbers_afterwards(files, name):
     """W, or W · scale in float64, of every tensor; ComfyUI's mark and scales are no weights."""
     file = files / f"{name}.safetensors"
     state, unet = load_file(file), load(file).unet.state_dict()
-    for key in ("input_blocks.4.1.transformer_blocks.0.attn1.to_q", "time_embed.0"):
+    for key, inside in EIGHT_BIT.items():
         weight = state[f"{UNET}{key}.weight"]
         assert weight.dtype == torch.float8_e4m3fn
         scale = state.get(f"{UNET}{key}.scale_weight", torch.ones(1)).double().numpy()
         assert (scale != 1).all() == (name == "scaled")
         expected = (weight.float().double().numpy() * scale).astype(np.float32)
-        inside = "time_embedding.linear_1" if key == "time_embed.0" else "down_blocks.1.attentions.0" + key[16:]
-        inside = f"{inside}.weight".replace(".1.transformer", ".transformer")
-        assert np.array_equal(unet[inside].numpy(), expected), key
+        assert np.array_equal(unet[f"{inside}.weight"].numpy(), expected), key
 
 
 def test_scales_of_rows_and_scales_that_fit_nothing(files, tmp_path):

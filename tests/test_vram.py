@@ -25,7 +25,7 @@ def unet():
         return build_unet("full")
 
 
-def shape(unet, method="lora", batch_size=1, pixels=1024, places=Places(), **args):
+def shape(unet, method="lora", batch_size=1, pixels=1024, places=None, **args):
     adapter = make_adapter(method, resolve(method, [], {}) | args, places=places)
     latents = (pixels // 8, pixels // 8)
     return RunShape({"unet": unet}, ["unet"], adapter, batch_size, latents, 77, torch.float16)
