@@ -156,12 +156,10 @@ def zero_snr_warnings(loss: LossOptions, predicts: Prediction) -> Iterator[str]:
     if not predicts.zero_snr:
         return
     if loss.noise_offset:
-        yield f"--noise_offset {loss.noise_offset:g}: this base, with zero terminal SNR, draws dark and light without it"
-    flag = (
-        "--snr_gamma" if loss.snr_gamma is not None else "--debiased_estimation" if loss.debiased_estimation else None
-    )
-    if flag:
-        yield f"{flag} gives the last timestep, at which drawing begins and the SNR is zero, no weight"
+        yield f"--noise_offset {loss.noise_offset:g} is for bases without zero terminal SNR, which this one has"
+    for flag, given in (("snr_gamma", loss.snr_gamma is not None), ("debiased_estimation", loss.debiased_estimation)):
+        if given:
+            yield f"--{flag} gives the last timestep, at which drawing begins and the SNR is zero, no weight"
 
 
 def settled_flags(
