@@ -40,7 +40,7 @@ from trainer.blocks import compile_blocks, wants_compiled
 from trainer.diagnostics import check_loss, explained
 from trainer.finish import finish
 from trainer.hooks import Checkpoints, ClearEarlier, EarlyStop, Hook, Interruption, Log, Look, Step
-from trainer.memory import settle_memory
+from trainer.memory import out_of_the_way, settle_memory
 from trainer.models import (
     add_new_tokens,
     check_fits,
@@ -134,15 +134,15 @@ def train_in_folder(config: TrainConfig, lock: FolderLock) -> Path:
     cache = {"cache_dir": Path(config.data.encoded_cache_dir or output_dir / ENCODED), "words": words}
     cache |= {"num_workers": config.data.dataloader_num_workers, "measures_base": adapter.measures_base}
     cache |= {"clip_skip": config.base.clip_skip}
-    encoded = encode_run(pipeline, pictures, accelerator, **cache)
+    with out_of_the_way(pipeline.unet, config.hardware):
+        encoded = encode_run(pipeline, pictures, accelerator, **cache)
     parts = models | {name: getattr(pipeline, name) for name in ("tokenizer", "tokenizer_2")}
     pipeline = None
     free_memory()
     clock.lap("encode_seconds")
 
     # 4. The adapters go in, all starting at the base model; some methods first measure what their layers see.
-    predicts = prediction_of(objective.scheduler)
-    same_run = run_identity(config, accelerator, fingerprints, predicts, encoded, pictures)
+    same_run = run_identity(config, accelerator, fingerprints, prediction_of(objective.scheduler), encoded, pictures)
     first_step = read_step(checkpoint, same_run, config.loop.max_train_steps) if checkpoint else 0
     set_seed(config.loop.seed)  # for the adapters' first weights, whatever was drawn before
     measuring = {"batch_size": config.loop.train_batch_size, "seed": config.loop.seed, "accelerator": accelerator}

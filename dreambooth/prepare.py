@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -296,17 +297,10 @@ def encode_run(
     tokens = tokenize(tokenizers, texts)
     shared = {"cache": EncodedCache(cache_dir), "wait": accelerator.wait_for_everyone}
     fingerprint = "+".join(module_fingerprint(text_encoder) for text_encoder in text_encoders)
-    prompts, unconditional = (
-        encode_prompts_cached(
-            text_encoders,
-            fingerprint,
-            some,
-            clip_skip=skipped,
-            is_main_process=accelerator.is_main_process,
-            **shared,
-        )
-        for some, skipped in ((tokens, clip_skip), (tokenize(tokenizers, [""]), 0))
-    )
+    main = accelerator.is_main_process
+    encode_cached = partial(encode_prompts_cached, text_encoders, fingerprint, is_main_process=main, **shared)
+    prompts = encode_cached(tokens, clip_skip=clip_skip)
+    unconditional = encode_cached(tokenize(tokenizers, [""]))
     if pipeline.config.force_zeros_for_empty_prompt:  # SDXL's own way of saying nothing
         unconditional = EncodedPrompts(*map(torch.zeros_like, unconditional))
 
