@@ -56,7 +56,7 @@ def check_single_file(path: Path) -> None:
             "--refiner where pictures are drawn"
         )
     conv_in = shapes.get(f"{UNET}input_blocks.0.0.weight")
-    if conv_in is None or f"{UNET}label_emb.0.0.weight" not in shapes:
+    if conv_in is None or len(conv_in) != 4 or f"{UNET}label_emb.0.0.weight" not in shapes:
         raise ValueError(f"base {path} holds a UNet of another family, without SDXL's label_emb: {needed}")
     if conv_in[1] != 4:
         kind = _OTHER_INPUTS.get(conv_in[1], "another model")
