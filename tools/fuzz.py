@@ -33,8 +33,8 @@ from safetensors.torch import save_file
 
 from dreambooth.encoded_cache import EncodedCache, checksum
 from inference.base import check_base, load_pipeline
-from inference.single_file import FIRST_ENCODER, SECOND_ENCODER, UNET, VAE, VELOCITY
 from inference.load import load_adapter, unload_adapters
+from inference.single_file import FIRST_ENCODER, SECOND_ENCODER, UNET, VAE, VELOCITY
 from inference.tokens import read_new_word
 from methods.adapter_file import inspect_adapter
 from methods.components import EMBEDDINGS, ENCODERS, FOLDED_WEIGHTS, INNER_WEIGHTS
