@@ -124,7 +124,7 @@ def open_run(config: TrainConfig, pictures: Pictures) -> tuple[Accelerator, Trai
     config = config.replace(**settled, mixed_precision=accelerator.mixed_precision)
     prompts = config.validation.validation_prompt or ()
     outline = check_fits_base(config.base, config.loss, config.text, make_run_adapter(config), pictures, prompts)
-    if accelerator.is_main_process:
+    if is_first_process():
         named = config.base.pretrained_model_name_or_path, config.base.prediction_type
         print(prediction_line(outline.scheduler, *named))
         for warning in zero_snr_warnings(config.loss, prediction_of(outline.scheduler)):
@@ -135,7 +135,7 @@ def open_run(config: TrainConfig, pictures: Pictures) -> tuple[Accelerator, Trai
     shape = run_shape(outline, config.text, make_run_adapter(config), pictures, samples, dtype)
     splits = isinstance(accelerator, SplittingAccelerator)
     hardware, said = fit_card(config.hardware, shape, accelerator.device, may_quantize=not splits)
-    if said and accelerator.is_main_process:
+    if said and is_first_process():
         print(said)
     if hardware.quantize_base == "int8":
         import_torchao()
