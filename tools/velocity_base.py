@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from diffusers import StableDiffusionXLPipeline
 from tqdm import tqdm
 
 from dreambooth.draws import Batch
@@ -32,16 +33,16 @@ BATCH = 16
 
 
 def teach_velocity(
-    folder: str | Path, file: Path, *, steps: int, pictures: int, learning_rate: float = 5e-4, keys: bool = True
+    folder: str | Path, file: Path, *, steps: int, seeds: int, learning_rate: float = 1e-3, keys: bool = True
 ) -> list[float]:
     """Train all of the UNet on velocity with zero terminal SNR, and write the base; returns each step's loss.
 
     Args:
-        pictures: that the base draws of its own, of PROMPTS in turn.
+        seeds: the base draws so many pictures of its own of each of PROMPTS.
         keys: the file says by its keys what it predicts.
     """
     pipeline = load_pipeline(folder, torch.float32, "cpu")
-    latents, embeds = drawn_latents(pipeline, [PROMPTS[i % len(PROMPTS)] for i in range(pictures)])
+    latents, embeds = drawn_latents(pipeline, PROMPTS, seeds)
     objective = Objective(settle_scheduler(pipeline.scheduler, folder, "v_prediction", "on"))
     unet = pipeline.unet.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=learning_rate, weight_decay=0)
@@ -79,17 +80,16 @@ def teach_velocity(
 
 
 @torch.no_grad()
-def drawn_latents(pipeline, prompts: Sequence[str]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def drawn_latents(
+    pipeline: StableDiffusionXLPipeline, prompts: Sequence[str], seeds: int
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Latents (P, 4, h, w) that a base draws, and what it reads of their prompts: (P, tokens, d) and (P, d2)."""
-    encoded = encode_prompts(pipeline, list(dict.fromkeys(prompts)))
-    latents = {}
-    for prompt in encoded:
-        seeds = range(prompts.count(prompt))
-        options = {"num_inference_steps": 20, "batch_size": BATCH, "output_type": "latent", "progress": False}
-        latents[prompt] = [one.image for one in generate_images(pipeline, [prompt], seeds, **options)]
+    encoded = encode_prompts(pipeline, prompts)
+    options = {"num_inference_steps": 10, "batch_size": BATCH, "output_type": "latent"}
+    drawn = list(generate_images(pipeline, prompts, range(seeds), **options))
     names = ("prompt_embeds", "pooled_prompt_embeds")
-    embeds = [torch.cat([encoded[prompt][name] for prompt in prompts]) for name in names]
-    return torch.stack([latents[prompt].pop() for prompt in prompts]), embeds
+    embeds = [torch.cat([encoded[one.prompt][name] for one in drawn]) for name in names]
+    return torch.stack([one.image for one in drawn]), embeds
 
 
 def main() -> None:
@@ -97,10 +97,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("file", type=Path)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--pictures", type=int, default=256)
+    parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--no_keys", action="store_true", help="leave out the keys v_pred and ztsnr")
     args = parser.parse_args()
-    losses = teach_velocity(args.folder, args.file, steps=args.steps, pictures=args.pictures, keys=not args.no_keys)
+    losses = teach_velocity(args.folder, args.file, steps=args.steps, seeds=args.seeds, keys=not args.no_keys)
     first, last = (sum(some) / len(some) for some in (losses[:10], losses[-10:]))
     print(f"{args.file}: loss {first:.3f} in the first ten steps, {last:.3f} in the last ten")
 
