@@ -6,22 +6,28 @@ PYTHON := $(VENV)/bin/python
 #   BASE = stabilityai/stable-diffusion-xl-base-1.0
 BASE = assets/tiny-sdxl
 
-# What the tiny base needs otherwise than SDXL; without these the defaults, the paper's run, are in force.
+SUBJECT = assets/subjects/cat
+PROMPT = a photo of [V] cat
+
+# What the tiny base needs otherwise than SDXL; without these the defaults, the paper's run, are in force. Both methods
+# have the same rank, and each the learning rate that was best for it on other subjects.
 ifeq ($(BASE),assets/tiny-sdxl)
-TRAIN = --learning_rate 1.5e-3 --lr_scheduler cosine --max_train_steps 800
-COMPARE = --clip assets/tiny-clip --dino assets/tiny-dino --jobs 2 --seeds 1000 1001 --num_inference_steps 30
+METHODS = lora="--method lora --rank 16 --learning_rate LORARATE" nora="--method nora --rank 16 --learning_rate NORARATE"
+TRAIN = --lr_scheduler cosine --max_train_steps STEPS
+COMPARE = --clip assets/tiny-clip --dino assets/tiny-dino --attributes assets/tiny-attributes --jobs 2 \
+	--seeds 1000 1001 --num_inference_steps 30
+else
+METHODS = lora nora
 endif
 
-SUBJECT = assets/subjects/robot
-PROMPT = a photo of [V] robot
 OUT = out/demo
 
 .PHONY: demo test bench check format
 
 demo: $(VENV)/.installed
-	@echo "The base is $(BASE). assets/tiny-sdxl is a tiny SDXL (64 x 64 pixels, a small world of drawings),"
+	@echo "The base is $(BASE). assets/tiny-sdxl is a tiny SDXL (128 x 128 pixels, a small world of drawings),"
 	@echo "made for trying things out on a CPU. For SDXL itself change one line of the Makefile: BASE = ..."
-	@$(PYTHON) -m trainer.compare --methods lora nora $(COMPARE) --output_dir $(OUT) -- \
+	@$(PYTHON) -m trainer.compare --methods $(METHODS) $(COMPARE) --output_dir $(OUT) -- \
 		--pretrained_model_name_or_path $(BASE) $(TRAIN) --instance_data_dir $(SUBJECT) --instance_prompt "$(PROMPT)"
 
 test: $(VENV)/.installed-dev

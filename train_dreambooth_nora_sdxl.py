@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from dreambooth.draws import step_seed
 from dreambooth.loss import Objective
 from dreambooth.prepare import ENCODED, check_prompt_lengths, encode_run
+from inference.prediction import prediction_of
 from inference.tokens import spellings
 from runs.checkpoints import FolderLock, GracefulStop, read_step
 from runs.record import METRICS, Clock, MetricsLog, PeakMemory
@@ -39,7 +40,7 @@ from trainer.blocks import compile_blocks, wants_compiled
 from trainer.diagnostics import check_loss, explained
 from trainer.finish import finish
 from trainer.hooks import Checkpoints, ClearEarlier, EarlyStop, Hook, Interruption, Log, Look, Step
-from trainer.memory import settle_memory
+from trainer.memory import out_of_the_way, settle_memory
 from trainer.models import (
     add_new_tokens,
     check_fits,
@@ -133,14 +134,16 @@ def train_in_folder(config: TrainConfig, lock: FolderLock) -> Path:
     pictures = draw_class_images(accelerator, base, pipeline, pictures, config.prior, steps)
     cache = {"cache_dir": Path(config.data.encoded_cache_dir or output_dir / ENCODED), "words": words}
     cache |= {"num_workers": config.data.dataloader_num_workers, "measures_base": adapter.measures_base}
-    encoded = encode_run(pipeline, pictures, accelerator, **cache)
+    cache |= {"clip_skip": config.base.clip_skip}
+    with out_of_the_way(pipeline.unet, config.hardware):
+        encoded = encode_run(pipeline, pictures, accelerator, **cache)
     parts = models | {name: getattr(pipeline, name) for name in ("tokenizer", "tokenizer_2")}
     pipeline = None
     free_memory()
     clock.lap("encode_seconds")
 
     # 4. The adapters go in, all starting at the base model; some methods first measure what their layers see.
-    same_run = run_identity(config, accelerator, fingerprints, encoded, pictures)
+    same_run = run_identity(config, accelerator, fingerprints, prediction_of(objective.scheduler), encoded, pictures)
     first_step = read_step(checkpoint, same_run, config.loop.max_train_steps) if checkpoint else 0
     set_seed(config.loop.seed)  # for the adapters' first weights, whatever was drawn before
     measuring = {"batch_size": config.loop.train_batch_size, "seed": config.loop.seed, "accelerator": accelerator}

@@ -18,12 +18,17 @@ from typing import NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock
 from diffusers.training_utils import cast_training_params
 
 from benchmarks.gpu import LORA_16, NORA, config_of
 from benchmarks.sdxl_shape import build_unet
-from methods.memory import GRADIENT_BYTES, OPTIMIZER_BYTES, CudaAutocast, saved_activation_bytes
+from methods.memory import (
+    GRADIENT_BYTES,
+    OPTIMIZER_BYTES,
+    CudaAutocast,
+    recomputed_bytes,
+    saved_activation_bytes,
+)
 from nora.functional import FINGERPRINT_SHAPE
 from nora.model import nora_layers
 from trainer.blocks import keep_less
@@ -73,14 +78,8 @@ def need(unet: UNet2DConditionModel, side: int, checkpointing: str) -> Need:
     with CudaAutocast():
         activations = saved_activation_bytes(unet, 1, (side // 8, side // 8), TOKENS)
     if checkpointing == "all":
-        activations += block_bytes(unet, (side // 16) ** 2)
+        activations += recomputed_bytes(unet, 1, (side // 8, side // 8))
     return Need(frozen, parameters * (4 + GRADIENT_BYTES + OPTIMIZER_BYTES), activations)
-
-
-def block_bytes(unet: UNet2DConditionModel, tokens: int) -> int:
-    """What the widest-kept transformer block keeps, in half precision: 48 bytes a channel and token (docs)."""
-    first = next(module for module in unet.modules() if isinstance(module, BasicTransformerBlock))
-    return 48 * first.norm1.normalized_shape[0] * tokens
 
 
 def row(side: int, batch: int, checkpointing: str, nora: Need, lora: Need) -> str:

@@ -100,7 +100,8 @@ class PromptEmbedder:
     def embed(self, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompt embeddings (B, tokens, d) and pooled ones (B, d2) of the batch's prompts."""
         if self.learns(step):
-            prompts = encode_prompts(list(self.prepared), self.encoded.tokens, batch.prompts)
+            encoders, skip = list(self.prepared), self.encoded.clip_skip
+            prompts = encode_prompts(encoders, self.encoded.tokens, batch.prompts, skip)
         else:
             if self._after is None:
                 self._after = self.current()
@@ -121,8 +122,8 @@ class PromptEmbedder:
         for model in self.text_encoders:
             model.eval()
         rows = torch.arange(len(self.encoded.class_rows), device=self.encoded.prompts.prompt_embeds.device)
-        encoders = list(self.text_encoders)
-        parts = [encode_prompts(encoders, self.encoded.tokens, some) for some in rows.split(PROMPTS_AT_ONCE)]
+        encoders, skip = list(self.text_encoders), self.encoded.clip_skip
+        parts = [encode_prompts(encoders, self.encoded.tokens, some, skip) for some in rows.split(PROMPTS_AT_ONCE)]
         for model, was in zip(self.text_encoders, training):
             model.train(was)
         return EncodedPrompts(*map(torch.cat, zip(*parts)))

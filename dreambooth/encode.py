@@ -307,21 +307,24 @@ def encode_prompts(
     text_encoders: Sequence[CLIPTextModel | CLIPTextModelWithProjection],
     tokens: Sequence[Tokens],
     rows: torch.Tensor | None = None,
+    clip_skip: int = 0,
 ) -> EncodedPrompts:
     """Last but one hidden states of both encoders side by side, and the pooled projection of the second (SDXL, 2.1).
 
     Args:
+        clip_skip: so many layers earlier, in both (as diffusers counts); the pooled projection stays.
         rows: (B,) which of the P prompts are wanted, each encoded once however often it is; None: all of them.
     """
     if rows is not None:
         unique, places = torch.unique(rows.cpu(), return_inverse=True)
-        encoded = encode_prompts(text_encoders, [{name: ids[unique] for name, ids in one.items()} for one in tokens])
+        some = [{name: ids[unique] for name, ids in one.items()} for one in tokens]
+        encoded = encode_prompts(text_encoders, some, clip_skip=clip_skip)
         return encoded.rows(places.to(encoded.prompt_embeds.device))
     states = []
     for text_encoder, encoded in zip(text_encoders, tokens):
         device = next(text_encoder.parameters()).device
         output = text_encoder(encoded["input_ids"].to(device), output_hidden_states=True)
-        states.append(output.hidden_states[-2])  # (P, tokens, d)
+        states.append(output.hidden_states[-2 - clip_skip])  # (P, tokens, d)
     return EncodedPrompts(torch.cat(states, dim=-1), output.text_embeds)
 
 
@@ -332,6 +335,7 @@ def encode_prompts_cached(
     tokens: Sequence[Tokens],
     cache: EncodedCache,
     *,
+    clip_skip: int = 0,
     is_main_process: bool = True,
     wait: Callable[[], None] = lambda: None,
 ) -> EncodedPrompts:
@@ -341,6 +345,7 @@ def encode_prompts_cached(
     """
     count = len(tokens[0]["input_ids"])
     made_by = [fingerprint, *map(configuration, text_encoders)]
+    made_by += [["clip_skip", clip_skip]] if clip_skip else []  # entries of before had none
     keys = [
         content_hash("prompt", *made_by, *(one["input_ids"][row].tolist() for one in tokens)) for row in range(count)
     ]
@@ -349,7 +354,8 @@ def encode_prompts_cached(
     def entry(row: int, key: str) -> dict[str, torch.Tensor]:
         found = cache.read(key)
         if found is None:
-            one = encode_prompts(text_encoders, [{"input_ids": part["input_ids"][row : row + 1]} for part in tokens])
+            some = [{"input_ids": part["input_ids"][row : row + 1]} for part in tokens]
+            one = encode_prompts(text_encoders, some, clip_skip=clip_skip)
             found = {name: embeds[0].cpu() for name, embeds in one._asdict().items()}
             cache.write(key, found)
         return found

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -123,6 +124,7 @@ class Encoded:
     generic: GenericPrompts | None  # where something is measured of the base alone
     teaching: torch.Tensor  # (P,) bool: prompts that what is trained of the text encoders learns from
     encoders: str  # fingerprint of the autoencoder and the text encoders
+    clip_skip: int = 0  # layers that prompts skip, the empty one apart
 
     def teaches_text(self, batch: Batch, num_instances: int) -> bool:
         """Whether the text encoders must learn from a batch: one of its instance pictures has a prompt that teaches."""
@@ -272,6 +274,7 @@ def encode_run(
     accelerator: Accelerator,
     *,
     cache_dir: Path,
+    clip_skip: int = 0,
     num_workers: int = 0,
     words: Mapping[str, str] | None = None,
     measures_base: bool = False,
@@ -281,6 +284,7 @@ def encode_run(
     Args:
         pictures: with all class images.
         cache_dir: where the encodings are kept.
+        clip_skip: layers that prompts skip, as for `dreambooth.encode.encode_prompts`; the empty one skips none.
         words: new words -> the tokens that they stand for; only prompts with one teach the text encoders then.
         measures_base: the method measures something of the base alone, see `methods.base_passes`.
     """
@@ -293,10 +297,10 @@ def encode_run(
     tokens = tokenize(tokenizers, texts)
     shared = {"cache": EncodedCache(cache_dir), "wait": accelerator.wait_for_everyone}
     fingerprint = "+".join(module_fingerprint(text_encoder) for text_encoder in text_encoders)
-    prompts, unconditional = (
-        encode_prompts_cached(text_encoders, fingerprint, some, is_main_process=accelerator.is_main_process, **shared)
-        for some in (tokens, tokenize(tokenizers, [""]))
-    )
+    main = accelerator.is_main_process
+    encode_cached = partial(encode_prompts_cached, text_encoders, fingerprint, is_main_process=main, **shared)
+    prompts = encode_cached(tokens, clip_skip=clip_skip)
+    unconditional = encode_cached(tokenize(tokenizers, [""]))
     if pipeline.config.force_zeros_for_empty_prompt:  # SDXL's own way of saying nothing
         unconditional = EncodedPrompts(*map(torch.zeros_like, unconditional))
 
@@ -341,4 +345,5 @@ def encode_run(
         encode_generic_prompts(pipeline) if measures_base else None,
         torch.tensor([not words or any(has_word(text, word) for word in words) for text in table.texts]),
         content_hash(vae_fingerprint, fingerprint, *map(configuration, [pipeline.vae, *text_encoders])),
+        clip_skip,
     )

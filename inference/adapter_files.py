@@ -10,9 +10,9 @@ from inference.base import check_base
 from methods.adapter_file import AdapterFile, inspect_adapter
 from methods.components import BEST, BEST_SCORES, FOLDED_WEIGHTS, INNER_WEIGHTS, RUN_RECORD
 from methods.files import PEFT_FOLDER
+from settings.sampling import DOWNLOAD_OPTIONS
 from storage.files import read_json
 
-DOWNLOAD_OPTIONS = ("revision", "variant", "cache_dir")  # flags of the trainer and of the commands here
 __all__ = ["AdapterFile", "inspect_adapter"]
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 

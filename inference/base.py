@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 import textwrap
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +23,27 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import is_xformers_available
 from safetensors import SafetensorError
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTokenizer
 
+from inference.prediction import knows_zero_snr, prediction_of, settle_scheduler
+from inference.single_file import ENCODERS, SDXL_CONFIG, check_single_file, is_eight_bit, load_eight_bit
 from storage.files import read_json
-from storage.tensors import read_safetensors_header
 from storage.text import first_line
 
 BASE_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
-_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_CHECKPOINT_UNET = "model.diffusion_model."  # how single-file checkpoints spell the UNet's keys
 
 
 def check_base(base: str | Path) -> None:
-    """Raise ValueError unless `base` is a whole SDXL folder, a `.safetensors` file, or could be a Hub id."""
+    """Raise ValueError unless `base` is a whole SDXL folder or `.safetensors` file, or could be a Hub id."""
     path = Path(base)
     if path.is_file():
         if path.suffix != ".safetensors":
             raise ValueError(
                 f"base {base} is a file, but not a .safetensors one: name a diffusers folder or such a file"
             )
-        _, keys = read_safetensors_header(path, "base")
-        if not any(key.startswith(_CHECKPOINT_UNET) for key in keys):
-            raise ValueError(f"base {base} holds no UNet ({_CHECKPOINT_UNET}…): a whole SDXL checkpoint is needed")
+        check_single_file(path)
         return
     if not path.exists():
         if _HUB_ID.fullmatch(str(base)) and path.suffix != ".safetensors" and not path.parent.is_dir():
@@ -79,6 +77,10 @@ def load_pipeline(
     device: str | torch.device | None = None,
     vae: str | Path | None = None,
     vae_dtype: torch.dtype | None = None,
+    *,
+    base_config: str | None = None,
+    prediction_type: str = "auto",
+    zero_terminal_snr: str = "auto",
     **from_pretrained_options: Any,
 ) -> StableDiffusionXLPipeline:
     """Load SDXL from a diffusers folder, a Hub id or a single `.safetensors` file.
@@ -89,6 +91,8 @@ def load_pipeline(
         device: None: a GPU where there is one.
         vae: another autoencoder, as for `load_vae`.
         vae_dtype: of the autoencoder alone; one in fp32 can't decode what a UNet in half precision drew. None: as all.
+        base_config: folder or Hub id with the configurations and tokenizers of a single file. None: SDXL's.
+        prediction_type, zero_terminal_snr: what the UNet predicts, as for `inference.prediction.settle_scheduler`.
         from_pretrained_options: passed on, such as `variant="fp16"` or `local_files_only=True`.
 
     Raises:
@@ -104,9 +108,8 @@ def load_pipeline(
     }
     try:
         if Path(base).is_file():
-            pipeline = StableDiffusionXLPipeline.from_single_file(
-                str(base), dtype=torch_dtype if vae_dtype == torch_dtype else torch.float32, **options
-            )
+            dtype = torch_dtype if vae_dtype == torch_dtype else torch.float32
+            pipeline = _load_single_file(Path(base), dtype, base_config, options)
         else:
             # safetensors only: a pickle from outside can run code
             pipeline = StableDiffusionXLPipeline.from_pretrained(
@@ -117,6 +120,7 @@ def load_pipeline(
         reason = _shortened(error)
         raise ValueError(f"base {base}{where} could not be loaded: {reason}") from error
     _check_loaded(base, pipeline, from_pretrained_options)
+    pipeline.register_modules(scheduler=settle_scheduler(pipeline.scheduler, base, prediction_type, zero_terminal_snr))
     if vae is not None:
         pipeline.register_modules(vae=load_vae(vae, like=pipeline.vae))
     pipeline.vae.enable_slicing()  # one image at a time: decoding four at 1024 px takes more memory than the UNet
@@ -125,6 +129,17 @@ def load_pipeline(
         if isinstance(model, nn.Module) and model.dtype != dtype:
             model.to(dtype)
     return pipeline.to(device)
+
+
+def _load_single_file(
+    path: Path, dtype: torch.dtype, config: str | None, options: dict[str, Any]
+) -> StableDiffusionXLPipeline:
+    if config is not None:
+        options = options | {"config": config}
+    if is_eight_bit(path):
+        named = {name: options[name] for name in ("cache_dir", "local_files_only") if name in options}
+        options = options | load_eight_bit(path, dtype, config, leave_out=set(options), **named)
+    return StableDiffusionXLPipeline.from_single_file(str(path), dtype=dtype, **options)
 
 
 def _check_loaded(base: str | Path, pipeline: StableDiffusionXLPipeline, given: dict[str, Any]) -> None:
@@ -146,39 +161,51 @@ def _check_loaded(base: str | Path, pipeline: StableDiffusionXLPipeline, given: 
             )
 
 
+def configuration_source(base: str | Path, base_config: str | None = None) -> str:
+    """Folder or Hub id that has the configurations of a base: itself, or another one's for a single file."""
+    return (base_config or SDXL_CONFIG) if Path(base).is_file() else str(base)
+
+
 def load_outline(
-    base: str | Path, vae: str | Path | None = None, **download_options: Any
-) -> StableDiffusionXLPipeline | None:
+    base: str | Path,
+    vae: str | Path | None = None,
+    *,
+    base_config: str | None = None,
+    prediction_type: str = "auto",
+    zero_terminal_snr: str = "auto",
+    **download_options: Any,
+) -> StableDiffusionXLPipeline:
     """The base's tokenizers and scheduler, and its models with shapes and no weights (on the device "meta").
 
-    What can be asked of it need not wait for gigabytes. None for a single file, whose configuration is on the Hub.
+    What can be asked of it need not wait for gigabytes.
 
     Args:
         vae: another autoencoder, as for `load_vae`.
+        base_config, prediction_type, zero_terminal_snr: as for `load_pipeline`.
         download_options: revision and cache_dir.
 
     Raises:
         ValueError: as `load_pipeline`, but for the weights.
     """
-    if Path(base).is_file():
-        return None
     options = {name: value for name, value in download_options.items() if name != "variant"}
+    source = configuration_source(base, base_config)
     try:
-        index = StableDiffusionXLPipeline.load_config(str(base), **options)
+        index = StableDiffusionXLPipeline.load_config(source, **options)
         scheduler = getattr(diffusers, index["scheduler"][1])
         parts = {
-            "scheduler": scheduler.from_pretrained(str(base), subfolder="scheduler", **options),
-            **{name: CLIPTokenizer.from_pretrained(str(base), subfolder=name, **options) for name in _TOKENIZERS},
+            "scheduler": scheduler.from_pretrained(source, subfolder="scheduler", **options),
+            **{name: CLIPTokenizer.from_pretrained(source, subfolder=name, **options) for name in _TOKENIZERS},
         }
-        configs = {name: CLIPTextConfig.from_pretrained(str(base), subfolder=name, **options) for name in _ENCODERS}
+        configs = {name: CLIPTextConfig.from_pretrained(source, subfolder=name, **options) for name in ENCODERS}
         with init_empty_weights(include_buffers=True):
-            parts |= {name: _ENCODERS[name](config) for name, config in configs.items()}
+            parts |= {name: ENCODERS[name](config) for name, config in configs.items()}
             for name, cls in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
-                parts[name] = cls.from_config(cls.load_config(str(base), subfolder=name, **options))
+                parts[name] = cls.from_config(cls.load_config(source, subfolder=name, **options))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"base {base} could not be loaded: {_shortened(error)}") from error
     outline = StableDiffusionXLPipeline(**parts, add_watermarker=False)
     _check_loaded(base, outline, {})
+    outline.register_modules(scheduler=settle_scheduler(outline.scheduler, base, prediction_type, zero_terminal_snr))
     if vae is not None and not Path(vae).is_file():
         try:
             with init_empty_weights(include_buffers=True):
@@ -193,17 +220,18 @@ def _shortened(error: Exception) -> str:
     return textwrap.shorten(first_line(error), 200, placeholder="…")
 
 
-def base_geometry(base: str | Path, **download_options: Any) -> tuple[int, int]:
+def base_geometry(base: str | Path, *, base_config: str | None = None, **download_options: Any) -> tuple[int, int]:
     """Side of the pictures that a base was trained on, and what a side must be a multiple of; pixels.
 
-    Only configurations are read. A single file has no configuration, and is SDXL at its own size.
+    Only configurations are read. A single file without one is SDXL at its own size.
     """
-    if Path(base).is_file():
+    if Path(base).is_file() and base_config is None:
         return 1024, 32
     options = {name: value for name, value in download_options.items() if name != "variant"}
+    source = configuration_source(base, base_config)
     try:
-        unet = UNet2DConditionModel.load_config(str(base), subfolder="unet", **options)
-        vae = AutoencoderKL.load_config(str(base), subfolder="vae", **options)
+        unet = UNet2DConditionModel.load_config(source, subfolder="unet", **options)
+        vae = AutoencoderKL.load_config(source, subfolder="vae", **options)
     except (OSError, ValueError) as error:
         reason = _shortened(error)
         raise ValueError(f"base {base} could not be loaded: {reason}") from error
@@ -271,6 +299,11 @@ def make_scheduler(name: str, current: SchedulerMixin) -> SchedulerMixin:
     if wanted is None:
         names = ", ".join(sorted(cls.__name__.removesuffix("Scheduler") for cls in known.values()))
         raise ValueError(f"--scheduler {name} is none that goes with this base: choose one of {names}")
+    if prediction_of(current).zero_snr and not knows_zero_snr(wanted):
+        names = ", ".join(
+            sorted(cls.__name__.removesuffix("Scheduler") for cls in known.values() if knows_zero_snr(cls))
+        )
+        raise ValueError(f"--scheduler {name} can't begin at noise alone, as this base does: choose one of {names}")
     try:
         return wanted.from_config(current.config)
     except ImportError as error:  # one of them needs torchsde
@@ -328,13 +361,22 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
+def attention_line(device: torch.device, xformers: bool) -> str:
+    """One sentence: whose attention is in use, and why."""
+    if xformers:
+        return f"attention: xformers {version('xformers')}, as asked"
+    if device.type != "cuda":
+        return f"attention: PyTorch's own (SDPA), on the {device.type}: no GPU is in use"
+    return "attention: PyTorch's own (SDPA), whose memory-efficient kernels serve this GPU; xformers is not asked for"
+
+
 def check_xformers(device: torch.device | str) -> None:
     """Raise ValueError, with the way out, where xformers' attention can't serve."""
     way_out = "leave --enable_xformers_memory_efficient_attention out, PyTorch's own attention is used then"
     if torch.device(device).type != "cuda":
         raise ValueError(f"xformers' attention needs a CUDA GPU and the device is {device}: {way_out}")
     if not is_xformers_available():
-        raise ValueError(f"xformers is not installed: pip install xformers, or {way_out}")
+        raise ValueError(f"xformers is not installed: see requirements-xformers.txt, or {way_out}")
     try:
         from xformers.ops import memory_efficient_attention
 
@@ -342,4 +384,7 @@ def check_xformers(device: torch.device | str) -> None:
         memory_efficient_attention(query, query, query)
     except (ImportError, NotImplementedError, RuntimeError) as error:  # built for another PyTorch, or for other GPUs
         reason = first_line(error)
-        raise ValueError(f"xformers' attention does not run on {device} ({reason}): {way_out}") from error
+        raise ValueError(
+            f"xformers' attention does not run on {device} ({reason}): a wheel for this PyTorch's CUDA "
+            f"({torch.version.cuda}) is needed, see requirements-xformers.txt, or {way_out}"
+        ) from error

@@ -149,6 +149,9 @@ class CachedSampler:
         parts = {"base": config.base, "vae": config.vae, "refiner": config.refiner}
         common: dict[str, Any] = {part: [path, local_state(path)] for part, path in parts.items()}
         common |= config.sampling_options() | {"batch_size": None}  # which changes no picture
+        for name in ("clip_skip", "guidance_rescale"):  # which had no place in the digests of before
+            del common[name]
+        common |= config.said_of_base()
         common |= {"dtype": str(torch_dtype(config)), "scheduler": config.scheduler}
         common |= {"refiner_start": config.refiner_start} if config.refiner else {}
         common |= {name: value for name in ("revision", "variant") if (value := getattr(config, name))}

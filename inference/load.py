@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -22,8 +23,9 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from inference.adapter_files import AdapterFile, inspect_adapter
+from inference.adapter_files import AdapterFile, inspect_adapter, read_run_record
 from inference.base_statistics import base_statistics
+from inference.prediction import Prediction, prediction_of
 from inference.tokens import add_new_word, check_new_word, has_new_word, read_new_word, remove_new_words
 from methods.basis_cache import basis_cache
 from methods.components import COMPONENT_NAMES, FOLDED_WEIGHTS, INNER_WEIGHTS
@@ -98,6 +100,7 @@ class _Read(NamedTuple):
 
 def _read(pipeline: StableDiffusionXLPipeline, file: AdapterFile, in_place_of: str | None = None) -> _Read:
     components = _components(pipeline)
+    _warn_of_other_prediction(pipeline, file)
     updates = read_file(file, components, base_statistics(pipeline))
     new_word = read_new_word(file.new_word) if file.new_word is not None else None
     if new_word is not None:
@@ -109,6 +112,18 @@ def _read(pipeline: StableDiffusionXLPipeline, file: AdapterFile, in_place_of: s
             if not placed.is_finite():
                 raise ValueError(f"adapter {file.path} is too large for {placed.up.dtype} in {component}.{path}")
     return _Read(updates, new_word)
+
+
+def _warn_of_other_prediction(pipeline: StableDiffusionXLPipeline, file: AdapterFile) -> None:
+    """Say where an adapter was trained for noise and is drawn on a base of velocity, or the other way round."""
+    trained_for = read_run_record(file.path).get("prediction_type")
+    predicts = prediction_of(pipeline.scheduler)
+    if isinstance(trained_for, str) and trained_for != predicts.kind:
+        print(
+            f"warning: adapter {file.path} was trained on a base that predicts {Prediction(trained_for, False).said}, "
+            f"and this one predicts {predicts.said}: pictures will be off; see --prediction_type if that is not meant",
+            file=sys.stderr,
+        )
 
 
 def _place(update: Update, weight: torch.Tensor, dtype: torch.dtype) -> Update:

@@ -128,6 +128,7 @@ def image_record(
         "refiner": config.refiner,
         "refiner_start": config.refiner_start if config.refiner else None,
         "dtype": DTYPES[str(pipeline.unet.dtype).removeprefix("torch.")],
+        **config.said_of_base(),
     }
 
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 
-from inference.adapter_files import recorded_base, recorded_downloads
+from inference.adapter_files import recorded_base, recorded_config, recorded_downloads
 from inference.base import (
     check_base,
     check_device,
@@ -20,8 +20,9 @@ from inference.base import (
     make_scheduler,
 )
 from inference.load import adapted_components
+from inference.prediction import Prediction, asked_prediction, prediction_of
 from inference.sampling import Refiner
-from settings.sampling import GenerateConfig, SamplingConfig
+from settings.sampling import PREDICTION_OPTIONS, GenerateConfig, SamplingConfig
 
 Config = TypeVar("Config", bound=SamplingConfig)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -37,13 +38,28 @@ def check_hardware(config: SamplingConfig) -> None:
 
 
 def choose_base(config: Config, adapter: str | None) -> Config:
-    """The config with its base checked, not loaded: `--base`, or else the base as the adapter's run downloaded it."""
+    """The config with its base checked, not loaded: `--base`, or else the base as the adapter's run loaded it.
+
+    What a single file's keys say of its predictions is said in the flags, and how many layers the adapter's prompts
+    skipped in ``--clip_skip``.
+    """
     if config.base:
         check_base(config.base)
-        return config
-    if adapter is None:
+    elif adapter is None:
         raise ValueError("no base: name one with --base (a diffusers folder, a .safetensors file or a Hub id)")
-    return replace(config, base=recorded_base(adapter), **recorded_downloads(adapter) | config.download_options())
+    else:
+        recorded = recorded_config(adapter)
+        predicts = {
+            name: given if (given := getattr(config, name)) != default else recorded.get(name, default)
+            for name, default in PREDICTION_OPTIONS.items()
+        }
+        loading = recorded_downloads(adapter) | config.download_options() | predicts
+        config = replace(config, base=recorded_base(adapter), **loading)
+    predicts = zip(PREDICTION_OPTIONS, asked_prediction(config.base, config.prediction_type, config.zero_terminal_snr))
+    skipped = config.clip_skip
+    if skipped is None and adapter is not None:
+        skipped = recorded_config(adapter).get("clip_skip") or None
+    return replace(config, clip_skip=skipped, **dict(predicts))
 
 
 def torch_dtype(config: SamplingConfig) -> torch.dtype:
@@ -54,8 +70,10 @@ def torch_dtype(config: SamplingConfig) -> torch.dtype:
 def pipeline_for(config: SamplingConfig) -> StableDiffusionXLPipeline:
     """The base of the flags, with their autoencoder, scheduler and attention."""
     pipeline = load_pipeline(
-        config.base, torch_dtype(config), config.load_device, config.vae, **config.download_options()
+        config.base, torch_dtype(config), config.load_device, config.vae, **config.loading_options()
     )
+    if (predicts := prediction_of(pipeline.scheduler)) != Prediction("epsilon", False):
+        print(f"base: predicts {predicts.said}")
     if config.scheduler:
         pipeline.scheduler = make_scheduler(config.scheduler, pipeline.scheduler)
     if config.enable_xformers_memory_efficient_attention:

@@ -14,6 +14,7 @@ from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipelin
 from PIL import Image
 from tqdm.auto import tqdm
 
+from inference.prediction import guidance_rescale_for
 from inference.tokens import spell_out
 from settings.sampling import check_sampling
 
@@ -41,22 +42,39 @@ def encode_prompts(
     pipeline: StableDiffusionXLPipeline | StableDiffusionXLImg2ImgPipeline,
     prompts: Sequence[str],
     negative_prompt: str | None = None,
+    clip_skip: int = 0,
 ) -> dict[str, PromptEmbeds]:
     """Each prompt's embeddings, for `generate_images` on a pipeline whose text encoders will be gone by then.
 
     Prompts are encoded one by one, because a batched matrix product rounds differently from a single one.
 
+    Args:
+        clip_skip: layers of the text encoders that prompts skip, as diffusers counts: 0 is the last but one.
+
+    Raises:
+        ValueError: if a text encoder has no so many layers.
+
     Returns:
         prompt -> prompt_embeds (1, L, D), pooled_prompt_embeds (1, P), and both of the negative prompt.
     """
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    check_clip_skip([pipeline.text_encoder, pipeline.text_encoder_2], clip_skip)
+    options = {"negative_prompt": negative_prompt, "clip_skip": clip_skip or None}
     with evaluation_mode(pipeline), torch.no_grad():
         return {
-            prompt: dict(
-                zip(names, pipeline.encode_prompt(spell_out(pipeline, prompt), negative_prompt=negative_prompt))
-            )
+            prompt: dict(zip(names, pipeline.encode_prompt(spell_out(pipeline, prompt), **options)))
             for prompt in prompts
         }
+
+
+def check_clip_skip(text_encoders: Sequence[torch.nn.Module | None], clip_skip: int) -> None:
+    """Raise ValueError unless each text encoder (a refiner has one alone) has a layer that is not skipped."""
+    layers = min(encoder.config.num_hidden_layers for encoder in text_encoders if encoder is not None)
+    if clip_skip >= layers:
+        raise ValueError(
+            f"--clip_skip {clip_skip} leaves nothing of a text encoder of {layers} layers, whose last is never read: "
+            f"the most is {layers - 1}"
+        )
 
 
 @contextmanager
@@ -85,7 +103,9 @@ def generate_images(
     *,
     num_inference_steps: int = 50,
     guidance_scale: float = 5.0,
+    guidance_rescale: float | None = None,
     negative_prompt: str | None = None,
+    clip_skip: int = 0,
     encoded_prompts: Mapping[str, PromptEmbeds] | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -101,6 +121,9 @@ def generate_images(
     global random state is read or changed, and models in training mode are put back into it after each batch.
 
     Args:
+        guidance_rescale: phi of arXiv 2305.08891, section 3.4. None: 0.7 where the base's schedule has zero terminal
+            SNR, else 0.
+        clip_skip: as for `encode_prompts`.
         encoded_prompts: of `encode_prompts`, for a pipeline without text encoders; the negative prompt is in it.
         height, width: in pixels, multiples of 8. None: the size the base was trained at.
         batch_size: images at a time; a memory setting, without effect on the images.
@@ -125,11 +148,14 @@ def generate_images(
         {
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
+            "guidance_rescale": guidance_rescale_for(pipeline.scheduler)
+            if guidance_rescale is None
+            else guidance_rescale,
             "height": height,
             "width": width,
             "output_type": output_type,
         },
-        lambda: encoded_prompts or encode_prompts(pipeline, prompts, negative_prompt),
+        lambda: encoded_prompts or encode_prompts(pipeline, prompts, negative_prompt, clip_skip),
         batch_size,
         progress,
         refiner,
@@ -174,7 +200,12 @@ def _generate_batches(
                         **base_options,
                     ).images
                 if refiner:
-                    names = ("num_inference_steps", "guidance_scale", "output_type")  # the size is the latents'
+                    names = (
+                        "num_inference_steps",
+                        "guidance_scale",
+                        "guidance_rescale",
+                        "output_type",
+                    )  # the size is the latents'
                     images = refiner.pipeline(
                         **_stack([encoded_for_refiner[prompt] for prompt, _ in batch]),
                         image=images,

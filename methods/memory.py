@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
 from peft import LoraConfig
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -75,6 +76,20 @@ def saved_activation_bytes(unet: UNet2DConditionModel, batch_size: int, shape: t
     for layer in deciding:
         layer.training = True
     return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
+
+
+def recomputed_bytes(unet: UNet2DConditionModel, batch_size: int, shape: tuple[int, int]) -> int:
+    """What is there for a moment under gradient checkpointing: the block that is computed again, with all it keeps.
+
+    Of the transformer block with the most tokens: 48 bytes a channel and token in half precision
+    (docs/performance.md), twice that in float32.
+    """
+    first = next(module for module in unet.modules() if isinstance(module, BasicTransformerBlock))
+    levels = next(
+        number for number, block in enumerate(unet.down_blocks) if getattr(block, "has_cross_attention", False)
+    )
+    tokens = (shape[0] >> levels) * (shape[1] >> levels)
+    return 24 * unet.conv_in.weight.element_size() * first.norm1.normalized_shape[0] * tokens * batch_size
 
 
 def training_bytes(

@@ -51,8 +51,22 @@ def card_text(record: Mapping[str, Any], samples: Sequence[tuple[str, str]] = ()
     options |= {"best_score": best_score(record.get("best")), "method": METHODS[record["method"]].title}
     tools = tools_file(Path(config.get("output_dir", "")))
     options["tools_file"] = tools if tools in record["files"] else None
+    options |= _prediction(record)
     options["lora_file"] = FOLDED_WEIGHTS if FOLDED_WEIGHTS in record["files"] else None
     return str(ModelCard.from_template(data, **options))
+
+
+def _prediction(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the card's commands must say of a base that predicts velocity, and of skipped layers."""
+    config, velocity = record["config"], record.get("prediction_type") == "v_prediction"
+    call = ", guidance_rescale=0.7" if record.get("zero_terminal_snr") else ""
+    if config.get("clip_skip"):
+        call += f", clip_skip={config['clip_skip']}"
+    loading = ""
+    if velocity:
+        loading = ', prediction_type="v_prediction"'
+        loading += f', zero_terminal_snr="{"on" if record.get("zero_terminal_snr") else "off"}"'
+    return {"velocity": velocity, "call": call, "loading": loading}
 
 
 def best_score(best: Mapping[str, Any] | None) -> str | None:

@@ -34,18 +34,18 @@ FREE_TO_CHANGE = {
     "validation_prompt", "num_validation_images", "validation_epochs", "validation_steps", "num_inference_steps",
     "validation_data_dir", "validation_loss_steps", "sample_batch_size", "push_to_hub", "hub_token", "hub_model_id",
     "output_kohya_format", "output_kohya_dtype", "license",
-    "output_peft_format", "convert_to_lora", "local_rank", "dry_run", "low_vram",
+    "output_peft_format", "convert_to_lora", "local_rank", "dry_run", "low_vram", "vram",
     "prior_generation_precision",
     "compile",  # rounds otherwise, as another card or version of PyTorch does
     # compared by content instead
     "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "instance_data_dir",
-    "class_data_dir", "dataset_name", "dataset_config_name", "concepts_list", "mask_data_dir",
+    "class_data_dir", "dataset_name", "dataset_config_name", "concepts_list", "mask_data_dir", "base_config",
 }  # fmt: skip
 
 # Flags that are compared where both have them: earlier checkpoints said the same with others, or not at all.
-IN_BOTH = {"method_args", "max_train_steps", "selective_checkpointing"}
+IN_BOTH = {"method_args", "max_train_steps", "selective_checkpointing", "prediction_type", "zero_terminal_snr"}
 # What flags meant for checkpoints that are older than they.
-BEFORE = {"targets": "attention"}
+BEFORE = {"targets": "attention", "clip_skip": 0}
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:

@@ -229,6 +229,7 @@ def run_record(
     device: torch.device,
     dtype: torch.dtype,
     num_processes: int,
+    prediction: tuple[str, bool],
 ) -> dict[str, Any]:
     """run.json: what is needed to understand, compare and repeat the run.
 
@@ -240,7 +241,9 @@ def run_record(
         best: step and scores of the adapter in best/, where the run was scored.
         outer_ranks: the distinct outer ranks that the layers got; empty for other methods than NoRA.
         approximation_error: of the nearest LoRA, where one was written.
+        prediction: what the base predicts, epsilon or v_prediction, and whether its schedule ends at an SNR of zero.
     """
+    prediction_type, zero_terminal_snr = prediction
     parameters = {
         name: sum(p.numel() for p in model.parameters() if p.requires_grad) for name, model in trained.items()
     }
@@ -250,6 +253,8 @@ def run_record(
         "config": {name: value for name, value in flags.items() if name != "hub_token"},
         "seed": flags["seed"],
         "base_fingerprints": dict(base_fingerprints),
+        "prediction_type": prediction_type,
+        "zero_terminal_snr": zero_terminal_snr,
         "trainable_parameters": sum(parameters.values()),
         "trainable_parameters_by_component": parameters,
         "outer_ranks": list(outer_ranks),

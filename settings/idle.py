@@ -11,6 +11,11 @@ Config = Any  # a `TrainConfig`, whose module imports this one
 Idle = Sequence[tuple[Sequence[str], Callable[[Config], object], str]]
 # Flags, when they do something, and where they don't. Given there, these are refused:
 IDLE: Idle = (
+    (
+        ("base_config",),
+        lambda config: config.base.pretrained_model_name_or_path.endswith(".safetensors"),
+        "with a base that is no single file, and so has its own",
+    ),
     (("dataset_config_name",), lambda config: config.data.dataset_name, "without --dataset_name"),
     (
         ("cache_variants",),

@@ -126,7 +126,18 @@ class HardwareOptions(Record):
         f"from {COMPILE_PAYS} pictures of 1024 × 1024 in all. Where it fails, the run goes on without.",
     )
     quantize_base: Literal["none", "int8"] | None = option(None, "Keep the frozen base in 8 bits (torchao).")
-    low_vram: bool = option(False, "Sets " + ", ".join(f"--{name} {value}" for name, value in LOW_VRAM.items()) + ".")
+    vram: Literal["auto", "8", "12", "16", "24"] | None = option(
+        None,
+        "GB of the card that the run is to fit, or auto for the one that is there: sets the cheapest of "
+        "--selective_checkpointing, --gradient_checkpointing and --quantize_base that will do, by what the base's "
+        "shapes need. Those that are given stay.",
+    )
+    low_vram: bool = option(
+        False,
+        "All that --vram can set, whether it is needed or not: "
+        + ", ".join(f"--{name} {value}" for name, value in LOW_VRAM.items())
+        + ".",
+    )
     allow_tf32: bool = option(False, "Matrix products in TF32 on Ampere GPUs and later.")
     enable_xformers_memory_efficient_attention: bool = option(False, "xformers' attention (CUDA only).")
     local_rank: int = option(-1, "Set by old launchers; the environment's LOCAL_RANK counts.")

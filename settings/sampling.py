@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+from settings.base import BASE_CONFIG_HELP, CLIP_SKIP_HELP, PREDICTION_TYPE_HELP, ZERO_SNR_HELP
 from settings.record import FilePath, check_texts
 from storage.text import expand_home, read_text
 
 SIZE_MULTIPLE = 8  # diffusers' SDXL pipeline refuses other heights and widths
 MAX_SEED = 2**63 - 1
 MAX_SCALE = 100  # beyond it a picture is noise, and in fp16 an overflow
-DOWNLOAD_OPTIONS = ("revision", "variant", "cache_dir")  # flags that `from_pretrained` takes under the same names
+# Flags that say how a base is loaded, under the names of `inference.base.load_pipeline`
+DOWNLOAD_OPTIONS = ("revision", "variant", "cache_dir", "base_config")
+PREDICTION_OPTIONS = {"prediction_type": "auto", "zero_terminal_snr": "auto"}  # with their defaults
 
 
 def _is_path(hint: Any) -> bool:
@@ -63,6 +66,14 @@ class SamplingConfig:
         default=None,
         metadata={"help": "Where the base is downloaded to. Default: the adapter's own, without --base."},
     )
+    base_config: FilePath | None = field(default=None, metadata={"help": BASE_CONFIG_HELP})
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = field(
+        default="auto", metadata={"help": PREDICTION_TYPE_HELP}
+    )
+    zero_terminal_snr: Literal["auto", "on", "off"] = field(default="auto", metadata={"help": ZERO_SNR_HELP})
+    clip_skip: int | None = field(
+        default=None, metadata={"help": f"{CLIP_SKIP_HELP} Default: as the adapter was trained, else 0."}
+    )
     scale: list[float] | None = field(
         default=None,
         metadata={
@@ -74,6 +85,13 @@ class SamplingConfig:
     negative_prompt: str | None = field(default=None, metadata={"help": "What to steer away from."})
     num_inference_steps: int = field(default=50, metadata={"help": "Denoising steps per image."})
     guidance_scale: float = field(default=5.0, metadata={"help": "Classifier-free guidance."})
+    guidance_rescale: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the guided prediction that is scaled back to its size without guidance, which keeps "
+            "colours of bases with zero-terminal SNR (arXiv 2305.08891). Default: 0.7 for these, else 0."
+        },
+    )
     height: int | None = field(default=None, metadata={"help": "Pixels. Default: what the base was trained at."})
     width: int | None = field(default=None, metadata={"help": "Pixels. Default: what the base was trained at."})
     batch_size: int = field(default=4, metadata={"help": "Images at a time; lower it when memory runs out."})
@@ -121,6 +139,10 @@ class SamplingConfig:
             self.width,
             self.batch_size,
         )
+        if self.guidance_rescale is not None and not 0 <= self.guidance_rescale <= 1:
+            raise ValueError(f"--guidance_rescale {self.guidance_rescale:g} must be from 0 to 1; 0.7 is usual")
+        if self.clip_skip is not None and self.clip_skip < 0:
+            raise ValueError(f"--clip_skip {self.clip_skip} must be at least 0, which is SDXL's own")
         for scale in self.scales:
             if not abs(scale) <= MAX_SCALE:
                 raise ValueError(f"--scale {scale:g} must be from -{MAX_SCALE} to {MAX_SCALE}; 1 is as trained")
@@ -134,10 +156,22 @@ class SamplingConfig:
         """Keyword arguments of ``from_pretrained`` for the base."""
         return {name: value for name in DOWNLOAD_OPTIONS if (value := getattr(self, name)) is not None}
 
+    def loading_options(self) -> dict[str, str]:
+        """The same, and what the base predicts: keyword arguments of `inference.base.load_pipeline`."""
+        return self.download_options() | {name: getattr(self, name) for name in PREDICTION_OPTIONS}
+
+    def said_of_base(self) -> dict[str, Any]:
+        """Flags about the base and its prompts that are not at their defaults: part of what a picture depends on."""
+        names = {"base_config": None, **PREDICTION_OPTIONS, "clip_skip": None, "guidance_rescale": None}
+        return {name: value for name, default in names.items() if (value := getattr(self, name)) != default}
+
     def sampling_options(self) -> dict[str, Any]:
         """The keyword arguments of `inference.sampling.generate_images` that these flags set."""
         names = ("num_inference_steps", "guidance_scale", "negative_prompt", "height", "width", "batch_size")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {
+            "guidance_rescale": self.guidance_rescale,
+            "clip_skip": self.clip_skip or 0,
+        }
 
 
 @dataclass

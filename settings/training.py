@@ -170,7 +170,8 @@ def _implied(config: TrainConfig) -> dict[str, Any]:
     implied: dict[str, Any] = dict(config.method.settled())
     if config.hardware.low_vram:
         implied |= {name: value for name, value in LOW_VRAM.items() if not getattr(config.hardware, name)}
-    implied["quantize_base"] = config.hardware.quantize_base or implied.get("quantize_base", "none")
+    if config.hardware.vram is None:  # which decides once the base's shapes are known
+        implied["quantize_base"] = config.hardware.quantize_base or implied.get("quantize_base", "none")
     if config.loop.max_train_steps is None and config.loop.num_train_epochs is None:
         implied["max_train_steps"] = PAPER_STEPS
     return implied
@@ -286,6 +287,8 @@ def _method(config: TrainConfig) -> Iterator[str]:
 
 def _hardware(config: TrainConfig) -> Iterator[str]:
     hardware = config.hardware
+    if hardware.low_vram and hardware.vram is not None:
+        yield "--low_vram sets all that --vram chooses from: leave one out"
     if hardware.gradient_checkpointing and hardware.selective_checkpointing == "feed_forward":
         yield (
             "--gradient_checkpointing, which --low_vram sets, computes feed-forward layers again as it is: leave "

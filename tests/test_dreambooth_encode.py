@@ -348,7 +348,7 @@ def test_prompts_of_now_are_read_without_dropout(pipeline, monkeypatch):
         for layer in model.modules():
             if hasattr(layer, "dropout"):
                 layer.dropout = 0.5
-    encoded = SimpleNamespace(prompts=expected, tokens=tokens, class_rows=expected.prompt_embeds)
+    encoded = SimpleNamespace(prompts=expected, tokens=tokens, class_rows=expected.prompt_embeds, clip_skip=0)
     found = PromptEmbedder(encoded, list(models.values())).current()
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(found, expected))
     assert all(model.training for model in models.values())

@@ -83,20 +83,6 @@ def test_a_share_of_the_steps_that_leaves_none_and_a_method_that_has_too_few(tmp
     refused(tmp_path, "leave none of the 2 steps", **args)
 
 
-def test_a_single_file_is_loaded_for_what_it_alone_says(tmp_path, monkeypatch):
-    """Its configuration is on the Hub, so that an outline can't be had."""
-    from trainer import samples
-
-    file = tmp_path / "base.safetensors"
-    from safetensors.torch import save_file
-    from torch import zeros
-
-    save_file({"model.diffusion_model.x": zeros(1)}, file)
-    with pytest.raises(ValueError, match="base .*base.safetensors could not be loaded|resolution|multiple"):
-        run(tmp_path / "run", dry_run=True, pretrained_model_name_or_path=str(file), resolution=1024)
-    assert samples and not (tmp_path / "run").exists()
-
-
 # --- the hub ----------------------------------------------------------------------------------------------------------
 
 

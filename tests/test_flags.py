@@ -134,6 +134,7 @@ def test_values_that_can_t_be_meant_are_refused(name):
 PRIOR = {"with_prior_preservation": True, "class_prompt": "c"}
 # Each is refused, and taken with what is beside it.
 IDLE_CASES = (
+    ({"base_config": "x"}, {"pretrained_model_name_or_path": "x.safetensors"}),
     ({"dataset_config_name": "x"}, {"dataset_name": "d", "instance_data_dir": None}),
     ({"center_crop": True, "cache_variants": 8}, {"random_flip": True}),
     ({"center_crop": True, "cache_variants": 8}, {"cache_variants": 1}),

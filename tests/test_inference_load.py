@@ -94,7 +94,7 @@ def test_bases_that_are_none(tmp_path):
     (tmp_path / "model.ckpt").touch()
     with pytest.raises(ValueError, match="not a .safetensors"):
         check_base(tmp_path / "model.ckpt")
-    with pytest.raises(ValueError, match="holds no UNet"):
+    with pytest.raises(ValueError, match="holds an adapter"):
         check_base(saved_lora() / FOLDED_WEIGHTS)
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     with pytest.raises(ValueError, match="StableDiffusionPipeline, and SDXL"):

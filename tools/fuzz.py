@@ -34,6 +34,7 @@ from safetensors.torch import save_file
 from dreambooth.encoded_cache import EncodedCache, checksum
 from inference.base import check_base, load_pipeline
 from inference.load import load_adapter, unload_adapters
+from inference.single_file import FIRST_ENCODER, SECOND_ENCODER, UNET, VAE, VELOCITY
 from inference.tokens import read_new_word
 from methods.adapter_file import inspect_adapter
 from methods.components import EMBEDDINGS, ENCODERS, FOLDED_WEIGHTS, INNER_WEIGHTS
@@ -204,7 +205,9 @@ def sound_files() -> Path:
     write_lora_folder(folder / "peft", updates)
     vectors = {key: torch.randn(2, 32, generator=generator) for key in ENCODERS}
     save_file(vectors, folder / EMBEDDINGS, {"word": "[V]"})
-    save_file({"model.diffusion_model.out.0.weight": torch.zeros(4)}, folder / "base.safetensors")
+    parts = (f"{UNET}label_emb.0.0.weight", f"{FIRST_ENCODER}x", f"{SECOND_ENCODER}x", f"{VAE}x", VELOCITY)
+    conv_in = {f"{UNET}input_blocks.0.0.weight": torch.zeros(2, 4, 1, 1)}
+    save_file(conv_in | {key: torch.zeros(4) for key in parts}, folder / "base.safetensors")
     unet = load_pipeline(BASE, torch.float32, "cpu").unet
     unet.add_adapter(NoraConfig(r=2, outer_r=4, outer_init="svd", target_modules=layers()))
     save_inner(folder / INNER_WEIGHTS, {"unet": unet})

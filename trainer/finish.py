@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.prepare import Pictures
+from inference.prediction import prediction_of
 from methods.components import RUN_RECORD
 from methods.files import save_approximation, tools_file
 from methods.nora import Nora
@@ -66,6 +67,7 @@ def finish(
             device=accelerator.device,
             dtype=run.dtype,
             num_processes=accelerator.num_processes,
+            prediction=prediction_of(run.objective.scheduler),
         )
         check_files(run.adapter, folder, files)
         _write_record(folder, record, files)  # which must not be lost with what follows

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
+from diffusers.training_utils import free_memory
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import nn
 
 from dreambooth.prepare import Encoded
 from methods.memory import GRADIENT_BYTES, OPTIMIZER_BYTES, saved_activation_bytes
+from settings.learning import HardwareOptions
 from settings.training import TrainConfig
 
 ADAPTER_PARTS = tuple(f"{prefix}" for prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values())
@@ -51,7 +54,7 @@ def memory_line(
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_allocated(device)  # the weights are there already
-        line += f"; {size(free)} are free" + ("" if total < free else ", which will not do: see --low_vram")
+        line += f"; {size(free)} are free" + ("" if total < free else ", which will not do: see --vram")
     return line
 
 
@@ -67,6 +70,19 @@ def settle_memory(
     if quantized == "int8":
         for model in models.values():
             quantize_frozen(model)
+
+
+@contextmanager
+def out_of_the_way(model: nn.Module, hardware: HardwareOptions) -> Iterator[None]:
+    """A model waits in main memory where memory is short: a card of 8 GB doesn't hold the UNet beside what encodes."""
+    device = next(model.parameters()).device
+    waits = device.type == "cuda" and (hardware.low_vram or hardware.vram is not None)
+    if waits:
+        model.to("cpu")
+        free_memory()
+    yield
+    if waits:
+        model.to(device)
 
 
 def size(count: int) -> str:

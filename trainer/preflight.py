@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from huggingface_hub.utils import validate_repo_id
 from dreambooth.data import source_flag
 from dreambooth.loss import Objective
 from dreambooth.prepare import ENCODED, Pictures, check_folders, check_prompt_lengths, read_pictures
-from inference.base import base_geometry, check_base, check_xformers, load_outline
+from inference.base import attention_line, base_geometry, check_base, check_xformers, load_outline
+from inference.prediction import Prediction, prediction_line, prediction_of
+from inference.sampling import check_clip_skip
 from methods.adapter import Adapter
 from methods.components import BEST, RUN_RECORD
 from methods.files import approximate_file
@@ -31,9 +33,11 @@ from settings.training import INPUTS, SUBJECT_INPUTS, TrainConfig, is_first_proc
 from settings.watching import OutputOptions, ValidationOptions
 from storage.files import check_kept, check_writable_target
 from trainer.accelerator import PRECISIONS, check_login, check_one_folder, check_same, make_accelerator
+from trainer.memory import import_torchao
 from trainer.models import check_fits, make_run_adapter, reserve_new_tokens, trained_names
 from trainer.optimizer import check_optimizer, check_rates, scaled_learning_rate
-from trainer.samples import Base
+from trainer.sharding import SplittingAccelerator
+from trainer.vram import fit_card, run_shape
 
 
 def preflight(config: TrainConfig) -> tuple[TrainConfig, Pictures]:
@@ -122,19 +126,43 @@ def open_run(config: TrainConfig, pictures: Pictures) -> tuple[Accelerator, Trai
     settled = settled_flags(*records, pictures, accelerator.num_processes)
     config = config.replace(**settled, mixed_precision=accelerator.mixed_precision)
     prompts = config.validation.validation_prompt or ()
-    whole = None
-    if config.data.dry_run and Path(config.base.pretrained_model_name_or_path).is_file():
-        # a single file says nothing before it is loaded, as the run will do next
-        whole = Base(config.base, accelerator.device, PRECISIONS[accelerator.mixed_precision]).load()
-    check_fits_base(config.base, config.loss, config.text, make_run_adapter(config), pictures, prompts, whole)
+    outline = check_fits_base(config.base, config.loss, config.text, make_run_adapter(config), pictures, prompts)
+    if is_first_process():
+        named = config.base.pretrained_model_name_or_path, config.base.prediction_type
+        print(prediction_line(outline.scheduler, *named))
+        for warning in zero_snr_warnings(config.loss, prediction_of(outline.scheduler)):
+            print(f"warning: {warning}", file=sys.stderr)
+        print(attention_line(accelerator.device, config.hardware.enable_xformers_memory_efficient_attention))
+    samples = loop.train_batch_size * (2 if config.prior.with_prior_preservation else 1)
+    dtype = PRECISIONS[accelerator.mixed_precision]
+    shape = run_shape(outline, config.text, make_run_adapter(config), pictures, samples, dtype)
+    splits = isinstance(accelerator, SplittingAccelerator)
+    hardware, said = fit_card(config.hardware, shape, accelerator.device, may_quantize=not splits)
+    if said and is_first_process():
+        print(said)
+    if hardware.quantize_base == "int8":
+        import_torchao()
+    config = config.replace(**dict(hardware))
     if checkpoint:
         content: dict[str, Any] = {"number_of_processes": accelerator.num_processes}
         if not config.prior.draws_class_images:
             content["pictures_and_prompts"] = pictures.hash()
-        identity_now = identity(config.flags(), config.plans_ahead(), **content)
+        flags = config.flags() | prediction_of(outline.scheduler).flags()
+        identity_now = identity(flags, config.plans_ahead(), **content)
         step = read_step(checkpoint, identity_now, config.loop.max_train_steps)
         MetricsLog(output_dir / METRICS, enabled=False, after=step)  # which refuses damaged lines
     return accelerator, config, checkpoint, samples_every
+
+
+def zero_snr_warnings(loss: LossOptions, predicts: Prediction) -> Iterator[str]:
+    """What is said of losses that don't go well with a last timestep of noise alone."""
+    if not predicts.zero_snr:
+        return
+    if loss.noise_offset:
+        yield f"--noise_offset {loss.noise_offset:g} is for bases without zero terminal SNR, which this one has"
+    for flag, given in (("snr_gamma", loss.snr_gamma is not None), ("debiased_estimation", loss.debiased_estimation)):
+        if given:
+            yield f"--{flag} gives the last timestep, at which drawing begins and the SNR is zero, no weight"
 
 
 def settled_flags(
@@ -168,24 +196,24 @@ def check_fits_base(
     adapter: Adapter,
     pictures: Pictures,
     prompts: Sequence[str],
-    pipeline: StableDiffusionXLPipeline | None = None,
-) -> None:
+) -> StableDiffusionXLPipeline:
     """Refuse prompts, words, ranks and losses that this base can't have, before its weights are read.
+
+    Returns the base's outline.
 
     Args:
         prompts: that are drawn, beside those that are trained on.
-        pipeline: the base itself; None: its outline, which a single file has not.
 
     Raises:
         ValueError: with the limit.
     """
-    options = {"vae": base.pretrained_vae_model_name_or_path, **base.download_options()}
-    outline = pipeline or load_outline(base.pretrained_model_name_or_path, **options)
-    if outline is None:
-        return
+    options = {"vae": base.pretrained_vae_model_name_or_path, **base.loading_options()}
+    outline = load_outline(base.pretrained_model_name_or_path, **options)
+    check_clip_skip([outline.text_encoder, outline.text_encoder_2], base.clip_skip)
     Objective.from_options(outline.scheduler, loss)
     check_fits(adapter, {name: getattr(outline, name) for name in trained_names(text)}, text)
     check_prompt_lengths(outline, pictures, prompts, reserve_new_tokens(outline, text))
+    return outline
 
 
 def end_dry_run(output: OutputOptions, report: str) -> Path:

@@ -15,6 +15,7 @@ from torch import nn
 from dreambooth.batches import Batches, PromptEmbedder
 from dreambooth.loss import Objective
 from dreambooth.prepare import Encoded, Pictures
+from inference.prediction import Prediction
 from methods.adapter import Adapter
 from methods.components import TEXT_ENCODERS
 from runs.checkpoints import identity
@@ -137,15 +138,21 @@ def _embedder(
 
 
 def run_identity(
-    config: TrainConfig, accelerator: Accelerator, fingerprints: dict[str, str], encoded: Encoded, pictures: Pictures
+    config: TrainConfig,
+    accelerator: Accelerator,
+    fingerprints: dict[str, str],
+    predicts: Prediction,
+    encoded: Encoded,
+    pictures: Pictures,
 ) -> dict[str, Any]:
     """What a resumed run must have the same.
 
     Args:
         fingerprints: of the base's models that learn, by component.
+        predicts: what the base predicts, whatever said so.
     """
     return identity(
-        config.flags(),
+        config.flags() | predicts.flags(),
         config.plans_ahead(),
         base=fingerprints,
         autoencoder_and_text_encoders=encoded.encoders,

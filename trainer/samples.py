@@ -68,7 +68,7 @@ class Base:
 
     def _load(self, dtype: torch.dtype, **options: Any) -> StableDiffusionXLPipeline:
         name, vae = self.options.pretrained_model_name_or_path, self.options.pretrained_vae_model_name_or_path
-        return load_pipeline(name, dtype, self.device, vae, **options, **self.options.download_options())
+        return load_pipeline(name, dtype, self.device, vae, **options, **self.options.loading_options())
 
 
 def draw_class_images(
@@ -93,7 +93,8 @@ def draw_class_images(
         share = seeds[accelerator.process_index :: accelerator.num_processes]
         if share:
             with _drawing(base, pipeline, dtype) as drawing:
-                _draw_class(drawing, concept, share, prior.sample_batch_size, num_inference_steps, accelerator)
+                sizes = prior.sample_batch_size, num_inference_steps, base.options.clip_skip
+                _draw_class(drawing, concept, share, *sizes, accelerator)
         accelerator.wait_for_everyone()
     return replace(pictures, classes=read_class_pictures(prior, pictures.concepts))
 
@@ -120,12 +121,13 @@ def _draw_class(
     seeds: Sequence[int],
     batch_size: int,
     num_inference_steps: int,
+    clip_skip: int,
     accelerator: Accelerator,
 ) -> None:
     folder = Path(concept.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=len(seeds), desc="class images", unit="image", disable=not accelerator.is_main_process)
-    options = {"num_inference_steps": num_inference_steps, "batch_size": batch_size}
+    options = {"num_inference_steps": num_inference_steps, "batch_size": batch_size, "clip_skip": clip_skip}
     for image in generate_images(pipeline, [concept.class_prompt], seeds, progress=bar, **options):
         write_atomic(folder / class_image_name(concept.class_prompt, image.seed), png_bytes(image.image))
 
@@ -142,6 +144,7 @@ class Sampler:
     ) -> None:
         self.accelerator, self.base, self.parts = accelerator, base, parts
         self.options = {"num_inference_steps": num_inference_steps, "batch_size": batch_size}
+        self.options["clip_skip"] = base.options.clip_skip
 
     def samples(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Sample]:
         """Pictures with names for files; none but in the main process."""
