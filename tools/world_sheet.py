@@ -115,8 +115,8 @@ def samples(pipeline: StableDiffusionXLPipeline, size: int, seeds: int = 4, step
         generators = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
         options = {"num_inference_steps": steps, "guidance_scale": 5.0, "height": size, "width": size}
         rows.append(pipeline([prompt] * seeds, generator=generators, **options).images)
-    print("rows:", "; ".join(PROMPTS))
-    return sheet(rows)
+    print("rows, two prompts each:", "; ".join(PROMPTS))
+    return sheet([one + other for one, other in zip(rows[::2], rows[1::2])]).quantize(256, dither=Image.Dither.NONE)
 
 
 def main() -> None:
@@ -136,7 +136,7 @@ def main() -> None:
         image = reconstructions(world, args.work_dir)
     else:
         image = samples(newest(world, args.work_dir), world.size)
-    image.save(args.output)
+    image.save(args.output, optimize=True)
 
 
 if __name__ == "__main__":
