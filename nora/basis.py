@@ -162,7 +162,7 @@ def build_basis(
     found = cached_tensors(W, used, settings, decompose)
     held = found["A"]
     kept = used.cpu() if used is not None and config.needs_statistics else None
-    right = right_factor(held, None if is_on_output(W, held) else scale)
+    right = right_factor(held, None if is_on_output(held, W.shape[1]) else scale)
     return Basis(held, None, right, found["fingerprint"].cpu(), kept)
 
 
@@ -173,9 +173,9 @@ def takes_output(base_layer: nn.Module, config: NoraConfig) -> bool:
     return config.side == "narrower" and m < n and direct and base_layer.bias is None
 
 
-def is_on_output(W: torch.Tensor, held: torch.Tensor) -> bool:
-    """Whether the factor that is held beside W (m, n) is L (r, m) rather than A (r, n): only with m < n it can be."""
-    return held.shape[1] < W.shape[1]
+def is_on_output(held: torch.Tensor, n: int) -> bool:
+    """Whether the factor that a layer of n inputs holds is L (r, m) rather than A (r, n): only for m < n it can be."""
+    return held.shape[1] < n
 
 
 def held_pair(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor | None, right: RightFactor | None) -> OuterFactors:
@@ -185,9 +185,29 @@ def held_pair(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor | None, right: R
     assert right is not None
     wide = torch.promote_types(W.dtype, torch.float32)
     R = right_product(torch.eye(A.shape[0], device=A.device, dtype=wide), A, right, 1.0)
-    if is_on_output(W, A):
+    if is_on_output(A, W.shape[1]):
         return OuterFactors((A.to(wide) @ W.to(wide)).to(A.dtype), R)
     return OuterFactors(A, W.to(wide) @ R)
+
+
+def weight_times_columns(base_layer: nn.Module, W: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """``W columns`` (m, k) of columns (n, k); of a quantised base what it computes with its weight."""
+    weight = base_weight(base_layer)
+    if is_plain(weight):
+        return W.to(columns) @ columns
+    rows = columns.T.to(weight.device, weight.dtype)
+    return (base_layer(rows) - base_layer(torch.zeros_like(rows[:1]))).T.to(columns)
+
+
+def rows_times_weight(base_layer: nn.Module, W: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``rows W`` (k, n) of rows (k, m); of a quantised base the gradient through what it computes."""
+    weight = base_weight(base_layer)
+    if is_plain(weight):
+        return rows @ W.to(rows)
+    with torch.enable_grad():
+        x = torch.zeros(len(rows), W.shape[1], device=weight.device, dtype=weight.dtype, requires_grad=True)
+        y = base_layer(x)
+    return torch.autograd.grad(y, x, rows.to(y))[0].to(rows)
 
 
 def layer_seed(outer_seed: int, name: str) -> int:

@@ -262,7 +262,7 @@ def _fold(
     assert right is not None
     columns = right_product(inner_B.float(), A, RightFactor(*(diagonal.cpu() for diagonal in right)), scaling)
     rows = inner_A.float() @ A.float()
-    return (rows @ W.cpu().float(), columns) if is_on_output(W, A) else (rows, W.cpu().float() @ columns)
+    return (rows @ W.cpu().float(), columns) if is_on_output(A, W.shape[1]) else (rows, W.cpu().float() @ columns)
 
 
 def _checked_bases(

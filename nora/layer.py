@@ -24,6 +24,8 @@ from .basis import (
     oriented_weight,
     pair_fits,
     rebuild_basis,
+    rows_times_weight,
+    weight_times_columns,
 )
 from .buffers import Buffers, ExactBuffers
 from .cells import TRAINED, Cell, product
@@ -286,9 +288,9 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         scaling = self.own_scaling[adapter_name]
         assert basis.fingerprint is not None  # only a basis on the meta device has none
         norm_B = basis.fingerprint[2, 0].item()
-        on_output = is_on_output(oriented_weight(self.get_base_layer()), basis.A)
-        outer = self.outer(adapter_name) if on_output or needs_pair(config.cell) or config.inner_init == "diag" else None
-        A, sides = outer.A if on_output else basis.A, (self.out_features, self.in_features)
+        outer = self.outer(adapter_name) if needs_pair(config.cell) or config.inner_init == "diag" else None
+        A = self.outer(adapter_name).A if is_on_output(basis.A, self.in_features) else basis.A
+        sides = self.out_features, self.in_features
         start = spreads(config, shapes, sides, scaling, outer, A, norm_B, basis.statistic)
         for name, module in modules.items():
             if isinstance(module, Generated):
@@ -452,27 +454,10 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         assert right is not None
         right = RightFactor(*(diagonal.to(like.device) for diagonal in right))
         down, up = product(cell.down, matrices), right_product(trained[cell.last], matrices["A"], right, scaling)
-        if self._side(adapter_name) == "output":
-            return self._rows_times_weight(down), up
-        return down, self._times_weight(up)
-
-    def _times_weight(self, columns: torch.Tensor) -> torch.Tensor:
-        """``W columns`` (m, k) of columns (n, k); of a quantised base what it computes with its weight."""
-        layer = self.get_base_layer()
-        if is_plain(self.base_weight):
-            return self._unmerged_weight.to(columns) @ columns
-        rows = columns.T.to(self.base_weight.device, self.base_weight.dtype)
-        return (layer(rows) - layer(torch.zeros_like(rows[:1]))).T.to(columns)
-
-    def _rows_times_weight(self, rows: torch.Tensor) -> torch.Tensor:
-        """``rows W`` (k, n) of rows (k, m); of a quantised base the gradient of what it computes."""
-        if is_plain(self.base_weight):
-            return rows @ self._unmerged_weight.to(rows)
-        like = self.base_weight
-        with torch.enable_grad():
-            x = torch.zeros(len(rows), self.in_features, device=like.device, dtype=like.dtype, requires_grad=True)
-            y = self.get_base_layer()(x)
-        return torch.autograd.grad(y, x, rows.to(y))[0].to(rows)
+        layer, W = self.get_base_layer(), self._unmerged_weight
+        if is_on_output(A, self.in_features):
+            return rows_times_weight(layer, W, down), up
+        return down, weight_times_columns(layer, W, up)
 
     def _delta_weight(self, adapter_name: str) -> torch.Tensor:
         """ΔW at the current scale, in the base weight's own layout; float32, or float64 for a float64 base."""
@@ -605,7 +590,7 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         """Of W, where the adapter's product is added: "input" or "output"; None: beside W, with a B of its own."""
         if not self.cell(adapter).on_input or adapter in self.nora_outer_B:
             return None
-        return "input" if self.nora_outer_A[adapter].shape[1] == self.in_features else "output"
+        return "output" if is_on_output(self.nora_outer_A[adapter], self.in_features) else "input"
 
     def _nested_update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         """``s R … x``, as wide as x, with R in place of the B that the chain ends with."""
