@@ -60,9 +60,8 @@ def block_overhead() -> tuple[float, float]:
 def frozen_memory() -> tuple[float]:
     """MB of the frozen factors at outer rank 128 on SDXL's UNet in fp16."""
     unet = unet_without_numbers("full", NORA)
-    layers = [module for module in unet.modules() if hasattr(module, "nora_outer_A")]
-    wide = sum(4 * (layer.in_features + layer.outer_rank("default")) for layer in layers)  # R's diagonals, in float32
-    return ((sum(layer.nora_outer_A["default"].nbytes for layer in layers) + wide) / 1e6,)
+    held = [layer.nora_outer_A["default"] for layer in nora_layers(unet, "default").values()]
+    return (sum(factor.nbytes + 4 * sum(factor.shape) for factor in held) / 1e6,)  # R's diagonals are in float32
 
 
 def bases() -> tuple[float, float]:

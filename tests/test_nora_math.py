@@ -453,12 +453,13 @@ def test_a_device_without_float64_gets_the_same_factors(statistic, side):
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"awsvd_stat": "rms"}, {"awsvd_stat": "weight"}, {"outer_init": "random"}])
-def test_a_layer_on_a_device_without_float64_is_calibrated_and_decomposed(kwargs):
-    x, W, bases = torch.randn(5, 24), torch.tensor(weight(40, 24)).float(), {}
+@pytest.mark.parametrize("m, n", [(40, 24), (24, 40)])
+def test_a_layer_on_a_device_without_float64_is_calibrated_and_decomposed(kwargs, m, n):
+    x, W, bases = torch.randn(5, n), torch.tensor(weight(m, n)).float(), {}
     config = NoraConfig(r=2, target_modules=["0"], **({"outer_init": "awsvd"} | kwargs))
     for device in ("cpu", "mps"):
         with Mps():
-            model = nn.Sequential(nn.Linear(24, 40, bias=False))
+            model = nn.Sequential(nn.Linear(n, m, bias=False))
             model[0].weight = nn.Parameter(W.to(device), requires_grad=False)
             statistic = preprocess_nora(model, config, lambda: model(x.to(device))).get("0")  # noqa: B023
             bases[device] = build_basis("0", model[0], config, 6, statistic)
