@@ -30,6 +30,7 @@ from benchmarks.cards import unet_without_numbers
 from benchmarks.gpu import LORA_16, NORA, config_of
 from benchmarks.sdxl_shape import build_unet
 from methods.base_passes import LABEL
+from nora.model import nora_layers
 from settings.command_line import quiet_libraries
 
 

@@ -136,7 +136,9 @@ def test_what_amplifies_rounding_stays_on_the_input(r):
 
 
 @pytest.mark.parametrize(
-    "choice", [{"side": "input"}, {"nora_dropout": 0.1}, {"inner_init": "diag"}, {"structure": "adapter", "r": 16}], ids=str
+    "choice",
+    [{"side": "input"}, {"nora_dropout": 0.1}, {"inner_init": "diag"}, {"structure": "adapter", "r": 16}],
+    ids=str,
 )
 def test_only_the_bare_form_is_on_the_output(choice):
     model = get_peft_model(both_sides(), config_for(["lin1"], outer_init="svd", **choice))
