@@ -69,9 +69,9 @@ class NoraConfig(PeftConfig):
         sigma_side: where Σ goes: "B" (the paper), "A" or "both" (√Σ each).
         basis: how the SVD is computed: "iterated" (seeded subspace iteration, fast and as reproducible) or "exact" (the
             paper's). None: "iterated", or "exact" in a saved config, which is what files from before this choice hold.
-        side: where a layer adds its product, and so which one factor it holds (see `nested`): on the "input" of W, or on
-            the "narrower" side, which is the output where a layer has fewer outputs than inputs, no bias and nothing
-            else in the way. None: "narrower", or "input" in a saved config, which is what older files hold.
+        side: where a layer adds its product, and so which factor it holds (see `nested`): on the "input" of W, or on
+            its "narrower" side, which is the output where a layer has fewer outputs than inputs, no bias, no dropout
+            and no residual. None: "narrower", or "input" in a saved config, which is what older files hold.
         outer_seed: seed of outer_init="random".
         inner_init: "matched" (B' = 0, A' at the scale that gives a rank-4 LoRA's first step; starts at the base model),
             "normal" (the paper: both N(0, inner_std²)), "zero_uniform" (B' = 0, A' uniform on ±1/√outer_r) or "diag"

@@ -255,7 +255,7 @@ def _fold(
     inner_B: torch.Tensor,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The plain LoRA, on the CPU; W is multiplied by the few columns of ``R B'`` or rows of ``A' L``, no factor formed."""
+    """The plain LoRA, on the CPU; W meets the few columns of ``R B'`` or rows of ``A' L`` alone."""
     A = A.cpu()
     if B is not None:
         return inner_A.float() @ A.float(), scaling * (B.cpu().float() @ inner_B.float())

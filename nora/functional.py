@@ -226,9 +226,9 @@ def random_factors(W: torch.Tensor, r: int, seed: int, sigma_side: str = "B") ->
 
 
 def rounding_gain(W: torch.Tensor, scale: torch.Tensor | None, A: torch.Tensor, L: torch.Tensor) -> float:
-    """How far rounding W x to one part in 1/ε moves A x = L W x, as a multiple of ε: the root mean square over A's rows.
+    """How far rounding y = W x by a relative ε moves ``A x = L y``, in units of ε: root mean square over A's rows.
 
-    For x of covariance S² and rounding that is independent of it: ``√(mean_i ‖L_i‖² / ‖A_i S‖² · ‖W S‖_F² / m)``.
+    ``√(mean_i ‖L_i‖² / ‖A_i S‖² · ‖W S‖_F² / m)``, for x of covariance S² and rounding that is independent of it.
     """
     S = 1.0 if scale is None else scale.to(A)
     rows = L.square().sum(dim=1) / (A * S).square().sum(dim=1)

@@ -569,7 +569,7 @@ class NoraLinear(nn.Module, BaseTunerLayer):
             )
 
     def _nested(self, x: torch.Tensor, adapters: list[str], rows: dict[str, list[int]] | None) -> torch.Tensor:
-        """``x + Σ s R B' A' A x`` over the adapters, each on its rows or on all; x: the layer's input, or W's output."""
+        """``x + Σ s R B' A' A x`` over the adapters, each on its rows or on all; x: W's input or output."""
         if not adapters:
             return x
         adapter = adapters[0]

@@ -5,8 +5,7 @@ AwSVD's factors obey ``B = W R`` with ``R = S² Aᵀ diag(1 / ‖A_i S‖²)`` (
 into the diagonal. So W is the only wide product: B is neither stored nor multiplied.
 
 With fewer outputs than inputs the output side is the cheaper one. There ``A = L W`` with ``L = diag(1 / ‖B_i‖²) Bᵀ``
-(r, m), so ``h = y + s R B' A' L y`` of ``y = W x`` is the same product with L for A, and its R, ``Lᵀ diag(‖B_i‖²)``, is B.
-What is held is A or L (r, k), with its R (k, r) in both cases.
+(r, m), and ``h = y + s R B' A' L y`` of ``y = W x`` is the same product with L for A: its R, ``Lᵀ diag(‖B_i‖²)``, is B.
 """
 
 from __future__ import annotations
