@@ -544,16 +544,17 @@ class NoraLinear(nn.Module, BaseTunerLayer):
             rows = {adapter: [i for i, name in enumerate(adapter_names) if name == adapter] for adapter in adapters}
         for adapter in adapters:
             self._check_has_basis(adapter)
-        sides = {adapter: self._side(adapter) for adapter in adapters}
-        on_input, on_output, beside = ([a for a in adapters if sides[a] == side] for side in ("input", "output", None))
+        on_input = [adapter for adapter in adapters if self._side(adapter) == "input"]
+        on_output = [adapter for adapter in adapters if self._side(adapter) == "output"]
         result = self.base_layer(self._nested(x, on_input, rows), *args, **kwargs)
         if on_input and on_output:  # each adapter's update is of x alone
             bare = self.base_layer(x, *args, **kwargs)
             result = result + (self._nested(bare, on_output, rows) - bare)
         else:
             result = self._nested(result, on_output, rows)
-        for adapter in beside:
-            result = _add(result, partial(self._outer_update, adapter), x, rows[adapter] if rows else None)
+        for adapter in adapters:
+            if adapter not in on_input + on_output:
+                result = _add(result, partial(self._outer_update, adapter), x, rows[adapter] if rows else None)
         return result
 
     def _check_mixed_batch(self, x: torch.Tensor, adapter_names: list[str]) -> None:
