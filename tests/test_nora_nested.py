@@ -114,6 +114,9 @@ def test_the_layer_computes_both_factors_formula(side, name, held):
     torch.testing.assert_close(layer(x).double(), written_out(layer, x), atol=1e-5, rtol=1e-5)
     lora_A, lora_B = layer.fold("default")
     torch.testing.assert_close((layer(x) - layer.base_layer(x)), x @ lora_A.T @ lora_B.T, atol=1e-5, rtol=1e-4)
+    one = layer(x)
+    layer.hold_both_factors("default")
+    torch.testing.assert_close(layer(x), one, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("shape, bias, width", [((96, 128), True, 128), ((96, 128), False, 96), ((128, 96), False, 96)])
