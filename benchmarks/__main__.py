@@ -30,6 +30,7 @@ from benchmarks.cards import unet_without_numbers
 from benchmarks.gpu import LORA_16, NORA, config_of
 from benchmarks.sdxl_shape import build_unet
 from methods.base_passes import LABEL
+from nora.model import nora_layers
 from settings.command_line import quiet_libraries
 
 
@@ -60,9 +61,8 @@ def block_overhead() -> tuple[float, float]:
 def frozen_memory() -> tuple[float]:
     """MB of the frozen factors at outer rank 128 on SDXL's UNet in fp16."""
     unet = unet_without_numbers("full", NORA)
-    layers = [module for module in unet.modules() if hasattr(module, "nora_outer_A")]
-    wide = sum(4 * (layer.in_features + layer.outer_rank("default")) for layer in layers)  # R's diagonals, in float32
-    return ((sum(layer.nora_outer_A["default"].nbytes for layer in layers) + wide) / 1e6,)
+    held = [layer.nora_outer_A["default"] for layer in nora_layers(unet, "default").values()]
+    return (sum(factor.nbytes + 4 * sum(factor.shape) for factor in held) / 1e6,)  # R's diagonals are in float32
 
 
 def bases() -> tuple[float, float]:

@@ -22,20 +22,24 @@ from .functional import (
     iterated_factors,
     outer_factors,
     random_factors,
+    rounding_gain,
     sketch,
     sketch_distance,
 )
-from .nested import RightFactor, right_factor, right_product
+from .nested import RightFactor, left_factor, right_factor, right_product
 
 COMPUTING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Where rounding of W x would be amplified more than this, the product stays on the input: docs/performance.md.
+LARGEST_ROUNDING_GAIN = 1.5
 _STATISTICS_ATTRIBUTE = "_nora_statistics"
 
 
 class Basis(NamedTuple):
     """A layer's frozen factors with what identifies them.
 
-    A (r, n); B (m, r), or None where it is ``W R`` with R of `right`; fingerprint (3, k), None on the meta device;
-    float16 statistic (n,), or None.
+    A (r, n); B (m, r), or None where it is ``W R`` with R of `right`. On the output side `A` is L (r, m), m < n, and
+    the pair is ``L W`` and R (see `nested`). Fingerprint (3, k), None on the meta device; float16 statistic (n,), or
+    None.
     """
 
     A: torch.Tensor
@@ -104,6 +108,7 @@ def build_basis(
     On the meta device (to count parameters of a model that isn't there) the pair has its shape and no content.
     """
     W = oriented_weight(base_layer)  # (m, n)
+    narrower = takes_output(base_layer, config)
     if config.structure == "plain":  # no factors: a pair of width 0
         outer = OuterFactors(W.new_empty(0, W.shape[1]), W.new_empty(W.shape[0], 0))
         return Basis(*outer, None, None if W.is_meta else fingerprint(W, outer), None)
@@ -111,7 +116,8 @@ def build_basis(
         A, B = W.new_empty(outer_r, W.shape[1]), W.new_empty(W.shape[0], outer_r)
         if config.outer_init == "random":
             return Basis(A, B, None, None, None)
-        return Basis(A, None, RightFactor(A.new_empty(A.shape[1]), A.new_empty(outer_r)), None, None)
+        held = B.T if narrower else A
+        return Basis(held, None, RightFactor(held.new_empty(held.shape[1]), held.new_empty(outer_r)), None, None)
     if config.outer_init == "random":
         seed = layer_seed(config.outer_seed, name)
 
@@ -133,29 +139,75 @@ def build_basis(
     settings += (config.awsvd_gamma, STATISTIC_FLOOR, config.basis)
     if part != "top":
         settings += (part,)
+    if narrower:
+        settings += ("output",)
 
-    def decompose() -> dict[str, torch.Tensor]:
-        if config.basis == "exact" or part != "top":
-            try:
-                outer = outer_factors(W, outer_r, scale, config.sigma_side, part)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-        else:
-            outer = iterated_factors(W, outer_r, scale, config.sigma_side)
-        return {"A": outer.A, "fingerprint": fingerprint(W, outer)}  # of B, which is W R, its sketch is enough
+    def pair(side: str) -> OuterFactors:
+        if config.basis != "exact" and part == "top":
+            return iterated_factors(W, outer_r, scale, config.sigma_side, side)
+        try:
+            return outer_factors(W, outer_r, scale, config.sigma_side, part)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    def decompose() -> dict[str, torch.Tensor]:  # of the factor that isn't held, its sketch is enough
+        if narrower:
+            outer = pair("output")
+            L = left_factor(outer.B)
+            if rounding_gain(W, scale, outer.A, L) <= LARGEST_ROUNDING_GAIN:  # false for NaN
+                return {"A": L, "fingerprint": fingerprint(W, outer)}
+        outer = pair("input")
+        return {"A": outer.A, "fingerprint": fingerprint(W, outer)}
 
     found = cached_tensors(W, used, settings, decompose)
+    held = found["A"]
     kept = used.cpu() if used is not None and config.needs_statistics else None
-    return Basis(found["A"], None, right_factor(found["A"], scale), found["fingerprint"].cpu(), kept)
+    right = right_factor(held, None if is_on_output(held, W.shape[1]) else scale)
+    return Basis(held, None, right, found["fingerprint"].cpu(), kept)
+
+
+def takes_output(base_layer: nn.Module, config: NoraConfig) -> bool:
+    """Whether a layer's product may be on the output of W: fewer numbers there, and nothing in the way."""
+    m, n = layer_shape(base_layer)
+    direct = config.cell.is_nested and not config.has_residual and config.nora_dropout == 0
+    return config.side == "narrower" and m < n and direct and base_layer.bias is None
+
+
+def is_on_output(held: torch.Tensor, n: int) -> bool:
+    """Whether the factor that a layer of n inputs holds is L (r, m) rather than A (r, n): only for m < n it can be."""
+    return held.shape[1] < n
 
 
 def held_pair(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor | None, right: RightFactor | None) -> OuterFactors:
-    """The pair as an adapted layer computes with it: A in the base's dtype and B as it is held, or else ``W R``."""
-    if B is None:
-        assert right is not None
-        wide = torch.promote_types(W.dtype, torch.float32)
-        B = W.to(wide) @ right_product(torch.eye(A.shape[0], device=A.device, dtype=wide), A, right, 1.0)  # (m, r)
-    return OuterFactors(A, B)
+    """The pair as an adapted layer computes with it: what is held in the base's dtype, and else ``W R`` or ``L W``."""
+    if B is not None:
+        return OuterFactors(A, B)
+    assert right is not None
+    wide = torch.promote_types(W.dtype, torch.float32)
+    R = right_product(torch.eye(A.shape[0], device=A.device, dtype=wide), A, right, 1.0)
+    if is_on_output(A, W.shape[1]):
+        return OuterFactors((A.to(wide) @ W.to(wide)).to(A.dtype), R)
+    return OuterFactors(A, W.to(wide) @ R)
+
+
+def weight_times_columns(base_layer: nn.Module, W: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """``W columns`` (m, k) of columns (n, k); of a quantised base what it computes with its weight."""
+    weight = base_weight(base_layer)
+    if is_plain(weight):
+        return W.to(columns) @ columns
+    rows = columns.T.to(weight.device, weight.dtype)
+    return (base_layer(rows) - base_layer(torch.zeros_like(rows[:1]))).T.to(columns)
+
+
+def rows_times_weight(base_layer: nn.Module, W: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``rows W`` (k, n) of rows (k, m); of a quantised base the gradient through what it computes."""
+    weight = base_weight(base_layer)
+    if is_plain(weight):
+        return rows @ W.to(rows)
+    with torch.enable_grad():
+        x = torch.zeros(len(rows), W.shape[1], device=weight.device, dtype=weight.dtype, requires_grad=True)
+        y = base_layer(x)
+    return torch.autograd.grad(y, x, rows.to(y))[0].to(rows)
 
 
 def layer_seed(outer_seed: int, name: str) -> int:

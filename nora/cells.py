@@ -52,6 +52,11 @@ class Cell:
         """Whether B comes last, so that with ``B = W R`` the cell is one on the input: ``W (x + s R … x)``."""
         return self.up[-1] == "B"
 
+    @property
+    def is_nested(self) -> bool:
+        """Whether it is the paper's own ``B B' A' A``."""
+        return self.chain == ("A", "inner_A", "inner_B", "B")
+
     def shapes(self, m: int, n: int, r: int, k: int) -> dict[str, tuple[int, int]]:
         """Name of each trained matrix -> (rows, columns), in the chain's order."""
         sides = {"m": m, "n": n, "r": r, "k": k}

@@ -26,6 +26,7 @@ _CHOICES = {
     "awsvd_stat": ("mean_abs", "rms", "weight"),
     "sigma_side": ("B", "A", "both"),
     "basis": ("iterated", "exact"),
+    "side": ("narrower", "input"),
     "inner_init": ("matched", "normal", "zero_uniform", "diag"),
     "scaling": ("alpha/r", "alpha/sqrt(r)"),
     "generator": GENERATORS,
@@ -68,6 +69,9 @@ class NoraConfig(PeftConfig):
         sigma_side: where Σ goes: "B" (the paper), "A" or "both" (√Σ each).
         basis: how the SVD is computed: "iterated" (seeded subspace iteration, fast and as reproducible) or "exact" (the
             paper's). None: "iterated", or "exact" in a saved config, which is what files from before this choice hold.
+        side: where a layer adds its product, and so which factor it holds (see `nested`): on the "input" of W, or on
+            its "narrower" side, which is the output where a layer has fewer outputs than inputs, no bias, no dropout
+            and no residual. None: "narrower", or "input" in a saved config, which is what older files hold.
         outer_seed: seed of outer_init="random".
         inner_init: "matched" (B' = 0, A' at the scale that gives a rank-4 LoRA's first step; starts at the base model),
             "normal" (the paper: both N(0, inner_std²)), "zero_uniform" (B' = 0, A' uniform on ±1/√outer_r) or "diag"
@@ -106,6 +110,7 @@ class NoraConfig(PeftConfig):
     awsvd_stat: str = field(default="mean_abs", metadata={"help": "mean_abs, rms or weight."})
     sigma_side: str = field(default="B", metadata={"help": "B, A or both."})
     basis: str | None = field(default=None, metadata={"help": "iterated or exact."})
+    side: str | None = field(default=None, metadata={"help": "narrower or input."})
     outer_seed: int = field(default=0, metadata={"help": 'Seed of outer_init="random".'})
     inner_init: str = field(default="matched", metadata={"help": "matched, normal, zero_uniform or diag."})
     inner_std: float = field(default=0.01, metadata={"help": 'Standard deviation of inner_init="normal".'})
@@ -134,6 +139,8 @@ class NoraConfig(PeftConfig):
             self.outer_init = "awsvd"  # saving writes it; this is what None meant to whoever left it out of a file
         if self.basis is None:
             self.basis = "exact" if self.saved else "iterated"
+        if self.side is None:
+            self.side = "input" if self.saved else "narrower"
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):

@@ -32,7 +32,7 @@ from peft import PeftModel, inject_adapter_in_model
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .basis import Basis, check_base, layer_shape, oriented_weight, rebuild_basis
+from .basis import Basis, check_base, is_on_output, layer_shape, oriented_weight, rebuild_basis
 from .cells import FILE_NAMES
 from .config import LayerRanks, NoraConfig, plain_config
 from .functional import FINGERPRINT_SHAPE
@@ -255,13 +255,14 @@ def _fold(
     inner_B: torch.Tensor,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The plain LoRA, on the CPU; where B is W R, W is multiplied by the few columns of ``R B'`` and B isn't formed."""
+    """The plain LoRA, on the CPU; W meets the few columns of ``R B'`` or rows of ``A' L`` alone."""
     A = A.cpu()
     if B is not None:
         return inner_A.float() @ A.float(), scaling * (B.cpu().float() @ inner_B.float())
     assert right is not None
     columns = right_product(inner_B.float(), A, RightFactor(*(diagonal.cpu() for diagonal in right)), scaling)
-    return inner_A.float() @ A.float(), W.cpu().float() @ columns
+    rows = inner_A.float() @ A.float()
+    return (rows @ W.cpu().float(), columns) if is_on_output(A, W.shape[1]) else (rows, W.cpu().float() @ columns)
 
 
 def _checked_bases(

@@ -164,7 +164,9 @@ def outer_factors(
     return OuterFactors(A.float().contiguous().to(W.device), B.float().contiguous().to(W.device))
 
 
-def iterated_factors(W: torch.Tensor, r: int, scale: torch.Tensor | None = None, sigma_side: str = "B") -> OuterFactors:
+def iterated_factors(
+    W: torch.Tensor, r: int, scale: torch.Tensor | None = None, sigma_side: str = "B", side: str = "input"
+) -> OuterFactors:
     """`outer_factors` by seeded subspace iteration in float32: nearly the best subspace, many times faster.
 
     SUBSPACE_STEPS times ``Q ← orth((W S)(W S)ᵀ Q)`` from a frozen Gaussian start with a quarter more columns than r (at
@@ -172,6 +174,10 @@ def iterated_factors(W: torch.Tensor, r: int, scale: torch.Tensor | None = None,
     are the exact SVD's: any basis of the same subspace gives the same family of updates, and this one is a smooth
     function of W, where an exact singular vector depends on the gap to its neighbour. Captured energy against the
     optimum: docs/performance.md. Small or nearly rank-deficient weights take `outer_factors`.
+
+    Args:
+        side: which of the SVD's two relations holds to rounding (see `nested`), as no pair from an iteration has both:
+            "input", ``B = W R``; or "output", ``A = L W``, for weights with fewer outputs than inputs.
     """
     columns = r + max(8, r // 4)
     if columns >= min(W.shape):
@@ -196,8 +202,7 @@ def iterated_factors(W: torch.Tensor, r: int, scale: torch.Tensor | None = None,
         M = M.T
     on_A = {"B": torch.ones_like(sigma), "A": sigma, "both": sigma.sqrt()}[sigma_side]
     on_B = {"B": torch.ones_like(sigma), "A": 1 / sigma, "both": sigma.rsqrt()}[sigma_side]
-    # B of the right vectors, not of the left ones: W R is what a layer computes with
-    A, B = fix_signs(on_A[:, None] * right / S, (M @ right.T) * on_B)
+    A, B = fix_signs(on_A[:, None] * right / S, (left * sigma if side == "output" else M @ right.T) * on_B)
     return OuterFactors(A.contiguous().to(W.device), B.contiguous().to(W.device))
 
 
@@ -218,6 +223,16 @@ def random_factors(W: torch.Tensor, r: int, seed: int, sigma_side: str = "B") ->
     A = torch.from_numpy(draws.standard_normal(svd.A.shape)).float().to(svd.A.device)
     B = torch.from_numpy(draws.standard_normal(svd.B.shape)).float().to(svd.B.device)
     return OuterFactors(A * (svd.A.norm() / A.norm()), B * (svd.B.norm() / B.norm()))
+
+
+def rounding_gain(W: torch.Tensor, scale: torch.Tensor | None, A: torch.Tensor, L: torch.Tensor) -> float:
+    """How far rounding y = W x by a relative ε moves ``A x = L y``, in units of ε: root mean square over A's rows.
+
+    ``√(mean_i ‖L_i‖² / ‖A_i S‖² · ‖W S‖_F² / m)``, for x of covariance S² and rounding that is independent of it.
+    """
+    S = 1.0 if scale is None else scale.to(A)
+    rows = L.square().sum(dim=1) / (A * S).square().sum(dim=1)
+    return (rows.mean() * (W.to(A) * S).square().sum() / W.shape[0]).sqrt().item()
 
 
 def matched_std(

@@ -18,11 +18,14 @@ from .basis import (
     base_weight,
     check_base,
     held_pair,
+    is_on_output,
     is_plain,
     is_transposed,
     oriented_weight,
     pair_fits,
     rebuild_basis,
+    rows_times_weight,
+    weight_times_columns,
 )
 from .buffers import Buffers, ExactBuffers
 from .cells import TRAINED, Cell, product
@@ -47,11 +50,12 @@ class Origin(NamedTuple):
 class NoraLinear(nn.Module, BaseTunerLayer):
     """``h = W x + s B B' A' A x`` (NoRA, arXiv 2408.10280, Sec. 3.2) around an ``nn.Linear`` or ``Conv1D``.
 
-    Computed as ``W (x + s R B' A' A x)`` where B is ``W R`` (see `nested`); random factors have a B of their own, whose
-    product is added to W's. Per adapter: `nora_inner_A` (A', r' x r) and `nora_inner_B` (B', r x r') are trained.
-    `nora_outer_A` (r x n), in the base weight's dtype, and R's diagonals or `nora_outer_B` (m x r) are buffers out of
-    the state dict, since they are recomputed from the base weight; `nora_stats` and `nora_fingerprint` (see `Basis`)
-    are in it, to recompute and check them whenever a loader has set these (`refresh_basis`), never in a forward pass.
+    Computed on the input of W or on its output, with one factor (see `nested`); random factors have a B of their own,
+    whose product is added to W's. Per adapter: `nora_inner_A` (A', r' x r) and `nora_inner_B` (B', r x r') are trained.
+    `nora_outer_A` (r x n; L, r x m, on the output), in the base weight's dtype, and R's diagonals or `nora_outer_B`
+    (m x r) are buffers out of the state dict, since they are recomputed from the base weight; `nora_stats` and
+    `nora_fingerprint` (see `Basis`) are in it, to recompute and check them whenever a loader has set these
+    (`refresh_basis`), never in a forward pass.
 
     Autograd keeps r + r' numbers per token where LoRA keeps the n-dimensional x.
     """
@@ -115,14 +119,15 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         weight = self.base_weight
         self._forget_basis(adapter_name)
         # The factors take the base's dtype: in fp32 they would double the frozen memory of a half-precision base.
-        self.nora_outer_A[adapter_name] = basis.A.to(weight)
-        if basis.B is not None:
-            self.nora_outer_B[adapter_name] = basis.B.to(weight)
-        elif "B" in self.cell(adapter_name).chain and (
-            # another tuner's layer must see x itself, not x with this update
+        A, B = basis.A, basis.B
+        if "B" in self.cell(adapter_name).chain and (
+            # another tuner's layer must see x itself, not x with this update, and gives more than W x
             isinstance(self.base_layer, BaseTunerLayer) or not self.cell(adapter_name).on_input
         ):
-            self.nora_outer_B[adapter_name] = held_pair(self._unmerged_weight, basis.A, None, basis.right).B.to(weight)
+            A, B = held_pair(self._unmerged_weight, A, B, basis.right)
+        self.nora_outer_A[adapter_name] = A.to(weight)
+        if B is not None:
+            self.nora_outer_B[adapter_name] = B.to(weight)
         elif basis.right is not None:
             self.nora_right_channel[adapter_name] = basis.right.channel.to(weight.device)
             self.nora_right_row[adapter_name] = basis.right.row.to(weight.device)
@@ -284,8 +289,9 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         assert basis.fingerprint is not None  # only a basis on the meta device has none
         norm_B = basis.fingerprint[2, 0].item()
         outer = self.outer(adapter_name) if needs_pair(config.cell) or config.inner_init == "diag" else None
+        A = self.outer(adapter_name).A if is_on_output(basis.A, self.in_features) else basis.A
         sides = self.out_features, self.in_features
-        start = spreads(config, shapes, sides, scaling, outer, basis.A, norm_B, basis.statistic)
+        start = spreads(config, shapes, sides, scaling, outer, A, norm_B, basis.statistic)
         for name, module in modules.items():
             if isinstance(module, Generated):
                 module.coefficients.zero_()
@@ -315,7 +321,7 @@ class NoraLinear(nn.Module, BaseTunerLayer):
             parameter.mul_((size / norm) ** (1 / len(parameters)))
 
     def outer(self, adapter_name: str) -> OuterFactors:
-        """The frozen pair in use; B is computed from the base weight where it is not held.
+        """The frozen pair in use; what is not held of it is computed from the base weight.
 
         Raises:
             ValueError: if the adapter's weights are not loaded, or their loading was refused.
@@ -351,7 +357,8 @@ class NoraLinear(nn.Module, BaseTunerLayer):
 
     def hold_both_factors(self, adapter_name: str) -> None:
         """Hold B too: for a base whose weight can't be read once it is split over processes."""
-        self.set_basis(adapter_name, self.basis(adapter_name)._replace(B=self.outer(adapter_name).B, right=None))
+        pair = self.outer(adapter_name)
+        self.set_basis(adapter_name, self.basis(adapter_name)._replace(A=pair.A, B=pair.B, right=None))
 
     def _check_has_basis(self, adapter_name: str) -> None:
         if adapter_name not in self.nora_outer_A:
@@ -446,16 +453,11 @@ class NoraLinear(nn.Module, BaseTunerLayer):
             return down, scaling * up
         assert right is not None
         right = RightFactor(*(diagonal.to(like.device) for diagonal in right))
-        down = product(cell.down, matrices)
-        return down, self._times_weight(right_product(trained[cell.last], matrices["A"], right, scaling))
-
-    def _times_weight(self, columns: torch.Tensor) -> torch.Tensor:
-        """``W columns`` (m, k) of columns (n, k); of a quantised base what it computes with its weight."""
-        layer = self.get_base_layer()
-        if is_plain(self.base_weight):
-            return self._unmerged_weight.to(columns) @ columns
-        rows = columns.T.to(self.base_weight.device, self.base_weight.dtype)
-        return (layer(rows) - layer(torch.zeros_like(rows[:1]))).T.to(columns)
+        down, up = product(cell.down, matrices), right_product(trained[cell.last], matrices["A"], right, scaling)
+        layer, W = self.get_base_layer(), self._unmerged_weight
+        if is_on_output(A, self.in_features):
+            return rows_times_weight(layer, W, down), up
+        return down, weight_times_columns(layer, W, up)
 
     def _delta_weight(self, adapter_name: str) -> torch.Tensor:
         """ΔW at the current scale, in the base weight's own layout; float32, or float64 for a float64 base."""
@@ -542,10 +544,16 @@ class NoraLinear(nn.Module, BaseTunerLayer):
             rows = {adapter: [i for i, name in enumerate(adapter_names) if name == adapter] for adapter in adapters}
         for adapter in adapters:
             self._check_has_basis(adapter)
-        nested = [adapter for adapter in adapters if self._is_on_input(adapter)]
-        result = self.base_layer(self._nested_input(x, nested, rows), *args, **kwargs)
+        on_input = [adapter for adapter in adapters if self._side(adapter) == "input"]
+        on_output = [adapter for adapter in adapters if self._side(adapter) == "output"]
+        result = self.base_layer(self._nested(x, on_input, rows), *args, **kwargs)
+        if on_input and on_output:  # each adapter's update is of x alone
+            bare = self.base_layer(x, *args, **kwargs)
+            result = result + (self._nested(bare, on_output, rows) - bare)
+        else:
+            result = self._nested(result, on_output, rows)
         for adapter in adapters:
-            if adapter not in nested:
+            if adapter not in on_input + on_output:
                 result = _add(result, partial(self._outer_update, adapter), x, rows[adapter] if rows else None)
         return result
 
@@ -561,28 +569,32 @@ class NoraLinear(nn.Module, BaseTunerLayer):
                 "out of target_modules if the model flattens its batch"
             )
 
-    def _nested_input(self, x: torch.Tensor, adapters: list[str], rows: dict[str, list[int]] | None) -> torch.Tensor:
-        """``x + Σ s R B' A' A x`` (..., n) over the adapters, each on its rows of x or on all."""
+    def _nested(self, x: torch.Tensor, adapters: list[str], rows: dict[str, list[int]] | None) -> torch.Tensor:
+        """``x + Σ s R B' A' A x`` over the adapters, each on its rows or on all; x: W's input or output."""
         if not adapters:
             return x
+        adapter = adapters[0]
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # as the base layer will: here, so that it is done once
-        adapter = adapters[0]
         if len(adapters) == 1 and rows is None and self._is_plainly_nested(adapter, x):
             right = self._right(adapter)
             assert right is not None
             A, scaling = self.nora_outer_A[adapter], self.scaling[adapter]
-            return nested_input(x, *self.inner(adapter), A, right, scaling, self.keeps_input)
+            keep_input = self.keeps_input and self._side(adapter) == "input"
+            return nested_input(x, *self.inner(adapter), A, right, scaling, keep_input)
         total = x
         for adapter in adapters:
-            total = _add(total, partial(self._input_update, adapter), x, rows[adapter] if rows else None)
+            total = _add(total, partial(self._nested_update, adapter), x, rows[adapter] if rows else None)
         return total
 
-    def _is_on_input(self, adapter: str) -> bool:
-        return self.cell(adapter).on_input and adapter not in self.nora_outer_B
+    def _side(self, adapter: str) -> str | None:
+        """Of W, where the adapter's product is added: "input" or "output"; None: beside W, with a B of its own."""
+        if not self.cell(adapter).on_input or adapter in self.nora_outer_B:
+            return None
+        return "output" if is_on_output(self.nora_outer_A[adapter], self.in_features) else "input"
 
-    def _input_update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
-        """``s R … x`` (..., n), with R in place of the B that the chain ends with."""
+    def _nested_update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        """``s R … x``, as wide as x, with R in place of the B that the chain ends with."""
         right = self._right(adapter)
         assert right is not None
         y = self._along(adapter, self.cell(adapter).chain[:-1], x)  # (..., r)
@@ -618,7 +630,7 @@ class NoraLinear(nn.Module, BaseTunerLayer):
         accelerate's hooks fetch that for its modules.
         """
         drops = self.training and not isinstance(self.nora_dropout[adapter], nn.Identity)
-        nested = self.cell(adapter).chain == ("A", "inner_A", "inner_B", "B") and adapter not in self.nora_start
+        nested = self.cell(adapter).is_nested and adapter not in self.nora_start
         return nested and not drops and self._parameters_of(adapter)[0].is_meta == x.is_meta
 
     def __repr__(self) -> str:

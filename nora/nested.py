@@ -1,8 +1,11 @@
-"""The layer's product on the input side of the frozen weight: ``h = W (x + s R B' A' A x)``, one factor instead of two.
+"""The layer's product on one side of the frozen weight, with one factor instead of two: ``h = W (x + s R B' A' A x)``.
 
 AwSVD's factors obey ``B = W R`` with ``R = S² Aᵀ diag(1 / ‖A_i S‖²)`` (n, r): for ``W S = U Σ Vᵀ``, ``A = V_rᵀ S⁻¹``
 (NoRA, arXiv 2408.10280, Eq. 4 to 7) it is ``W S V_r = U_r Σ_r``, and with Σ on A or on both sides only powers of σ move
 into the diagonal. So W is the only wide product: B is neither stored nor multiplied.
+
+With fewer outputs than inputs the output side is the cheaper one. There ``A = L W`` with ``L = diag(1 / ‖B_i‖²) Bᵀ``
+(r, m), and ``h = y + s R B' A' L y`` of ``y = W x`` is the same product with L for A: its R, ``Lᵀ diag(‖B_i‖²)``, is B.
 """
 
 from __future__ import annotations
@@ -16,7 +19,10 @@ from .functional import where_float64_is
 
 
 class RightFactor(NamedTuple):
-    """The diagonals of ``R = diag(channel) Aᵀ diag(row)``: ``channel`` = S² (n,), ``row`` = 1 / ‖A_i S‖² (r,)."""
+    """The diagonals of ``R = diag(channel) Aᵀ diag(row)``: ``channel`` = S² (n,), ``row`` = 1 / ‖A_i S‖² (r,).
+
+    On the output side of L: ``channel`` = 1 (m,), ``row`` = 1 / ‖L_i‖² (r,).
+    """
 
     channel: torch.Tensor
     row: torch.Tensor
@@ -32,6 +38,12 @@ def right_factor(A: torch.Tensor, scale: torch.Tensor | None) -> RightFactor:
     scale = exact.new_ones(A.shape[1]) if scale is None else scale.to(exact)
     row = (exact * scale).square().sum(dim=1).reciprocal()
     return RightFactor(scale.square().to(A.device, wide), row.to(A.device, wide))
+
+
+def left_factor(B: torch.Tensor) -> torch.Tensor:
+    """L (r, m) of B (m, r): ``L B = I`` where B's columns are orthogonal, as those of an SVD are; R of L is B."""
+    exact = where_float64_is(B).double()
+    return (exact / exact.square().sum(dim=0)).T.contiguous().to(B)
 
 
 def right_product(inner_B: torch.Tensor, A: torch.Tensor, right: RightFactor, scaling: float) -> torch.Tensor:

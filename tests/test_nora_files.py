@@ -27,6 +27,7 @@ from nora import (
     save_inner,
     use_basis_cache,
 )
+from nora.basis import build_basis
 from nora.cache import SMALLEST_SIDE, cached_tensors
 from nora.functional import outer_factors
 
@@ -399,6 +400,15 @@ def test_cache_answers_for_the_same_content_only(folder):
             cached_tensors(*other, compute)
     assert len(calls) == 4
     assert all(name.endswith(".safetensors") for name in os.listdir(folder))
+
+
+def test_cache_tells_the_sides_apart(folder):
+    layer, widths = nn.Linear(SMALLEST_SIDE + 40, SMALLEST_SIDE, bias=False), []
+    with use_basis_cache(BasisCache(folder)):
+        for side in ("narrower", "input", "narrower"):
+            config = NoraConfig(target_modules=["0"], outer_init="svd", side=side)
+            widths.append(build_basis("0", layer, config, 8).A.shape[1])
+    assert widths == [SMALLEST_SIDE, SMALLEST_SIDE + 40, SMALLEST_SIDE] and len(list(folder.iterdir())) == 2
 
 
 def test_without_a_cache_and_for_small_layers_nothing_is_written(folder, monkeypatch):

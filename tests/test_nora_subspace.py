@@ -19,6 +19,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from nora import NoraConfig, load_inner, save_inner
 from nora.functional import FINGERPRINT_TOLERANCE, fingerprint, iterated_factors, outer_factors, sketch_distance
+from nora.nested import left_factor
 
 BASE = Path(__file__).parent.parent / "assets" / "tiny-sdxl"
 
@@ -50,6 +51,9 @@ def test_it_captures_what_the_svd_does(shape, r, fall, side, seed):
     for one, other in ((A, exact.A), (B, exact.B)):
         assert float(one.norm()) == pytest.approx(float(other.norm()), rel=0.02)
     torch.testing.assert_close(B @ A @ torch.linalg.pinv(A.double()).float(), B, rtol=1e-4, atol=1e-5)
+    if shape[0] < shape[1]:
+        A, B = iterated_factors(W, r, S, side, "output")
+        torch.testing.assert_close(left_factor(B) @ W, A, rtol=1e-3, atol=1e-4 * float(A.abs().max()))
 
 
 def attention_weights(model):
@@ -100,17 +104,18 @@ def test_rank_deficient_weights_take_the_exact_way():
         assert torch.equal(one, other) and bool(torch.isfinite(one).all())
 
 
-def test_files_from_before_the_choice_keep_their_exact_factors(tmp_path):
-    """Their configs name no basis: those were exact, and so they draw what they drew."""
+@pytest.mark.parametrize("choice, before", [("basis", "exact"), ("side", "input")])
+def test_files_from_before_a_choice_keep_their_factors(tmp_path, choice, before):
+    """Their configs don't name it: exact and on the input those were, and so they draw what they drew."""
     torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(64, 64))
-    config = config_for(["0"], r=4, outer_r=16, outer_init="svd", basis="exact", init_weights=False)
+    base = nn.Sequential(nn.Linear(64, 48, bias=False))
+    config = config_for(["0"], r=4, outer_r=16, outer_init="svd", init_weights=False, **{choice: before})
     model = get_peft_model(copy.deepcopy(base), config)
     save_inner(tmp_path / "new.safetensors", {"model": model.base_model.model})
     with safe_open(tmp_path / "new.safetensors", framework="pt") as file:
         header = file.metadata()
     configs = json.loads(header["nora_config"])
-    assert configs["model"].pop("basis") == "exact"
+    assert configs["model"].pop(choice) == before
     header["nora_config"] = json.dumps(configs)
     save_file(load_file(tmp_path / "new.safetensors"), tmp_path / "old.safetensors", header)
     loaded, x = copy.deepcopy(base), seeded(5, 64)
