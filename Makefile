@@ -12,8 +12,8 @@ PROMPT = a photo of [V] cat
 # What the tiny base needs otherwise than SDXL; without these the defaults, the paper's run, are in force. Both methods
 # have the same rank, and each the learning rate that was best for it on other subjects.
 ifeq ($(BASE),assets/tiny-sdxl)
-METHODS = lora="--method lora --rank 16 --learning_rate LORARATE" nora="--method nora --rank 16 --learning_rate NORARATE"
-TRAIN = --lr_scheduler cosine --max_train_steps STEPS
+METHODS = lora="--method lora --rank 16 --learning_rate 2e-3" nora="--method nora --rank 16 --learning_rate 2e-3"
+TRAIN = --lr_scheduler cosine --max_train_steps 1000
 COMPARE = --clip assets/tiny-clip --dino assets/tiny-dino --attributes assets/tiny-attributes --jobs 2 \
 	--seeds 1000 1001 --num_inference_steps 30
 else

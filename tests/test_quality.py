@@ -1,19 +1,22 @@
 """On the embedded base, a trained adapter knows its subject: neither a no-op nor noise."""
 
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
 from PIL import Image
 
-from benchmarks.heldout_loss import heldout_loss
 from inference.base import load_pipeline
 from inference.load import load_adapter
+from inference.sampling import generate_images
+from judging.attributes import SubjectReading
 from settings.training import TrainConfig
 from train_dreambooth_nora_sdxl import train
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "assets" / "tiny-sdxl"
+READER = ROOT / "assets" / "tiny-attributes"
 PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "dreambooth"
 SUBJECTS = ("cat", "dog", "teapot", "backpack", "rc_car", "red_cartoon")
 
@@ -23,15 +26,25 @@ def config(folder, **options) -> TrainConfig:
     return TrainConfig.of(output_dir=str(folder), **(quick | options))
 
 
-def test_loss_on_held_out_pictures_falls(tmp_path):
-    prompt, heldout = "a photo of [V] cat", ROOT / "assets" / "subjects" / "heldout" / "cat"
-    options = {"instance_data_dir": str(ROOT / "assets" / "subjects" / "cat"), "instance_prompt": prompt}
-    folder = train(config(tmp_path, max_train_steps=60, learning_rate=1e-3, **options))
-    pipeline = load_pipeline(BASE, torch.float32, "cpu")
-    base = heldout_loss(pipeline, heldout, prompt, samples=96)
+def test_the_subject_is_in_the_pictures_and_the_scene_is_the_prompts(tmp_path):
+    """Neither a no-op nor noise: more of the cat's attributes than by chance, in the places that were asked for."""
+    subject = ROOT / "assets" / "subjects" / "cat"
+    options = {"instance_data_dir": str(subject), "instance_prompt": "a photo of [V] cat"}
+    folder = train(config(tmp_path, max_train_steps=100, learning_rate=3e-3, **options))
+    pipeline, reading = load_pipeline(BASE, torch.float32, "cpu"), SubjectReading(READER, subject)
+    prompts = [f"a photo of [V] cat {place}" for place in ("in the jungle", "on the beach", "at night")]
+
+    def means():
+        drawn = list(generate_images(pipeline, prompts, [1, 2], num_inference_steps=12, batch_size=6, progress=False))
+        return {
+            score: mean(one for seeds in draws.values() for one in seeds.values())
+            for score, draws in reading.score(drawn).items()
+        }
+
+    base = means()
     load_adapter(pipeline, folder)
-    adapted = heldout_loss(pipeline, heldout, prompt, samples=96)
-    assert adapted < 0.9 * base, f"{adapted:.4f} against the base's {base:.4f}"
+    adapted = means()
+    assert adapted["attributes"] > base["attributes"] + 0.15 and adapted["scene"] > 0.8, (base, adapted)
 
 
 @pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason="needs the DreamBooth photographs, which are not in this checkout")
