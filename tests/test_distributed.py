@@ -99,7 +99,7 @@ def test_machines_without_a_shared_disk_are_refused(tmp_path):
 def test_machines_with_other_pictures_are_refused(tmp_path):
     (tmp_path / "machine-1").mkdir()
     shutil.copytree(CAT, tmp_path / "machine-1" / "cat")
-    (tmp_path / "machine-1" / "cat" / "01_sitting.txt").write_text("another caption")
+    (tmp_path / "machine-1" / "cat" / "01_sitting_white.txt").write_text("another caption")
     done = two_machines(tmp_path, "--instance_data_dir", "cat")
     assert done.returncode and "process 1 has other pictures or captions than the first" in done.stderr
 

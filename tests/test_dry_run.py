@@ -29,7 +29,7 @@ def pictures(tmp_path):
 
 
 def test_captions_that_are_too_long(tmp_path, pictures):
-    (pictures / "01_sitting.txt").write_text("cat " * 99)
+    (pictures / "01_sitting_white.txt").write_text("cat " * 99)
     refused(tmp_path, "has .* tokens and the base reads 32", instance_data_dir=str(pictures))
 
 
@@ -125,15 +125,15 @@ def test_sks_is_a_word_of_the_subjects_own(tmp_path, capsys, options, said):
 
 
 def test_lists_of_captions_are_called_lists(tmp_path, pictures):
-    lines = [{"file_name": "01_sitting.png", "text": ["a cat", "a [V] cat"]}]
+    lines = [{"file_name": "01_sitting_white.png", "text": ["a cat", "a [V] cat"]}]
     (pictures / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    refused(tmp_path, "line 1: the caption of 01_sitting.png is a list, and", instance_data_dir=str(pictures))
+    refused(tmp_path, "line 1: the caption of 01_sitting_white.png is a list, and", instance_data_dir=str(pictures))
 
 
 def test_lists_of_captions_of_a_dataset_are_called_lists(tmp_path):
     import datasets
 
-    rows = {"image": [str(CAT / "01_sitting.png")], "text": [["a cat", "a [V] cat"]], "number": [3], "none": [None]}
+    rows = {"image": [str(CAT / "01_sitting_white.png")], "text": [["a cat", "a [V] cat"]], "number": [3], "none": [None]}
     data = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
     (tmp_path / "data").mkdir()
     data.to_parquet(tmp_path / "data" / "train.parquet")

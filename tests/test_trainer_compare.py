@@ -82,7 +82,7 @@ def test_a_run_is_trained_again_if_what_it_was_trained_on_changed(tmp_path, trai
     (run,) = plan(CompareConfig(methods=["lora"], output_dir=str(tmp_path / "out")), flags)
     assert trainings(run) == (1, True)
     assert trainings(run)[0] == 1  # there already
-    shutil.copy(pictures / "01_standing.png", pictures / "another.png")
+    shutil.copy(pictures / "01_portrait_white.png", pictures / "another.png")
     assert trainings(run) == (2, False) and trainings(run)[0] == 2
     (base / "unet.safetensors").write_bytes(b"other")
     assert trainings(run) == (3, False) and trainings(run)[0] == 3
