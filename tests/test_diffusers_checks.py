@@ -130,7 +130,7 @@ def test_lora_sdxl_checkpointing_checkpoints_total_limit(base, pictures, tmp_pat
     pipeline.load_lora_weights(tmp_path)
     pipeline.set_progress_bar_config(disable=True)
     pipeline("a prompt", num_inference_steps=1, output_type="latent")
-    assert {name for name in os.listdir(tmp_path) if "checkpoint" in name} == {"checkpoint-4", "checkpoint-6"}
+    assert {name for name in os.listdir(tmp_path) if name.startswith("checkpoint")} == {"checkpoint-4", "checkpoint-6"}
 
 
 def test_lora_sdxl_with_edm(base, pictures, tmp_path):
