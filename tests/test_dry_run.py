@@ -133,7 +133,12 @@ def test_lists_of_captions_are_called_lists(tmp_path, pictures):
 def test_lists_of_captions_of_a_dataset_are_called_lists(tmp_path):
     import datasets
 
-    rows = {"image": [str(CAT / "01_sitting_white.png")], "text": [["a cat", "a [V] cat"]], "number": [3], "none": [None]}
+    rows = {
+        "image": [str(CAT / "01_sitting_white.png")],
+        "text": [["a cat", "a [V] cat"]],
+        "number": [3],
+        "none": [None],
+    }
     data = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
     (tmp_path / "data").mkdir()
     data.to_parquet(tmp_path / "data" / "train.parquet")

@@ -23,7 +23,8 @@ from settings.method import MethodOptions
 
 ROOT = Path(__file__).parent.parent
 STEPS = 3
-LATENTS = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+LATENTS = torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(1))
+ROUNDING = 5e-5  # relative, in float32: the first text encoder has hidden states of some hundreds
 PROMPTS = ["a photo of a cat", "a photo of a robot in the jungle"]
 # Rates at which three steps leave rounding far behind.
 RATES = {"vera": 0.2, "fourierft": 1.0, "adalora": 0.1, "dylora": 0.1, "hra": 0.1, "loha": 0.1, "lokr": 0.1}
@@ -199,7 +200,7 @@ def test_every_file_gives_the_model_in_memory_on_a_fresh_base(run):
         pipeline = base_pipeline()
         load_adapter(pipeline, path)
         error = distance(outputs(pipeline), run.live)
-        assert error < 1e-5 and error < distance(run.live, base_outputs()) / 300, (path, error)
+        assert error < ROUNDING and error < distance(run.live, base_outputs()) / 300, (path, error)
 
 
 def test_peft_itself_reads_the_folder(run):
@@ -208,7 +209,7 @@ def test_peft_itself_reads_the_folder(run):
         model = getattr(pipeline, component)
         wrapped = PeftModel.from_pretrained(model, run.folder / PEFT_FOLDER / component)
         assert wrapped.get_base_model() is model
-    assert distance(outputs(pipeline), run.live) < 1e-5
+    assert distance(outputs(pipeline), run.live) < ROUNDING
 
 
 def test_stock_diffusers_reads_the_lora_file(run):
@@ -217,7 +218,7 @@ def test_stock_diffusers_reads_the_lora_file(run):
         return
     pipeline = base_pipeline()
     pipeline.load_lora_weights(run.folder, weight_name=FOLDED_WEIGHTS)
-    assert distance(outputs(pipeline), run.live) < 1e-5
+    assert distance(outputs(pipeline), run.live) < ROUNDING
 
 
 # --- scaled, stacked, swapped, merged, off ----------------------------------------------------------------------------
@@ -256,7 +257,7 @@ def test_scale_0_and_taking_it_off_are_the_base_to_the_bit(run):
     set_adapter_scale(pipeline, name, 0.0)
     assert same(outputs(pipeline), base_outputs())
     set_adapter_scale(pipeline, name, 1.0)
-    assert distance(outputs(pipeline), run.live) < 1e-5
+    assert distance(outputs(pipeline), run.live) < ROUNDING
     unload_adapters(pipeline, name)
     assert same(outputs(pipeline), base_outputs())
     fresh = base_pipeline()
@@ -280,7 +281,7 @@ def test_it_stacks_with_another(run, other):
     second = layer_deltas(pipeline, adapted_layers(pipeline.unet), inputs)
     for key in layers:
         torch.testing.assert_close(both[key], first[key] + second[key], atol=1e-5, rtol=1e-4)
-    assert distance(outputs(pipeline), run.live) < 1e-5
+    assert distance(outputs(pipeline), run.live) < ROUNDING
     unload_adapters(pipeline, name)
     assert same(outputs(pipeline), base_outputs())
 
@@ -290,7 +291,7 @@ def test_it_takes_another_s_place(run, other):
     load_adapter(pipeline, other, name="one")
     before = outputs(pipeline)
     swap_adapter(pipeline, run.folder, "one")
-    assert distance(outputs(pipeline), run.live) < 1e-5
+    assert distance(outputs(pipeline), run.live) < ROUNDING
     swap_adapter(pipeline, other, "one")
     assert distance(outputs(pipeline), before) < 1e-6
     unload_adapters(pipeline)

@@ -208,7 +208,7 @@ def outputs(pipeline: StableDiffusionXLPipeline) -> dict[str, torch.Tensor]:
     first = pipeline.text_encoder(tokens[None], output_hidden_states=True).hidden_states[-2]
     generator = torch.Generator().manual_seed(0)
     noise = pipeline.unet(
-        torch.randn(1, 4, 8, 8, generator=generator),
+        torch.randn(1, pipeline.unet.config.in_channels, 8, 8, generator=generator),
         torch.tensor(500),
         encoder_hidden_states=embeds,
         added_cond_kwargs={"text_embeds": pooled, "time_ids": torch.tensor([[32.0, 32, 0, 0, 32, 32]])},
