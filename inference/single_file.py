@@ -58,10 +58,12 @@ def check_single_file(path: Path) -> None:
     conv_in = shapes.get(f"{UNET}input_blocks.0.0.weight")
     if conv_in is None or len(conv_in) != 4 or f"{UNET}label_emb.0.0.weight" not in shapes:
         raise ValueError(f"base {path} holds a UNet of another family, without SDXL's label_emb: {needed}")
-    if conv_in[1] != 4:
+    conv_out = shapes.get(f"{UNET}out.2.weight", [4])
+    if conv_in[1] != conv_out[0]:  # what it takes beside the latents is a mask or a picture
         kind = _OTHER_INPUTS.get(conv_in[1], "another model")
         raise ValueError(
-            f"base {path} is {kind}, whose UNet has {conv_in[1]} input channels: SDXL's text-to-image UNet has 4"
+            f"base {path} is {kind}, whose UNet has {conv_in[1]} input channels for {conv_out[0]} output channels: a "
+            "text-to-image UNet has as many"
         )
     parts = {FIRST_ENCODER: "first text encoder", SECOND_ENCODER: "second text encoder", VAE: "autoencoder"}
     if missing := [said for part, said in parts.items() if not any(key.startswith(part) for key in shapes)]:
