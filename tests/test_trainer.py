@@ -575,7 +575,7 @@ def test_record_says_what_was_decided(tmp_path):
 
 def test_every_flag_is_read_outside_the_records():
     """A flag that nothing reads does nothing."""
-    rooms = ("settings", "dreambooth", "runs", "trainer")
+    rooms = ("settings", "dreambooth", "runs", "inference", "trainer")
     sources = [ROOT / "train_dreambooth_nora_sdxl.py", *(path for room in rooms for path in (ROOT / room).glob("*.py"))]
     text = "\n".join(path.read_text() for path in sources)
     unread = [name for name in FLAGS if not re.search(rf"\.{name}\b", text)]

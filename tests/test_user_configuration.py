@@ -74,7 +74,7 @@ def path_flags(flags):
 def test_every_flag_of_a_path_knows_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     no_path = {"method", "caption_column", "variant", "validation_prompt", "validation_loss_steps", "push_to_hub"}
-    no_path |= {"output_kohya_format", "output_kohya_dtype", "license"}
+    no_path |= {"output_kohya_format", "output_kohya_dtype", "license", "prediction_type", "zero_terminal_snr"}
     no_path |= {"class_prompt", "num_class_images", "hub_model_id", "output_peft_format", "convert_to_lora", "revision"}
     for part, record in RECORDS.items():
         for name in path_flags(record_flags(record)):
@@ -84,7 +84,7 @@ def test_every_flag_of_a_path_knows_the_home_folder(monkeypatch, tmp_path):
             assert getattr(record(**given | {name: "~/x"}), name) == str(tmp_path / "x"), name
     for config_class in DRAWING_COMMANDS:
         for flag in dataclass_flags(config_class):
-            if flag.name in {"adapters", "images", "methods", "variant"} or flag.name not in path_flags([flag]):
+            if flag.name in no_path | {"adapters", "images", "methods"} or flag.name not in path_flags([flag]):
                 continue
             value = ["~/x"] if flag.is_list else "~/x"
             found = getattr(config_class(**{flag.name: value}), flag.name)
