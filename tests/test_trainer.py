@@ -582,7 +582,7 @@ def test_every_flag_is_read_outside_the_records():
     unread = [name for name in FLAGS if not re.search(rf"\.{name}\b", text)]
     # options of methods are read by the registry, by their flag's name; old launchers set local_rank, nothing reads it
     by_registry = {option.flag for method in METHODS.values() for option in method.options}
-    given = {name: "x" for name in ("pretrained_model_name_or_path", "revision", "variant", "base_config")}
+    given = dict.fromkeys(("pretrained_model_name_or_path", "revision", "variant", "base_config"), "x")
     passed_on = set(BaseOptions(**given).download_options())  # by name, to `load_pipeline`
     assert set(unread) - by_registry - passed_on == {"local_rank"}
 
