@@ -10,7 +10,7 @@ SUBJECT = assets/subjects/cat
 PROMPT = a photo of [V] cat
 
 # What the tiny base needs otherwise than SDXL; without these the defaults, the paper's run, are in force. Both methods
-# have the same rank, and each the learning rate that was best for it on other subjects.
+# have the same rank, and each the learning rate that was best for it on another subject, the rabbit.
 ifeq ($(BASE),assets/tiny-sdxl)
 METHODS = lora="--method lora --rank 16 --learning_rate 2e-3" nora="--method nora --rank 16 --learning_rate 2e-3"
 TRAIN = --lr_scheduler cosine --max_train_steps 1000
