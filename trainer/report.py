@@ -116,7 +116,7 @@ class Report:
     def _facts(self, metrics: list[dict[str, Any]]) -> dict[str, str]:
         facts = {
             "Base": self.run.config.base.pretrained_model_name_or_path,
-            "Time so far": format_seconds(self.clock.total),
+            "Time": format_seconds(self.clock.total),
             "Written": time.strftime("%Y-%m-%d %H:%M"),
         }
         if best := self.judge.best:
