@@ -14,6 +14,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 PROGRAM = re.compile(
     r"(?:python|accelerate launch|torchrun)\b.*?(?:-m (?P<module>[\w.]+)|(?P<script>\S+\.py)\b)(?P<rest>.*)"
 )
+TRAINER = "train_dreambooth_nora_sdxl.py"
 QUICK = (TRAINER, "inference.", "judging.evaluate", "trainer.compare", "methods.budget")
 
 
