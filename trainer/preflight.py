@@ -32,6 +32,7 @@ from settings.method import TextOptions
 from settings.training import INPUTS, SUBJECT_INPUTS, TrainConfig, is_first_process
 from settings.watching import OutputOptions, ValidationOptions
 from storage.files import check_kept, check_writable_target
+from storage.pictures import find_images
 from trainer.accelerator import PRECISIONS, check_login, check_one_folder, check_same, make_accelerator
 from trainer.memory import import_torchao
 from trainer.models import check_fits, make_run_adapter, reserve_new_tokens, trained_names
@@ -58,6 +59,8 @@ def preflight(config: TrainConfig) -> tuple[TrainConfig, Pictures]:
     check_folders(
         config.output.output_dir, config.data, config.prior, held_out_dir=config.validation.validation_data_dir
     )
+    if config.data.instance_data_dir:
+        find_images(config.data.instance_data_dir, "instance_data_dir")  # before anything is asked of the Hub
     resolution, granularity = base_geometry(base, **config.base.download_options())
     config = config.replace(resolution=config.data.resolution or resolution)
     pictures = read_pictures(
