@@ -18,17 +18,10 @@ from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING
 from safetensors.torch import load_file
 
 from inference.single_file import FIRST_ENCODER, SECOND_ENCODER, UNET, VAE, VELOCITY, ZERO_SNR
+from methods.formats.sgm import SgmNames
 from storage.tensors import write_safetensors
 
 Tensors = dict[str, torch.Tensor]
-RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 OPENCLIP = {
     "self_attn.out_proj": "attn.out_proj",
@@ -40,37 +33,11 @@ OPENCLIP = {
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 
-def unet_names(names: list[str], layers_per_block: int) -> dict[str, str]:
+def unet_names(names: list[str]) -> dict[str, str]:
     """diffusers' name -> that of the file, of every tensor of a UNet."""
-    table = DIFFUSERS_TO_LDM_MAPPING["unet"]
-    plain = table["layers"] | table["addition_embed_type"]
-    per_block = layers_per_block + 1
-    attended = {match[0] for name in names if (match := re.match(r"up_blocks\.\d+\.attentions", name))}
-    spelled = {}
-    for name in names:
-        if name in plain:
-            spelled[name] = plain[name]
-            continue
-        kind, block, part, layer, rest = re.fullmatch(
-            r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name
-        ).groups()
-        block, layer = int(block or 0), int(layer)
-        if part == "resnets":
-            inner, _, tail = rest.partition(".")
-            rest = f"{RESNET[inner]}.{tail}"
-        if kind == "mid":
-            spelled[name] = f"middle_block.{2 * layer if part == 'resnets' else 1}.{rest}"
-        elif part == "downsamplers":
-            spelled[name] = f"input_blocks.{per_block * (block + 1)}.0.op.{rest.removeprefix('conv.')}"
-        elif part == "upsamplers":
-            place = 2 if f"up_blocks.{block}.attentions" in attended else 1
-            spelled[name] = f"output_blocks.{per_block * (block + 1) - 1}.{place}.{rest}"
-        else:
-            side, row = (
-                ("input", per_block * block + layer + 1) if kind == "down" else ("output", per_block * block + layer)
-            )
-            spelled[name] = f"{side}_blocks.{row}.{0 if part == 'resnets' else 1}.{rest}"
-    return spelled
+    layers = {name: name.rpartition(".") for name in names}
+    spelled = SgmNames({layer for layer, _, _ in layers.values()}).names
+    return {name: f"{spelled[layer]}.{kind}" for name, (layer, _, kind) in layers.items()}
 
 
 def vae_names(names: list[str]) -> dict[str, str]:
@@ -111,7 +78,7 @@ def open_clip(state: Mapping[str, torch.Tensor]) -> Tensors:
     return found
 
 
-def checkpoint(folder: Path, layers_per_block: int) -> Tensors:
+def checkpoint(folder: Path) -> Tensors:
     """Every tensor of a base's folder, by its name in a single file."""
     parts = {
         name: {
@@ -121,7 +88,7 @@ def checkpoint(folder: Path, layers_per_block: int) -> Tensors:
         }
         for name in ("unet", "vae", "text_encoder", "text_encoder_2")
     }
-    names = unet_names(list(parts["unet"]), layers_per_block)
+    names = unet_names(list(parts["unet"]))
     state = {UNET + names[key]: tensor for key, tensor in parts["unet"].items()}
     names = vae_names(list(parts["vae"]))
     state |= {VAE + names[key]: tensor for key, tensor in parts["vae"].items()}
@@ -150,9 +117,8 @@ def write_single_file(
         v_pred, ztsnr: add the key.
         dtype: of DTYPES, or scaled_fp8; None: as it is. fp8 is of the UNet alone.
     """
-    from diffusers import UNet2DConditionModel
 
-    state = checkpoint(folder, UNet2DConditionModel.load_config(folder, subfolder="unet")["layers_per_block"])
+    state = checkpoint(folder)
     if dtype == "scaled_fp8":
         state = scaled(state)
     elif dtype is not None:
