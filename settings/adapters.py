@@ -51,6 +51,10 @@ class _Written:
     )
     overwrite: bool = _flag(False, "Replace what is at the place of the output.")
 
+    def check_dtype(self) -> None:
+        if self.to == "inner" and self.dtype not in (None, "fp32"):
+            raise ValueError(f"--dtype {self.dtype} with --to inner: inner factors are written in fp32, leave it out")
+
     @property
     def written_dtype(self) -> str:
         return self.dtype or ("fp16" if self.to == "kohya" else "fp32")
@@ -67,6 +71,7 @@ class ConvertConfig(_AdapterConfig, _Written):
         check_one(self.adapter, "convert")
         if self.to is None:
             raise ValueError("--to is missing: diffusers, kohya (which drawing programs read), peft or inner")
+        self.check_dtype()
 
 
 @dataclass(kw_only=True)
@@ -149,6 +154,7 @@ class ExtractConfig(_Written, _Sized):
             raise ValueError("--energy with --to inner: NoRA's layers have one rank, say it with --rank")
         if self.outer_rank is not None and self.to != "inner":
             raise ValueError("--outer_rank has no effect without --to inner: leave it out")
+        self.check_dtype()
 
 
 COMMANDS: dict[str, type[Any]] = {

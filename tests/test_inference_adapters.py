@@ -383,6 +383,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(lora, tmp_path, capsys):
         (["inspect"], "required: --adapter"),
         (["inspect", str(tmp_path / "gone")], "does not exist"),
         (["convert", lora, *out], "--to is missing"),
+        (["convert", lora, "--to", "inner", "--dtype", "fp16", *out], "inner factors are written in fp32"),
         (["convert", lora, lora, "--to", "peft", *out], "convert takes one adapter, and 2 are named"),
         (["convert", lora, "--to", "peft", "--output", str(taken)], "is there: add --overwrite"),
         (["convert", lora, "--to", "kohya", "--output", lora, "--overwrite"], "it would be lost"),
