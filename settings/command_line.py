@@ -89,8 +89,7 @@ def flag_groups(config_class: type[Any]) -> dict[str, list[Flag]]:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line instead of argparse's usage block of twenty flags."""
-        print(f"error: {message} (see --help)", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        exit_with(f"{message} (see --help)")
 
 
 class _Help(argparse.HelpFormatter):

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_flags import REQUIRED_FLAGS
 
@@ -162,6 +162,7 @@ WORDS += ("*a", "true", ".inf", "nan", "1_000", "9" * 400, "|\n  a\n  b", "~no-s
 
 @settings(max_examples=100, deadline=None)
 @given(pairs=st.lists(st.tuples(st.sampled_from([*FLAGS, "config", "x y", "--rank", "<<"]), st.sampled_from(WORDS))))
+@example(pairs=[("config", "|\n  a\n  b")])
 def test_no_config_file_ends_in_a_traceback(tmp_path_factory, pairs):
     path = tmp_path_factory.mktemp("config") / "run.yaml"
     path.write_text("".join(f"{name}: {value}\n" for name, value in pairs))
