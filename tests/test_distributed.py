@@ -19,6 +19,7 @@ from tiny_sdxl import saved_base  # noqa: F401 (built before the processes race 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import train_dreambooth_nora_sdxl as trainer
 from dreambooth.prior import class_image_name
 from methods.components import FOLDED_WEIGHTS, INNER_WEIGHTS
 from nora.files import parse_inner
@@ -42,24 +43,32 @@ VARIANTS = {
 }
 
 
-def launch(folder: Path, processes: int, *flags: str, config: str | None = None) -> Path:
+STEPS = ("--max_train_steps", "4", "--learning_rate", "1e-3")
+
+
+def in_processes(launcher: list[str], folder: Path, *flags: str) -> subprocess.CompletedProcess:
+    """The trainer by a launcher that takes its flags, in a folder; its output is kept in ``stdout``."""
     folder.mkdir(exist_ok=True)
-    one = command(folder, "--max_train_steps", "4", "--learning_rate", "1e-3", *flags)
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
-    launcher += ["--main_process_port", "0"]  # any free one: tests run side by side
-    if config:
-        launcher += ["--config_file", str(CONFIGS / config)]
-    elif processes > 1:
-        launcher += ["--multi_gpu"]  # accelerate's word for several processes of one machine
     done = subprocess.run(
-        [*launcher, *one[1:]],
+        [sys.executable, *launcher, *flags],
         env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
         cwd=folder,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
     (folder / "stdout").write_text(done.stdout)
+    return done
+
+
+FORKED = [str(Path(__file__).parent / "forked_processes.py"), "2"]
+
+
+def launched(folder: Path, config: str, *flags: str) -> Path:
+    """Two processes as users start them, by `accelerate launch`."""
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
+    launcher += ["--main_process_port", "0"]  # any free one: tests run side by side
+    done = in_processes(launcher, folder, *command(folder, *STEPS, *flags)[1:])
+    assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
 
@@ -67,27 +76,11 @@ def sketches(folder: Path) -> dict:
     return {key: one.tolist() for key, one in parse_inner(folder / INNER_WEIGHTS).fingerprints.items()}
 
 
-MACHINE = """
-import os, runpy, sys
-os.chdir("machine-" + os.environ["RANK"])
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 def two_machines(folder: Path, *flags: str) -> subprocess.CompletedProcess:
     """Two processes with relative paths on disks of their own."""
     for number in range(2):
         shutil.copytree(CAT, folder / f"machine-{number}" / "cat", dirs_exist_ok=True)
-    script, *given = command(folder / "out", "--max_train_steps", "2", *flags)[1:]
-    (folder / "machine.py").write_text(MACHINE.replace("sys.argv[0]", repr(script)))
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu"]
-    return subprocess.run(
-        [*launcher, "--main_process_port", "0", str(folder / "machine.py"), *given],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(script).parent)},
-        capture_output=True,
-        text=True,
-        cwd=folder,
-    )
+    return in_processes(FORKED, folder, *command(folder / "out", "--max_train_steps", "2", *flags)[2:])
 
 
 def test_machines_without_a_shared_disk_are_refused(tmp_path):
@@ -114,12 +107,17 @@ def test_a_cache_on_each_machine_is_no_other_run(tmp_path):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_two_processes_are_one_with_twice_the_batch(tmp_path, variant):
-    ends = []
-    for processes, batch in ((1, 4), (2, 2)):
-        folder = tmp_path / str(processes)
+def test_two_processes_are_one_with_twice_the_batch(tmp_path, monkeypatch, variant):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    ends = [tmp_path / "one", tmp_path / "two"]
+    for folder, batch in zip(ends, ("4", "2"), strict=True):
         flags = [flag.replace("CLASSES", str(folder / "classes")) for flag in VARIANTS[variant]]
-        ends.append(launch(folder, processes, "--train_batch_size", str(batch), *flags))
+        given = command(folder, *STEPS, "--train_batch_size", batch, *flags)[2:]
+        if folder.name == "one":
+            trainer.main(given)
+        else:
+            done = in_processes(FORKED, folder, *given)
+            assert done.returncode == 0, done.stderr[-3000:]
         if "--class_data_dir" in flags:
             drawn = sorted(path.name for path in (folder / "classes").iterdir())
             assert drawn == [class_image_name("a cat", seed) for seed in range(3)]
@@ -140,9 +138,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, variant):
 def test_a_split_base_trains_the_same_adapter(tmp_path):
     flags = ["--gradient_checkpointing", "--ema_decay", "0.9", "--checkpointing_steps", "2"]
     flags += ["--num_validation_images", "1", "--calibration_passes", "2"]
-    whole, split = (
-        launch(tmp_path / config, 2, *flags, config=config) for config in ("cpu_processes.yaml", "fsdp.yaml")
-    )
+    whole, split = (launched(tmp_path / config, config, *flags) for config in ("cpu_processes.yaml", "fsdp.yaml"))
     assert losses(split) == pytest.approx(losses(whole), abs=1e-5)
     assert "holds 0.5 MB of the UNet's 1.1 MB" in (split / "stdout").read_text()
     assert len(list((split / "samples").glob("*.png"))) == 1
