@@ -43,7 +43,7 @@ from settings.pictures import DataOptions, PriorOptions
 from settings.training import is_first_process
 from storage.files import check_writable_target
 from storage.tensors import module_fingerprint
-from storage.text import has_word, spell
+from storage.text import counted, has_word, spell
 
 ENCODED = "encoded"  # folder of the cache inside --output_dir
 PROMPTS_AT_ONCE = 64  # a few hundred MB in SDXL's second text encoder
@@ -87,11 +87,16 @@ class Pictures:
         captions = Counter(picture.example.prompt for picture in self.instance)
         steps = self.epoch_steps(loop.samples_per_step(1))
         lines = [
-            f"{len(self.instance)} instance pictures of {len(self.concepts)} subject(s), {len(captions)} prompt(s):",
+            f"{counted(len(self.instance), 'instance picture')} of {counted(len(self.concepts), 'subject')}, "
+            f"{counted(len(captions), 'prompt')}:",
             *(f"  {count} x {prompt}" for prompt, count in captions.most_common(10)),
             "shapes (height x width): " + ", ".join(f"{h}x{w}: {n}" for (h, w), n in sorted(shapes.items())),
-            f"an epoch is {steps} steps on one process; the run is "
-            + (f"{loop.max_train_steps} steps" if loop.max_train_steps else f"{loop.num_train_epochs} epochs"),
+            f"an epoch is {counted(steps, 'step')} on one process; the run is "
+            + (
+                counted(loop.max_train_steps, "step")
+                if loop.max_train_steps
+                else counted(loop.num_train_epochs, "epoch")
+            ),
         ]
         if small:
             lines.append(f"smaller than what is trained on, so they are enlarged: {', '.join(small)}")

@@ -56,6 +56,15 @@ def adapter_facts(path: Path) -> dict[str, Any]:
     return facts | _training(file, record) | {"new_word": str(file.new_word) if file.new_word else None}
 
 
+def identifiers(file: AdapterFile) -> list[str]:
+    """The words that stand for the subject in the training's prompts: new ones, and what is in brackets, as [V]."""
+    record = read_run_record(file.path)
+    trigger = _training(file, record)["trigger"]
+    bracketed = re.findall(r"\[[^\]\s]+\]|<[^>\s]+>", trigger) if isinstance(trigger, str) else []
+    words = record.get("new_words")
+    return list(dict.fromkeys([*(words if isinstance(words, dict) else ()), *bracketed]))
+
+
 def _foreign(keys: Iterable[str]) -> str:
     keys = list(keys)
     kind = next(filter(None, map(refused_kind, keys)), None) or what_it_is(keys)

@@ -205,12 +205,22 @@ def placed(path: Path, folder: bool) -> Iterator[Path]:
 
 
 def header_of(source: Source, name: str) -> dict[str, str]:
-    """Of a kohya file: what the adapters' own headers or runs say, as far as it still holds."""
-    header = minimal_header(name)
-    if len(source.files) > 1:
-        merged = [file.metadata.get("modelspec.title") or file.path.stem for file in source.files]
-        return header | {"modelspec.merged_from": ", ".join(merged)}
-    file = source.files[0]
+    """Of a kohya file: what the adapters' own headers or runs say, as far as it holds of what is made of them."""
+    minimal = minimal_header(name)
+    own = {key: minimal[key] for key in ("ss_output_name", "modelspec.title")}
+    first, *others = [minimal | _carried(file, name) for file in source.files]
+    if not others:
+        return first | own
+    shared = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+    triggers = [header.get("modelspec.trigger_phrase") for header in (first, *others)]
+    if any(triggers):
+        shared["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(filter(None, triggers)))
+    merged = [file.metadata.get("modelspec.title") or file.path.stem for file in source.files]
+    return minimal | shared | own | {"modelspec.merged_from": ", ".join(merged)}
+
+
+def _carried(file: AdapterFile, name: str) -> dict[str, str]:
+    """An adapter's own header, or what its run would have written into it."""
     record = read_run_record(file.path)
     try:
         prompts = [one for one in [record["config"].get("instance_prompt")] if one]
@@ -223,7 +233,7 @@ def header_of(source: Source, name: str) -> dict[str, str]:
         for key, value in file.metadata.items()
         if key.startswith(("ss_", "modelspec.")) and not key.startswith(stale)
     }
-    return header | told | carried | {key: header[key] for key in ("ss_output_name", "modelspec.title")}
+    return told | carried
 
 
 def write_inner_of(source: Source, path: Path) -> None:

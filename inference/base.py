@@ -21,12 +21,14 @@ from diffusers import (
 )
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import is_xformers_available
+from huggingface_hub import is_offline_mode
 from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 from inference.prediction import knows_zero_snr, prediction_of, settle_scheduler
 from inference.single_file import ENCODERS, SDXL_CONFIG, check_single_file, is_eight_bit, load_eight_bit
+from methods.components import RUN_RECORD
 from storage.files import read_json
 from storage.text import first_line
 
@@ -54,6 +56,11 @@ def check_base(base: str | Path) -> None:
         )
     index = path / "model_index.json"
     if not index.is_file():
+        if (path / RUN_RECORD).is_file():
+            raise ValueError(
+                f"base folder {base} is that of a training: name the base that it was trained on here, and this as the "
+                "adapter"
+            )
         raise ValueError(f"base folder {base} has no model_index.json: it is not a diffusers pipeline folder")
     class_name = read_json(index).get("_class_name")
     if not str(class_name).startswith("StableDiffusionXL"):
@@ -116,9 +123,7 @@ def load_pipeline(
                 str(base), dtype={"vae": vae_dtype, "default": torch_dtype}, use_safetensors=True, **options
             )
     except (OSError, SafetensorError, SingleFileComponentError) as error:
-        where = "" if Path(base).exists() else f", which is no folder in {Path.cwd()} either,"
-        reason = _shortened(error)
-        raise ValueError(f"base {base}{where} could not be loaded: {reason}") from error
+        raise unloadable("base", base, error) from error
     _check_loaded(base, pipeline, from_pretrained_options)
     pipeline.register_modules(scheduler=settle_scheduler(pipeline.scheduler, base, prediction_type, zero_terminal_snr))
     if vae is not None:
@@ -202,7 +207,7 @@ def load_outline(
             for name, cls in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
                 parts[name] = cls.from_config(cls.load_config(source, subfolder=name, **options))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"base {base} could not be loaded: {_shortened(error)}") from error
+        raise unloadable("base", base, error) from error
     outline = StableDiffusionXLPipeline(**parts, add_watermarker=False)
     _check_loaded(base, outline, {})
     outline.register_modules(scheduler=settle_scheduler(outline.scheduler, base, prediction_type, zero_terminal_snr))
@@ -211,13 +216,19 @@ def load_outline(
             with init_empty_weights(include_buffers=True):
                 other = AutoencoderKL.from_config(AutoencoderKL.load_config(str(vae), subfolder=_vae_subfolder(vae)))
         except (OSError, ValueError) as error:
-            raise ValueError(f"autoencoder {vae} could not be loaded: {_shortened(error)}") from error
+            raise unloadable("autoencoder", vae, error) from error
         _check_vae_fits(vae, other, outline.vae)
     return outline
 
 
-def _shortened(error: Exception) -> str:
-    return textwrap.shorten(first_line(error), 200, placeholder="…")
+def unloadable(what: str, source: str | Path, error: Exception) -> ValueError:
+    """What to raise for a model that a library couldn't load from a folder, a file or the Hub."""
+    reason, where = textwrap.shorten(first_line(error), 200, placeholder="…"), ""
+    if not Path(source).exists():
+        where = f", which is no folder in {Path.cwd()} either,"
+        if is_offline_mode():
+            reason = "HF_HUB_OFFLINE is set, and it was not downloaded before: unset that, or name a folder"
+    return ValueError(f"{what} {source}{where} could not be loaded: {reason}")
 
 
 def base_geometry(base: str | Path, *, base_config: str | None = None, **download_options: Any) -> tuple[int, int]:
@@ -233,8 +244,7 @@ def base_geometry(base: str | Path, *, base_config: str | None = None, **downloa
         unet = UNet2DConditionModel.load_config(source, subfolder="unet", **options)
         vae = AutoencoderKL.load_config(source, subfolder="vae", **options)
     except (OSError, ValueError) as error:
-        reason = _shortened(error)
-        raise ValueError(f"base {base} could not be loaded: {reason}") from error
+        raise unloadable("base", base, error) from error
     try:
         vae_scale_factor = 2 ** (len(vae["block_out_channels"]) - 1)
         return unet["sample_size"] * vae_scale_factor, vae_scale_factor * 2 ** (len(unet["block_out_channels"]) - 1)
@@ -264,8 +274,7 @@ def load_vae(path: str | Path, like: AutoencoderKL) -> AutoencoderKL:
         else:
             vae = AutoencoderKL.from_pretrained(str(path), subfolder=subfolder, use_safetensors=True)
     except (OSError, ValueError, KeyError, SafetensorError, SingleFileComponentError) as error:
-        reason = first_line(error)
-        raise ValueError(f"autoencoder {path} could not be loaded: {reason}") from error
+        raise unloadable("autoencoder", path, error) from error
     _check_vae_fits(path, vae, like)
     return vae
 
@@ -326,7 +335,7 @@ def load_refiner(
         else:
             refiner = StableDiffusionXLImg2ImgPipeline.from_pretrained(path, use_safetensors=True, **options)
     except (OSError, ValueError, SafetensorError, SingleFileComponentError) as error:
-        raise ValueError(f"--refiner {path} could not be loaded: {first_line(error)}") from error
+        raise unloadable("--refiner", path, error) from error
     if refiner.unet.config.in_channels != base.unet.config.in_channels:
         raise ValueError(
             f"--refiner {path} has {refiner.unet.config.in_channels} input channels: another base's refiner"

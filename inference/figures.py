@@ -12,6 +12,7 @@ from methods.components import EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS
 from methods.files import KOHYA_WEIGHTS, PEFT_FOLDER
 from methods.registry import METHODS
 from settings.sampling import SamplingConfig
+from storage.text import counted
 
 KIND_LABELS = {
     "folded": "LoRA file",
@@ -51,7 +52,7 @@ def cost_figures(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     smallest = [_smallest_file(record.get("files")) for record in records]
     figures = {
         "Trainable parameters": _format(_mean([one.get("trainable_parameters") for one in records]), "{:,.0f}".format),
-        "Smallest file": _format(_mean(smallest), _format_bytes),
+        "Smallest exact file": _format(_mean(smallest), _format_bytes),
         "Seconds per step": _format(_mean([one.get("seconds_per_step") for one in timings]), "{:.3g} s".format),
         "Peak memory": _format(
             _mean([one.get("peak_memory_mb") for one in records]), lambda megabytes: _format_bytes(megabytes * 1e6)
@@ -163,7 +164,9 @@ def describe_settings(config: SamplingConfig, size: tuple[int, int]) -> dict[str
         size: width and height, pixels.
     """
     width, height = size
-    sampling = f"{config.num_inference_steps} steps, guidance {config.guidance_scale:g}, {width}×{height} pixels"
+    sampling = (
+        f"{counted(config.num_inference_steps, 'step')}, guidance {config.guidance_scale:g}, {width}×{height} pixels"
+    )
     named = {"Revision": config.revision, "Variant": config.variant, "Scheduler": config.scheduler}
     named |= {"Autoencoder": config.vae, "Refiner": config.refiner, "Negative prompt": config.negative_prompt}
     if config.scales != [1]:

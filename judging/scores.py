@@ -9,14 +9,13 @@ seed with the adapter and without.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-from storage.text import first_line
+from inference.base import unloadable
 
 BATCH_SIZE = 32
 
@@ -38,9 +37,7 @@ class ImageEncoder:
             self.processor = AutoImageProcessor.from_pretrained(path)
             self.model = AutoModel.from_pretrained(path, use_safetensors=True).to(device).eval()
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            where = "" if Path(path).exists() else ", which is no folder here either,"
-            reason = first_line(error)
-            raise ValueError(f"{flag} {path}{where} could not be loaded: {reason}") from error
+            raise unloadable(flag, path, error) from error
 
     @torch.no_grad()
     def images(self, images: Sequence[Image.Image]) -> torch.Tensor:

@@ -18,7 +18,7 @@ from runs.plot import loss_plot
 from runs.record import LOSS_PLOT, METRICS, MODEL_CARD
 from runs.tools_header import LICENSES
 from storage.files import write_atomic
-from storage.text import spell
+from storage.text import counted, spell
 
 _TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 
@@ -47,7 +47,7 @@ def card_text(record: Mapping[str, Any], samples: Sequence[tuple[str, str]] = ()
         widget=[{"text": one_line(prompt), "output": {"url": file}} for prompt, file in samples],
     )
     options = {"template_path": str(_TEMPLATE), "record": record, "samples": samples, "loss_plot": LOSS_PLOT}
-    options |= {"prompt": instance_prompt, "plain": plain, "code": code, "literal": literal}
+    options |= {"prompt": instance_prompt, "plain": plain, "code": code, "literal": literal, "counted": counted}
     options |= {"best_score": best_score(record.get("best")), "method": METHODS[record["method"]].title}
     tools = tools_file(Path(config.get("output_dir", "")))
     options["tools_file"] = tools if tools in record["files"] else None

@@ -107,7 +107,7 @@ def _boolean(text: str) -> bool:
     return known[text.lower()]
 
 
-def _add(group: argparse._ArgumentGroup, flag: Flag, required: bool) -> None:
+def _add(group: argparse._ActionsContainer, flag: Flag, required: bool) -> None:
     """The flag in both spellings, with underscores and with dashes; argparse shows the first."""
     names = [f"--{flag.name}", *flag.aliases]
     names += [name for spelled in list(names) if (name := "--" + spelled[2:].replace("_", "-")) not in names]
@@ -170,7 +170,7 @@ def _parser(
     """
     parser = _Parser(allow_abbrev=False, formatter_class=_Help, **parser_options)
     for title, flags in groups.items():
-        group = parser.add_argument_group(title)
+        group = parser if title == "options" else parser.add_argument_group(title)
         for flag in flags:
             if every_list_grows:
                 flag = flag._replace(extends=flag.is_list)

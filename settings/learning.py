@@ -24,8 +24,7 @@ POLYNOMIAL_END = 1e-7  # where diffusers' polynomial schedule ends
 # diffusers' schedules; piecewise_constant needs rules that no flag gives. A test compares them with the library.
 UNPLANNED = ("constant", "constant_with_warmup")  # schedules whose rates don't depend on how many steps there are
 LR_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-# What --low_vram sets, unless the command line says otherwise.
-LOW_VRAM = {"gradient_checkpointing": True, "quantize_base": "int8"}
+LOW_VRAM = "8"  # the --vram that --low_vram stands for
 # Pictures of a megapixel from which --compile auto compiles: a minute of warm-up against a seventh of .25 s a picture.
 # Taken from what others report of their cards, not measured here.
 COMPILE_PAYS = 2000
@@ -132,12 +131,7 @@ class HardwareOptions(Record):
         "--selective_checkpointing, --gradient_checkpointing and --quantize_base that will do, by what the base's "
         "shapes need. Those that are given stay.",
     )
-    low_vram: bool = option(
-        False,
-        "All that --vram can set, whether it is needed or not: "
-        + ", ".join(f"--{name} {value}" for name, value in LOW_VRAM.items())
-        + ".",
-    )
+    low_vram: bool = option(False, f"The same as --vram {LOW_VRAM}.")
     allow_tf32: bool = option(False, "Matrix products in TF32 on Ampere GPUs and later.")
     enable_xformers_memory_efficient_attention: bool = option(False, "xformers' attention (CUDA only).")
     local_rank: int = option(-1, "Set by old launchers; the environment's LOCAL_RANK counts.")

@@ -168,10 +168,10 @@ def _own(record: type[Record], flags: dict[str, Any]) -> dict[str, Any]:
 def _implied(config: TrainConfig) -> dict[str, Any]:
     """Flags that follow from others."""
     implied: dict[str, Any] = dict(config.method.settled())
-    if config.hardware.low_vram:
-        implied |= {name: value for name, value in LOW_VRAM.items() if not getattr(config.hardware, name)}
-    if config.hardware.vram is None:  # which decides once the base's shapes are known
-        implied["quantize_base"] = config.hardware.quantize_base or implied.get("quantize_base", "none")
+    if config.hardware.vram is None and config.hardware.low_vram:
+        implied["vram"] = LOW_VRAM
+    elif config.hardware.vram is None:  # which else decides once the base's shapes are known
+        implied["quantize_base"] = config.hardware.quantize_base or "none"
     if config.loop.max_train_steps is None and config.loop.num_train_epochs is None:
         implied["max_train_steps"] = PAPER_STEPS
     return implied
@@ -287,12 +287,12 @@ def _method(config: TrainConfig) -> Iterator[str]:
 
 def _hardware(config: TrainConfig) -> Iterator[str]:
     hardware = config.hardware
-    if hardware.low_vram and hardware.vram is not None:
-        yield "--low_vram sets all that --vram chooses from: leave one out"
+    if hardware.low_vram and hardware.vram != LOW_VRAM:
+        yield f"--low_vram is --vram {LOW_VRAM}, and --vram {hardware.vram} is given too: leave one out"
     if hardware.gradient_checkpointing and hardware.selective_checkpointing == "feed_forward":
         yield (
-            "--gradient_checkpointing, which --low_vram sets, computes feed-forward layers again as it is: leave "
-            "--selective_checkpointing feed_forward out, or that"
+            "--gradient_checkpointing computes feed-forward layers again as it is: leave --selective_checkpointing "
+            "feed_forward out, or that"
         )
 
 

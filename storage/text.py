@@ -64,6 +64,11 @@ def home_path(text: str) -> Path:
     return Path(expand_home(text))
 
 
+def counted(number: int, noun: str) -> str:
+    """1 step, 1,000 steps."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def first_line(error: BaseException) -> str:
     """What a library's error says first; its kind where it says nothing."""
     return (str(error).strip() or repr(error)).split("\n")[0]

@@ -230,6 +230,21 @@ def test_merging_is_the_weighted_sum(lora, pipeline, tmp_path):
     assert header(tmp_path / "3.safetensors")["modelspec.merged_from"].count(",") == 1
 
 
+def test_merged_files_keep_what_they_share(lora, tmp_path):
+    own = {"ss_base_model_version": "sdxl_base_v1-0", "ss_sd_model_name": "base", "modelspec.license": "CC0"}
+    main(["convert", lora, "--to", "kohya", "--output", str(tmp_path / "a.safetensors")])
+    tensors = load_file(tmp_path / "a.safetensors")
+    for name, more in (("cat", {"ss_steps": "10"}), ("dog", {"ss_steps": "20"})):
+        words = {"modelspec.title": name, "modelspec.trigger_phrase": f"[V] {name}"}
+        save_file(tensors, tmp_path / f"{name}.safetensors", own | words | more)
+    both = [str(tmp_path / f"{name}.safetensors") for name in ("cat", "dog")]
+    main(["merge", *both, "--to", "kohya", "--output", str(tmp_path / "both.safetensors")])
+    found = header(tmp_path / "both.safetensors")
+    assert found.items() >= own.items() and found["modelspec.merged_from"] == "cat, dog"
+    assert found["modelspec.trigger_phrase"] == "[V] cat, [V] dog" and "ss_steps" not in found
+    assert found["modelspec.title"] == "both"
+
+
 @pytest.fixture(scope="module")
 def merged(lora, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("merged") / "base"

@@ -413,6 +413,15 @@ def test_a_prompt_longer_than_the_encoders_read_is_reported(tmp_path, capsys):
     assert "tokens, the base reads the first 32" in capsys.readouterr().err
 
 
+def test_a_prompt_without_the_subjects_word_is_reported(tmp_path, capsys):
+    run = shutil.copytree(saved_lora(), tmp_path / "run")
+    (run / "run.json").write_text(json.dumps({"config": {"instance_prompt": "a photo of [V] cat"}}))
+    prompts = ["--prompt", "a cat", "a dog", "[V] photo of a cat"]
+    main(["--base", str(saved_base()), "--adapter", str(run), *prompts, "--num_inference_steps", "1"])
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert said == [f"warning: prompt 'a cat' (and 1 others) lacks [V], the word for what {run} learned"]
+
+
 def bad_commands(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
     base, adapter = ["--base", str(saved_base())], ["--adapter", str(saved_lora())]
     text = tmp_path / "text.txt"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -29,10 +30,10 @@ from transformers import CLIPTextModel
 import inference.load
 import nora
 from inference.adapter_files import inspect_adapter, recorded_base
-from inference.base import check_base, check_xformers, load_pipeline
+from inference.base import base_geometry, check_base, check_xformers, load_outline, load_pipeline
 from inference.generate import encode_prompts
 from inference.load import load_adapter, loaded_adapters, set_adapter_scale, swap_adapter, unload_adapters
-from methods.components import EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS, adapter_components
+from methods.components import EMBEDDINGS, FOLDED_WEIGHTS, INNER_WEIGHTS, RUN_RECORD, adapter_components
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,21 @@ def test_a_damaged_base_and_a_hub_id_that_is_not_cached_are_one_sentence(tmp_pat
         load_pipeline(tmp_path / "base")
     with pytest.raises(ValueError, match="could not be loaded"):
         load_pipeline("nobody/nothing", local_files_only=True)
+
+
+def test_offline_a_base_that_was_never_downloaded_is_said_to_be_that(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for asked in (load_pipeline, base_geometry, load_outline):
+        with pytest.raises(
+            ValueError, match="base nobody/nothing, which is no folder in .*: unset that, or name a fol"
+        ):
+            asked("nobody/nothing")
+
+
+def test_a_training_in_the_place_of_the_base_is_said_to_be_one(tmp_path):
+    (tmp_path / RUN_RECORD).write_text("{}")
+    with pytest.raises(ValueError, match="is that of a training: name the base that it was trained on"):
+        check_base(tmp_path)
 
 
 def test_recorded_base(tmp_path):

@@ -123,7 +123,7 @@ def test_embedded_clip_reads_scenes(clip):
 
 
 def test_wrong_encoders_are_named(tmp_path):
-    with pytest.raises(ValueError, match="--dino .*nowhere, which is no folder here either, could not be loaded"):
+    with pytest.raises(ValueError, match="--dino .*nowhere, which is no folder in .* either, could not be loaded"):
         ImageEncoder(str(tmp_path / "nowhere"), CPU)
     with pytest.raises(ValueError, match="is a ViTModel, which reads no prompts: name a CLIP"):
         ClipEncoder(str(ASSETS / "tiny-dino"), CPU)

@@ -113,6 +113,7 @@ def test_a_card_names_its_method_and_how_its_files_are_loaded(method):
 def test_a_readable_prompt_stays_readable_in_the_card():
     text = card_of("a photo of [V] cat")
     assert "adapter: a photo of [V] cat" in text and 'pipeline("a photo of [V] cat")' in text
+    assert "\n\n## Use\n\n" in text
 
 
 def test_the_card_says_a_new_words_tokens_as_a_whole_word():

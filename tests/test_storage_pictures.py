@@ -93,6 +93,13 @@ def test_wrong_folders_are_named(tmp_path, prepare, words):
     assert "--instance_data_dir" in str(error.value) and str(tmp_path) in str(error.value)
 
 
+def test_a_folder_of_subjects_is_told_from_a_subject(tmp_path):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "1.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="holds no picture: name one of its folders, such as .*cat"):
+        find_images(tmp_path, "instance_data_dir")
+
+
 @pytest.mark.parametrize("content", [b"hello", b""])
 def test_no_picture_is_named(tmp_path, content):
     (tmp_path / "notes.txt").write_bytes(content)

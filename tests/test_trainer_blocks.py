@@ -142,9 +142,9 @@ def test_what_is_repeated():
 
 
 def test_feed_forward_layers_are_computed_again_once():
-    flags = {"pretrained_model_name_or_path": "x", "instance_data_dir": "y", "instance_prompt": "z", "low_vram": True}
+    flags = {"pretrained_model_name_or_path": "x", "instance_data_dir": "y", "instance_prompt": "z"}
     with pytest.raises(ValueError, match="--selective_checkpointing feed_forward out"):
-        TrainConfig.of(**flags, selective_checkpointing="feed_forward")
+        TrainConfig.of(**flags, gradient_checkpointing=True, selective_checkpointing="feed_forward")
 
 
 def test_a_compiler_that_fails_is_one_warning(capsys, tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ def test_trainings_scores_table_and_page(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     table = (tmp_path / "table.md").read_text()
     assert "| lora |" in printed and "at 3" not in printed
-    for cost in ("Trainable parameters", "Smallest file", "Seconds per step", "Peak memory", "Start-up"):
+    for cost in ("Trainable parameters", "Smallest exact file", "Seconds per step", "Peak memory", "Start-up"):
         assert f"| {cost} |" in table
     scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
     assert set(scores) == {"base", "lora-seed0", "lora-seed1"}

@@ -226,5 +226,5 @@ def test_torchao_is_looked_for_before_the_base_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)  # as if it were not installed
     monkeypatch.setattr(trainer.Base, "load", None)
     with pytest.raises(ValueError, match="--quantize_base int8 needs torchao"):
-        run(tmp_path / "run", low_vram=True)
+        run(tmp_path / "run", quantize_base="int8")
     assert not (tmp_path / "run").exists()

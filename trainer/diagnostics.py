@@ -33,7 +33,7 @@ def explained(train_batch_size: int, output_dir: str) -> Iterator[None]:
             raise
         raise ValueError(
             f"out of memory with --train_batch_size {train_batch_size}: lower it, add --selective_checkpointing "
-            "feed_forward, --gradient_checkpointing or --low_vram, or use --mixed_precision fp16"
+            "feed_forward, --gradient_checkpointing or --vram auto, or use --mixed_precision fp16"
         ) from error
     except OSError as error:
         if error.errno != errno.ENOSPC:

@@ -76,7 +76,7 @@ def settle_memory(
 def out_of_the_way(model: nn.Module, hardware: HardwareOptions) -> Iterator[None]:
     """A model waits in main memory where memory is short: a card of 8 GB doesn't hold the UNet beside what encodes."""
     device = next(model.parameters()).device
-    waits = device.type == "cuda" and (hardware.low_vram or hardware.vram is not None)
+    waits = device.type == "cuda" and hardware.vram is not None
     if waits:
         model.to("cpu")
         free_memory()

@@ -19,7 +19,7 @@ from runs.record import METRICS, RUN_PAGE, SAMPLES, Clock, MetricsLog, is_run_pa
 from settings.training import FLAGS
 from storage.files import read_json, write_atomic
 from storage.pictures import drawn_here, png_text
-from storage.text import first_line
+from storage.text import counted, first_line
 from trainer.best_adapter import RunJudge
 from trainer.optimizer import check_rates
 from trainer.run import Run
@@ -158,7 +158,7 @@ def step_of(path: Path, last_step: int) -> int:
 
 def state_text(step: int, total: int, *, finished: bool, stopped: str | None) -> str:
     if finished:
-        return f"Finished after {step:,} steps"
+        return f"Finished after {counted(step, 'step')}"
     return f"{'At' if stopped is None else 'Stopped at'} step {step:,} of {total:,}"
 
 

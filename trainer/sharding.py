@@ -74,8 +74,7 @@ def accelerator_class(quantize_base: str = "none") -> type[Accelerator]:
         return Accelerator
     if quantize_base != "none":
         raise ValueError(
-            f"--quantize_base {quantize_base} (which --low_vram sets) can't be split by FSDP: add "
-            "--quantize_base none, or use configs/accelerate/gpus.yaml"
+            f"--quantize_base {quantize_base} can't be split by FSDP: leave it out, or use configs/accelerate/gpus.yaml"
         )
     for name, wanted in SETTINGS.items():
         given = os.environ.get(name, wanted)

@@ -164,7 +164,8 @@ def candidates(hardware: HardwareOptions, may_quantize: bool = True) -> Iterator
 def card_budget(hardware: HardwareOptions, device: torch.device) -> tuple[str, float] | None:
     """The card that a run is to fit, in words, and the bytes that it has for the run; None where there is none."""
     if hardware.vram not in (None, "auto"):
-        return f"a card of {hardware.vram} GB", int(hardware.vram) * GIB - RESERVED
+        absent = "" if device.type == "cuda" else ", though no GPU is here,"
+        return f"a card of {hardware.vram} GB{absent}", int(hardware.vram) * GIB - RESERVED
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
