@@ -1,7 +1,9 @@
 """The study: what it compares, how it chooses rates, what it measures and how it is written down."""
 
+import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -152,6 +154,11 @@ def test_a_training_is_measured_once(tmp_path, monkeypatch):
     found = laboratory.measure(training, scored=True)
     assert 0.5 < found["held_out"] < 1.5 and found["curve"][0][0] == 1
     assert {"dino", "clip_i", "clip_t", "drift"} <= set(found["scores"]) and "dino" in found["base"]
+    laboratory = replace(laboratory, attributes=str(ASSETS / "tiny-attributes"))
+    tried = laboratory.measure(tuning := training._replace(seed=100), scored=False)
+    assert set(tried["reading"]) == {"attributes", "scene"} and "scores" not in tried
+    assert trainings.shortfall(tried) == 1 - sum(tried["reading"].values()) / 2
     monkeypatch.delattr(trainings, "train")
-    again = laboratory.measure(training, scored=True)
-    assert again["held_out"] == found["held_out"]
+    assert laboratory.measure(training, scored=True) == json.loads(json.dumps(found))
+    assert laboratory.measure(tuning, scored=False) == tried
+    assert laboratory.found(tuning, scored=True) is None

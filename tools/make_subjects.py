@@ -1,8 +1,9 @@
-"""Draw the sample subjects: six pictures of each to train on and six held out.
+"""Draw the sample subjects, and two to choose learning rates on: six pictures of each to train on and six held out.
 
     python tools/make_subjects.py --output assets/subjects
 
-The subjects are those of ``world.SUBJECTS``, settings that the base has never seen, nor any near them. The training
+The samples are those of ``world.SUBJECTS``, settings that the base has never seen, nor any near them; it has seen
+settings near the two others, though not these. The training
 pictures show every view of the kind before plain colours and easy scenes; the held-out ones other poses in every scene.
 ``attributes.json`` says who each one is, so that the attribute reader can look for it.
 """
@@ -18,6 +19,12 @@ from PIL import Image
 from world import SCENES, SUBJECTS, Pose, Who, draw, draw_pose, place_words, views_of
 from world.attributes import with_pose
 
+# Settings of the reserve (`world.attributes.in_reserve`).
+TUNING_SUBJECTS = {
+    "bear": Who("bear", "green", "orange", "purple", "pink", "stripes", "bow", 1, 1, 1.05, 0.95, shades=7),
+    "bird": Who("bird", "white", "teal", "black", "pink", "spots", "crown", 0, 0, 0.95, 1.0, shades=8),
+}
+ALL_SUBJECTS = SUBJECTS | TUNING_SUBJECTS
 PLACES = ("white", "grass", "gray", "beach", "brown", "snow")
 
 
@@ -64,12 +71,12 @@ def write(directory: Path, who: Who, seed: int, poses: Sequence[Pose], places: S
 
 def write_subjects(output: Path, seed: int) -> None:
     """All subjects with their held-out pictures, and ``attributes.json``."""
-    for name, who in SUBJECTS.items():
+    for name, who in ALL_SUBJECTS.items():
         train = poses_of(who, 2 * seed, len(PLACES))
         write(output / name, who, 2 * seed, train, PLACES, captions=False)
         heldout = poses_of(who, 2 * seed + 1, len(SCENES), others=train)
         write(output / "heldout" / name, who, 2 * seed + 1, heldout, tuple(SCENES), captions=True)
-    facts = {name: asdict(who) for name, who in SUBJECTS.items()}
+    facts = {name: asdict(who) for name, who in ALL_SUBJECTS.items()}
     (output / "attributes.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 

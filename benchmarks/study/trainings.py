@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +22,11 @@ from benchmarks.heldout_loss import heldout_loss
 from benchmarks.study.settings import Setting
 from inference.base import load_pipeline
 from inference.load import load_adapter, unload_adapters
+from inference.sampling import generate_images
 from inference.score_labels import SCORE_LABELS
 from judging import evaluate
+from judging.attributes import SubjectReading
+from judging.prompts import Protocol, with_article
 from methods.components import RUN_RECORD
 from runs.record import METRICS
 from settings.columns import BASE_COLUMN, EvaluateConfig
@@ -30,6 +35,7 @@ from storage.files import read_json, write_atomic
 from train_dreambooth_nora_sdxl import train
 from trainer.diagnostics import TrainingFailure
 
+PROTOCOL = "scenes"
 PICTURE_SEEDS = [1000, 1001]
 DRAWING_STEPS = 20
 HELDOUT_SAMPLES = 256
@@ -56,7 +62,7 @@ class Laboratory:
 
     Args:
         subjects: a folder of each, named after its class, and their held-out pictures in ``heldout``.
-        work: results, one file a training, and pictures; a training that is there isn't made again.
+        work: results, one line a training, and pictures; a training that is there isn't made again.
         attributes: folder of an attribute reader; None: what pictures show isn't read.
     """
 
@@ -85,24 +91,40 @@ class Laboratory:
         note.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(note, json.dumps(own) + "\n")
 
-    def record(self, training: Training) -> Path:
-        return self.work / "trainings" / f"{training.key}.json"
+    @property
+    def results(self) -> Path:
+        return self.work / "trainings.jsonl"
+
+    def known(self) -> dict[str, dict[str, Any]]:
+        """What was measured of each training, by its key."""
+        if not self.results.is_file():
+            return {}
+        records = map(json.loads, self.results.read_text(encoding="utf-8").splitlines())
+        return {record.pop("training"): record for record in records}
+
+    def write(self, training: Training, record: Mapping[str, Any]) -> None:
+        """Append a line, in one call: several processes write into one file."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        file = os.open(self.results, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(file, (json.dumps({"training": training.key, **record}) + "\n").encode())
+        finally:
+            os.close(file)
 
     def found(self, training: Training, scored: bool) -> dict[str, Any] | None:
         """What was measured before, if all that is asked for was."""
-        path = self.record(training)
-        record = read_json(path) if path.is_file() else None
-        return record if record and ("scores" in record or not scored) else None
+        record = self.known().get(training.key)
+        return record if record and ("scores" in record) >= scored else None
 
     def records(self, trainings: Iterable[Training]) -> list[dict[str, Any]]:
         """Of those trainings that are there, scored."""
         return [found for training in trainings if (found := self.found(training, scored=True))]
 
     def measure(self, training: Training, scored: bool) -> dict[str, Any]:
-        """Train, unless that was done before: held-out loss as a share of the base's, its curve, costs and scores.
+        """Train, unless that was done before, and measure what it costs and how good it is.
 
         Args:
-            scored: draw pictures and score them, too.
+            scored: by all scores, held-out loss and its curve; else by what a rate is chosen by (`shortfall`).
         """
         if found := self.found(training, scored):
             return found
@@ -114,18 +136,16 @@ class Laboratory:
             train(self.flags(training, own, heldout if scored else None, prompt, folder))
             seconds, run = time.process_time() - started, read_json(folder / RUN_RECORD)
             record = {
-                **{"setting": training.setting.key, "subject": training.subject, "seed": training.seed},
-                **{"rate": training.rate, "steps": training.steps, "seconds": seconds},
-                "peak_memory_mb": run["peak_memory_mb"],
-                "trained_parameters": run["trainable_parameters"],
-                "held_out": self.held_out(folder, heldout, prompt),
-                "curve": curve(folder / METRICS),
+                **{"subject": training.subject, "seed": training.seed, "rate": training.rate, "seconds": seconds},
+                **{"peak_memory_mb": run["peak_memory_mb"], "trained_parameters": run["trainable_parameters"]},
             }
+            if scored or not self.attributes:
+                record["held_out"] = self.held_out(folder, heldout, prompt)
             if scored:
-                record |= self.scores(folder, own, training)
-        path = self.record(training)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(record) + "\n")
+                record |= self.scores(folder, own, training) | {"curve": curve(folder / METRICS)}
+            elif self.attributes:
+                record["reading"] = self.reading(folder, own, training.subject)
+        self.write(training, record)
         return record
 
     def flags(self, training: Training, own: Path, heldout: Path | None, prompt: str, folder: Path) -> TrainConfig:
@@ -162,6 +182,20 @@ class Laboratory:
         finally:
             unload_adapters(pipeline)
 
+    def reading(self, folder: Path, own: Path, subject: str) -> dict[str, float]:
+        """The shares of the subject's attributes and of the prompts' scenes in what an adapter draws."""
+        assert self.attributes is not None
+        prompts = [with_article(one, f"[V] {subject}") for one in Protocol.read(PROTOCOL, None, False).prompts]
+        pipeline = loaded(self.base)
+        load_adapter(pipeline, folder)
+        try:
+            options: dict[str, Any] = {"num_inference_steps": DRAWING_STEPS, "batch_size": 4, "progress": False}
+            drawn = list(generate_images(pipeline, prompts, PICTURE_SEEDS, **options))
+        finally:
+            unload_adapters(pipeline)
+        found = SubjectReading(Path(self.attributes), own).score(drawn)
+        return {name: fmean(one for seeds in draws.values() for one in seeds.values()) for name, draws in found.items()}
+
     def scores(self, folder: Path, own: Path, training: Training) -> dict[str, Any]:
         """Means of the scores over the pictures, of the adapter and of the base, and how many are copies.
 
@@ -172,6 +206,7 @@ class Laboratory:
                 base=self.base,
                 adapters=[f"{COLUMN}={folder}"],
                 instance_images=str(own),
+                protocol=PROTOCOL,
                 seeds=PICTURE_SEEDS,
                 num_inference_steps=DRAWING_STEPS,
                 clip=self.clip,
@@ -219,9 +254,8 @@ def shortfall(record: Mapping[str, Any]) -> float:
     Without an attribute reader the loss on held-out pictures, which tells too high a rate from a good one, but hardly
     a good one from too low a rate: most of it is of the pose and the background, which no adapter can know.
     """
-    scores = record.get("scores", {})
-    if "attributes" in scores:
-        return 1 - (scores["attributes"] + scores["scene"]) / 2
+    if reading := record.get("reading"):
+        return 1 - (reading["attributes"] + reading["scene"]) / 2
     return record["held_out"]
 
 
@@ -235,7 +269,7 @@ def best_rate(laboratory: Laboratory, one: Setting, subjects: Sequence[str], ste
     def lacking(rate: float, subject: str, count: int) -> float:
         training = Training(one, subject, TUNING_SEED, rate, count)
         try:
-            found = shortfall(laboratory.measure(training, scored=laboratory.attributes is not None))
+            found = shortfall(laboratory.measure(training, scored=False))
         except TrainingFailure:  # the loss became NaN: the rate is too high
             return math.inf
         return math.inf if math.isnan(found) else found
