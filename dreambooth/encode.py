@@ -208,7 +208,7 @@ def encode_pictures(
         pixels = DataLoader(
             _CropPixels([wanted[key] for key in some], settings.interpolation), batch_size=1, num_workers=num_workers
         )
-        for key, crop_pixels, _ in zip(some, pixels, progress(len(some))):
+        for _, key, crop_pixels in zip(progress(len(some)), some, pixels):  # the bar first: it sees its own end
             posterior = vae.encode(crop_pixels.to(vae.device)).latent_dist  # (1, 3, H, W) -> (1, 4, h, w)
             mean, std = scale_latents(vae, posterior.mean), posterior.std * vae.config.scaling_factor
             if not bool(torch.isfinite(mean).all()):
