@@ -380,7 +380,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vae_steps", type=int, default=5000)
     parser.add_argument("--vae_batch_size", type=int, default=8)
     parser.add_argument("--pool_size", type=int, default=40_000)
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     return parser.parse_args()
