@@ -238,7 +238,8 @@ def test_merged_files_keep_what_they_share(lora, tmp_path):
         words = {"modelspec.title": name, "modelspec.trigger_phrase": f"[V] {name}"}
         save_file(tensors, tmp_path / f"{name}.safetensors", own | words | more)
     both = [str(tmp_path / f"{name}.safetensors") for name in ("cat", "dog")]
-    main(["merge", *both, "--to", "kohya", "--output", str(tmp_path / "both.safetensors")])
+    base = ["--base", str(saved_base())]
+    main(["merge", *both, *base, "--to", "kohya", "--output", str(tmp_path / "both.safetensors")])
     found = header(tmp_path / "both.safetensors")
     assert found.items() >= own.items() and found["modelspec.merged_from"] == "cat, dog"
     assert found["modelspec.trigger_phrase"] == "[V] cat, [V] dog" and "ss_steps" not in found
