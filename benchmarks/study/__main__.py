@@ -1,7 +1,7 @@
 """Every method on many subjects, each at its own best learning rate, and NoRA's neighbours: tables and differences.
 
-    python -m benchmarks.study --tuning_subjects fox rabbit --attributes assets/tiny-attributes
-    python -m benchmarks.study --tuning_subjects fox rabbit --groups "rank 4" "Table 4" --seeds 0
+    python -m benchmarks.study --tuning_subjects bear bird --attributes assets/tiny-attributes
+    python -m benchmarks.study --tuning_subjects bear bird --groups "rank 4" "Table 4" --seeds 0
 
 First each setting's rate is tuned on subjects that are not scored (successive halving by attributes and scenes), then
 it is trained on every other subject with every seed, and scored. Each training is written to --work as it ends: the
