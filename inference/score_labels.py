@@ -17,6 +17,10 @@ SCORE_LABELS = {
     "class_drift": "Class drift ↓",
     "diversity": "Diversity ↑",
 }
+# Shares and cosines: an interval ends where no score can be.
+SCORE_RANGES = dict.fromkeys(("attributes", "scene"), (0.0, 1.0)) | dict.fromkeys(
+    ("dino", "clip_i", "clip_t"), (-1.0, 1.0)
+)
 PICTURE_SCORES = ("attributes", "scene", "dino", "clip_i", "clip_t")  # a picture by itself has one
 COPIES_LABEL = "Copies of training images ↓"
 SCORES_VERSION = 2  # of the files of judging.evaluate

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from inference.score_labels import SCORE_LABELS
+from inference.score_labels import SCORE_LABELS, SCORE_RANGES
 from judging.copies import Copies
 from judging.statistics import Draws, differences, interval
 
@@ -15,7 +15,9 @@ Trainings = Mapping[int, Mapping[str, Any]]  # training seed -> score -> draws; 
 def score_summary(trainings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Score -> fields of its interval over all that there are several of, and how many pictures are copies."""
     known = [key for key in SCORE_LABELS if all(key in scores for scores in trainings)]
-    summary: dict[str, Any] = {key: interval([scores[key] for scores in trainings]).fields() for key in known}
+    summary: dict[str, Any] = {
+        key: interval([scores[key] for scores in trainings], SCORE_RANGES.get(key)).fields() for key in known
+    }
     summary["copies"] = Copies.sum([scores["copies"] for scores in trainings]).fields()
     return summary
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -45,14 +46,18 @@ def by_prompt(drawn: Sequence[GeneratedImage], values: Sequence[float]) -> Draws
     return scores
 
 
-def interval(trainings: Sequence[Draws]) -> Interval:
+def interval(trainings: Sequence[Draws], bounds: tuple[float, float] | None = None) -> Interval:
     """Mean of a score over trainings, prompts and seeds, with its interval over those that there are several of.
 
     Args:
         trainings: the draws of each, one for a single one.
+        bounds: the least and the greatest that the score can be. The interval is cut there, and holds the true mean
+            as often as before.
     """
-    values = as_array(trainings)
-    return _interval(values, LEVEL)
+    found = _interval(as_array(trainings), LEVEL)
+    if bounds is None or found.low is None or found.high is None:
+        return found
+    return replace(found, low=max(found.low, bounds[0]), high=min(found.high, bounds[1]))
 
 
 def differences(first: Mapping[int, Draws], others: Mapping[str, Mapping[int, Draws]]) -> dict[str, Difference]:

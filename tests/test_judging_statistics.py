@@ -89,6 +89,14 @@ def test_two_ways_count_both_and_never_less_than_the_prompts_alone():
     assert both.freedom == pytest.approx((rows + columns) ** 2 / (rows**2 / 5 + columns**2 / 3))
 
 
+def test_an_interval_ends_where_no_score_can_be():
+    values = np.array([[0.2, 1.0], [0.9, 1.0]])
+    free, cut = interval([draws(values)]), interval([draws(values)], (0.0, 1.0))
+    assert free.low < 0 and free.high > 1 and (cut.low, cut.high) == (0.0, 1.0) and cut.estimate == free.estimate
+    inside = interval([draws(values)], (-9.0, 9.0))
+    assert inside == free and interval([draws([[0.25]])], (0.0, 1.0)).low is None
+
+
 def test_one_picture_has_no_interval():
     alone = interval([draws([[0.25]])])
     assert alone == Interval(0.25) and format_interval(alone) == "0.250" and alone.units == "one draw"

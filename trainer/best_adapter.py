@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 
 from dreambooth.prepare import Pictures
 from inference.sampling import GeneratedImage
+from inference.score_labels import SCORE_RANGES
 from judging.prompts import FIRST_SEED, Protocol, subject_of_prompt, with_article
 from judging.scorer import Scorer
 from judging.statistics import interval
@@ -75,7 +76,7 @@ class RunJudge:
             save_adapter: writes the adapter's files into a folder, and returns their names.
         """
         scores, copied = self.scorer.score(drawn), self.scorer.copies(drawn)
-        intervals = {name: interval([scores[name]]) for name in ("dino", "clip_i", "clip_t")}
+        intervals = {name: interval([scores[name]], SCORE_RANGES[name]) for name in ("dino", "clip_i", "clip_t")}
         found = {name: one.estimate for name, one in intervals.items()}
         found |= {"val_loss": val_loss, "copies": copied.share}
         self.intervals = {name: one.fields() for name, one in intervals.items()}
