@@ -97,7 +97,7 @@ def reduced(image: Image.Image) -> np.ndarray:
 
 
 def to_pixels(images: np.ndarray) -> torch.Tensor:
-    """(B, 64, 64, 3) uint8 -> (B, 3, 64, 64) in [-1, 1]."""
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

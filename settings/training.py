@@ -168,10 +168,9 @@ def _own(record: type[Record], flags: dict[str, Any]) -> dict[str, Any]:
 def _implied(config: TrainConfig) -> dict[str, Any]:
     """Flags that follow from others."""
     implied: dict[str, Any] = dict(config.method.settled())
-    if config.hardware.vram is None and config.hardware.low_vram:
-        implied["vram"] = LOW_VRAM
-    elif config.hardware.vram is None:  # which else decides once the base's shapes are known
-        implied["quantize_base"] = config.hardware.quantize_base or "none"
+    hardware = config.hardware
+    if hardware.vram is None:  # which else decides once the base's shapes are known
+        implied |= {"vram": LOW_VRAM} if hardware.low_vram else {"quantize_base": hardware.quantize_base or "none"}
     if config.loop.max_train_steps is None and config.loop.num_train_epochs is None:
         implied["max_train_steps"] = PAPER_STEPS
     return implied

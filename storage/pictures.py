@@ -33,10 +33,10 @@ def find_images(folder: str | Path, flag: str) -> list[Path]:
         problem = "is not a folder" if folder.exists() else "does not exist"
         raise ValueError(f"--{flag} {folder} {problem}: name the folder that holds the pictures")
     if not (paths := images_in(folder)):
-        subjects = sorted(one.name for one in folder.iterdir() if one.is_dir() and images_in(one))
-        way_out = f"name one of its folders, such as {folder / subjects[0]}" if subjects else "put at least one PNG, "
-        way_out += "" if subjects else "JPEG or WebP file into it"
-        raise ValueError(f"--{flag} {folder} holds no picture: {way_out}")
+        subjects = sorted(one for one in folder.iterdir() if one.is_dir() and images_in(one))
+        if subjects:
+            raise ValueError(f"--{flag} {folder} holds no picture: name one of its folders, such as {subjects[0]}")
+        raise ValueError(f"--{flag} {folder} holds no picture: put at least one PNG, JPEG or WebP file into it")
     return paths
 
 

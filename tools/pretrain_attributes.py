@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
@@ -81,9 +82,8 @@ def kept_out_picture(seed: int, index: int) -> Picture:
 @torch.no_grad()
 def coded(vae: AutoencoderKL, images: list[Image.Image]) -> list[Image.Image]:
     """The pictures as the autoencoder gives them back."""
-    pixels = torch.stack([torch.from_numpy(np.array(image)) for image in images]).permute(0, 3, 1, 2)
-    decoded = vae.decode(vae.encode(pixels.float() / 127.5 - 1).latent_dist.mode()).sample.clamp(-1, 1)
-    return [Image.fromarray(one) for one in ((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()]
+    latents = vae.encode(to_pixels(np.stack([np.asarray(image) for image in images]))).latent_dist.mode()
+    return VaeImageProcessor().postprocess(vae.decode(latents).sample, output_type="pil")
 
 
 def pool_of(

@@ -118,7 +118,8 @@ class Laboratory:
 
     def records(self, trainings: Iterable[Training]) -> list[dict[str, Any]]:
         """Of those trainings that are there, scored."""
-        return [found for training in trainings if (found := self.found(training, scored=True))]
+        known = self.known()
+        return [found for one in trainings if (found := known.get(one.key)) and "scores" in found]
 
     def measure(self, training: Training, scored: bool) -> dict[str, Any]:
         """Train, unless that was done before, and measure what it costs and how good it is.
