@@ -44,7 +44,7 @@ def test_the_subject_is_in_the_pictures_and_the_scene_is_the_prompts(tmp_path):
     base = means()
     load_adapter(pipeline, folder)
     adapted = means()
-    assert adapted["attributes"] > base["attributes"] + 0.1 and adapted["scene"] > 0.8, (base, adapted)
+    assert adapted["attributes"] > base["attributes"] + 0.3 and adapted["scene"] > 0.8, (base, adapted)
 
 
 @pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason="needs the DreamBooth photographs, which are not in this checkout")
