@@ -21,7 +21,7 @@ LORA_RANKS = (1, 4, 16)  # where these are not told apart, nor are methods
 # NoRA's neighbours: each group varies one choice, as the paper's table of that number does.
 NEIGHBOURS: dict[str, Mapping[str, Sequence[str]]] = {
     "NoRA: outer and inner rank": {
-        f"NoRA ({outer}, {inner})": (f"rank={inner}", f"outer_rank={outer}")
+        f"NoRA ({outer}, {inner})": (f"rank={inner}", *([f"outer_rank={outer}"] if outer != 8 * inner else []))
         for outer, inner in ((64, 8), (64, 16), (64, 4), (32, 8), (32, 4), (16, 8))
     },
     "NoRA: outer factors (Table 4)": {
@@ -110,8 +110,8 @@ def groups_of(base: str) -> Groups:
 
 
 def with_ranks(args: Sequence[str]) -> tuple[str, ...]:
-    """NoRA's ranks where the row doesn't say them: (64, 8), which every layer of the embedded base can hold."""
-    return () if any(one.startswith("rank=") for one in args) else ("rank=8", "outer_rank=64")
+    """NoRA's rank where the row doesn't say it: (64, 8), which every layer of the embedded base can hold."""
+    return () if any(one.startswith("rank=") for one in args) else ("rank=8",)
 
 
 def at_budget(layers: Sequence[Layer], budget: float) -> dict[str, Setting]:
