@@ -120,8 +120,9 @@ def test_tables_hold_means_and_paired_differences():
 
 
 def test_a_groups_report_has_its_plot_where_settings_are_compared(tmp_path):
+    curves = {"curve": [[1, 0.2], [2, 0.1]], "losses": [[1, 0.3], [2, 0.2]]}
     rows = {
-        name: [record("cat", seed, loss + seed / 10) | {"curve": [[1, 0.2], [2, 0.1]]} for seed in (0, 1)]
+        name: [record("cat", seed, loss + seed / 10) | curves for seed in (0, 1)]
         for name, loss in (("LoRA", 0.9), ("NoRA", 0.8))
     }
     text = report("Rank 4, both", rows, tmp_path)
@@ -130,6 +131,12 @@ def test_a_groups_report_has_its_plot_where_settings_are_compared(tmp_path):
         assert picture.format == "PNG" and picture.width > 500
     assert "![" not in report("LoRA alone", {"LoRA": rows["LoRA"]}, tmp_path)
     assert report("nothing yet", {"LoRA": [], "NoRA": []}, tmp_path) == ""
+
+
+def test_training_losses_are_means_over_parts_of_the_steps():
+    lines = [{"step": step, "loss": step / 10} for step in range(1, 11)] + [{"step": 10, "validation_loss": 9.0}]
+    assert trainings.mean_losses(lines, 5) == [(step, pytest.approx((2 * step - 1) / 20)) for step in range(2, 11, 2)]
+    assert trainings.mean_losses(lines[:2], 5) == [(1, 0.1), (2, 0.2)]
 
 
 def test_results_are_of_one_base(tmp_path):
@@ -153,6 +160,7 @@ def test_a_training_is_measured_once(tmp_path, monkeypatch):
     assert laboratory.found(training, scored=False) is None
     found = laboratory.measure(training, scored=True)
     assert 0.5 < found["held_out"] < 1.5 and found["curve"][0][0] == 1
+    assert [step for step, _ in found["losses"]] == [1]
     assert {"dino", "clip_i", "clip_t", "drift"} <= set(found["scores"]) and "dino" in found["base"]
     laboratory = replace(laboratory, attributes=str(ASSETS / "tiny-attributes"))
     tried = laboratory.measure(tuning := training._replace(seed=100), scored=False)

@@ -1,4 +1,4 @@
-"""The study's plots: how each setting differs from the first of its group, and how its held-out loss falls."""
+"""The study's plots: how each setting differs from the first of its group, and how its losses fall."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ PLOTTED = ("attributes", "dino", "held_out")  # is it that subject: by the reade
 
 
 def group_plot(rows: Mapping[str, Records]) -> bytes | None:
-    """PNG of a group: a panel of differences for each score, and the curves; None where nothing can be compared."""
+    """PNG of a group: a panel of differences for each score, and two of losses; None where nothing can be compared."""
     there = {name: records for name, records in rows.items() if records}
     found = {score: paired_differences(there, score) for score in PLOTTED} if there else {}
     found = {score: own for score, own in found.items() if own}
     if not found:
         return None
     height = 1.2 + 0.3 * len(there)
-    figure = Figure(figsize=(3.4 * (len(found) + 1) + 3, height), dpi=90, layout="constrained")
-    *panels, curves = figure.subplots(1, len(found) + 1)
+    figure = Figure(figsize=(3.4 * (len(found) + 2) + 3, height), dpi=90, layout="constrained")
+    *panels, fits, curves = figure.subplots(1, len(found) + 2)
     for panel, (score, differences) in zip(panels, found.items()):
         draw_differences(panel, differences, named=panel is panels[0])
         panel.set_title(f"{LABELS[score]}, less {next(iter(there))}", fontsize=8)
+    draw_fits(fits, there)
     draw_curves(curves, there)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", metadata={"Software": None})
@@ -43,6 +44,22 @@ def draw_differences(axes: Axes, differences: Mapping[str, Difference], named: b
             axes.plot((one.interval.low, one.interval.high), (height, height), color="C0")
     axes.axvline(0, color="0.6", linewidth=1)
     axes.set_yticks(heights, differences if named else [""] * len(differences), fontsize=8)
+
+
+def draw_fits(axes: Axes, rows: Mapping[str, Records]) -> None:
+    """The training loss over the steps, less the first setting's at the same subject, seed, pictures and noise."""
+    first = next(iter(rows))
+    losses = {
+        name: {(one["subject"], one["seed"]): np.array(one["losses"]) for one in records if "losses" in one}
+        for name, records in rows.items()
+    }
+    for name, own in losses.items():
+        if pairs := [
+            (one[:, 0], (one - losses[first][place])[:, 1]) for place, one in own.items() if place in losses[first]
+        ]:
+            steps, less = np.array(pairs).mean(axis=0)
+            axes.plot(steps, less, label=name)
+    axes.set_title(f"training loss over steps, less {first}", fontsize=8)
 
 
 def draw_curves(axes: Axes, rows: Mapping[str, Records]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionXLPipeline
 
@@ -28,7 +29,7 @@ from judging import evaluate
 from judging.attributes import SubjectReading
 from judging.prompts import Protocol, with_article
 from methods.components import RUN_RECORD
-from runs.record import METRICS
+from runs.record import METRICS, read_metrics
 from settings.columns import BASE_COLUMN, EvaluateConfig
 from settings.training import TrainConfig
 from storage.files import read_json, write_atomic
@@ -40,6 +41,7 @@ PICTURE_SEEDS = [1000, 1001]
 DRAWING_STEPS = 20
 HELDOUT_SAMPLES = 256
 CURVE_POINTS = 5
+LOSS_MEANS = 10  # of a training: over each tenth of its steps
 TUNING_SEED = 100  # none of those that are scored
 COLUMN = "adapted"  # each training takes the place of the one before
 
@@ -143,7 +145,9 @@ class Laboratory:
             if scored or not self.attributes:
                 record["held_out"] = self.held_out(folder, heldout, prompt)
             if scored:
-                record |= self.scores(folder, own, training) | {"curve": curve(folder / METRICS)}
+                record |= self.scores(folder, own, training)
+                lines = read_metrics(folder / METRICS)
+                record |= {"curve": curve(lines), "losses": mean_losses(lines, LOSS_MEANS)}
             elif self.attributes:
                 record["reading"] = self.reading(folder, own, training.subject)
         self.write(training, record)
@@ -243,10 +247,19 @@ def content(root: Path) -> str | None:
     return digest.hexdigest()
 
 
-def curve(metrics: Path) -> list[tuple[int, float]]:
-    """(step, held-out loss) where it was measured."""
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+def curve(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """(step, held-out loss) where a run's metrics have it."""
     return [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+
+
+def mean_losses(lines: Sequence[Mapping[str, Any]], count: int) -> list[tuple[int, float]]:
+    """(last step, mean training loss) of each of `count` parts of a run's steps, or of each step if they are fewer.
+
+    A seed's pictures, noise and timesteps are the same whatever the method, so that these can be compared part by part.
+    """
+    steps = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    parts = np.array_split(np.array(steps), min(count, len(steps)))
+    return [(int(part[-1, 0]), float(part[:, 1].mean())) for part in parts]
 
 
 def shortfall(record: Mapping[str, Any]) -> float:
