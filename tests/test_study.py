@@ -12,11 +12,17 @@ from PIL import Image
 from benchmarks.study import trainings
 from benchmarks.study.__main__ import report
 from benchmarks.study.report import difference_table, draws, group_table
-from benchmarks.study.settings import BUDGETS, groups_of, rates_of, setting, trained_parameters
+from benchmarks.study.settings import (
+    BUDGETS,
+    attention_layers,
+    groups_of,
+    rank_said,
+    rates_of,
+    setting,
+    trained_parameters,
+)
 from benchmarks.study.trainings import Laboratory, Training, best_rate
 from judging import statistics
-from methods.adapter import Places
-from methods.budget import base_outline, layers_of
 from methods.registry import METHODS
 from trainer.diagnostics import TrainingFailure
 from trainer.models import make_run_adapter
@@ -32,7 +38,7 @@ def groups():
 
 
 def test_every_method_is_compared_within_the_budgets(groups):
-    layers = layers_of(base_outline(BASE, ["unet"]), Places("attention"))
+    layers = attention_layers(BASE)
     sides = sum(layer.number * (layer.m + layer.n) for layer in layers)
     for rank, rows in zip(BUDGETS, groups.values()):
         for one in rows.values():
@@ -106,9 +112,9 @@ def test_tables_hold_means_and_paired_differences():
     first = [record(*place, 0.9 + size, dino=0.6) for place, size in noise.items()]
     other = [record(*place, 0.8 + size + size / 100, dino=0.6) for place, size in noise.items()]
     rows = {"LoRA": first, "NoRA": other}
-    table, differences = group_table(rows).splitlines(), difference_table(rows)
-    assert table[2].startswith("| base | – | – | – | 1.000 | 0.500 |")
-    assert table[3].startswith("| LoRA | 1,000 | 0.001 | 5 | 1.108 | 0.600 |")
+    table, differences = group_table(rows, {"LoRA": "4 (3–4 %)"}).splitlines(), difference_table(rows)
+    assert table[2].startswith("| base | – | – | – | – | 1.000 | 0.500 |")
+    assert table[3].startswith("| LoRA | 4 (3–4 %) | 1,000 | 0.001 | 5 | 1.108 | 0.600 |")
     assert "NoRA − LoRA | -0.098" in differences
     # far apart when paired, though each varies more between subjects than they differ
     found = {
@@ -125,12 +131,26 @@ def test_a_groups_report_has_its_plot_where_settings_are_compared(tmp_path):
         name: [record("cat", seed, loss + seed / 10) | curves for seed in (0, 1)]
         for name, loss in (("LoRA", 0.9), ("NoRA", 0.8))
     }
-    text = report("Rank 4, both", rows, tmp_path)
+    text = report("Rank 4, both", rows, {}, tmp_path)
     assert "![Rank 4, both](" + tmp_path.name + "/rank-4-both.png)" in text
     with Image.open(tmp_path / "rank-4-both.png") as picture:
         assert picture.format == "PNG" and picture.width > 500
-    assert "![" not in report("LoRA alone", {"LoRA": rows["LoRA"]}, tmp_path)
-    assert report("nothing yet", {"LoRA": [], "NoRA": []}, tmp_path) == ""
+    assert "![" not in report("LoRA alone", {"LoRA": rows["LoRA"]}, {}, tmp_path)
+    assert report("nothing yet", {"LoRA": [], "NoRA": []}, {}, tmp_path) == ""
+
+
+@pytest.mark.parametrize(
+    ("method", "args", "said"),
+    [
+        ("lora", ["rank=16"], "16 (10–17 %)"),
+        ("nora", ["rank=8"], "8 (5–8 %) in 64 (40–67 %)"),
+        ("nora", ["rank=16"], "16 (10–17 %) in 128 (80–100 %)"),  # 96 in layers that are 96 wide
+        ("adalora", ["init_rank=9", "target_rank=8"], "8 (5–8 %)"),
+        ("oft", [], None),
+    ],
+)
+def test_ranks_are_said_as_shares_of_the_layers(method, args, said):
+    assert rank_said(setting(method, args), attention_layers(BASE)) == said
 
 
 def test_training_losses_are_means_over_parts_of_the_steps():

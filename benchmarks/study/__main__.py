@@ -21,18 +21,18 @@ from pathlib import Path
 
 from benchmarks.study.plots import group_plot
 from benchmarks.study.report import Records, difference_table, group_table
-from benchmarks.study.settings import groups_of
+from benchmarks.study.settings import attention_layers, groups_of, rank_said
 from benchmarks.study.trainings import Laboratory, Training
 from benchmarks.study.workers import in_processes, score, tune
 from storage.files import check_writable_target, write_atomic
 from storage.text import expand_home, home_path
 
 
-def report(title: str, rows: Mapping[str, Records], plots: Path | None) -> str:
+def report(title: str, rows: Mapping[str, Records], ranks: Mapping[str, str | None], plots: Path | None) -> str:
     """A group's table, its differences, and its plot in a folder, of what is there; empty where nothing is."""
     if not any(rows.values()):
         return ""
-    parts = [f"## {title}", group_table(rows)]
+    parts = [f"## {title}", group_table(rows, ranks)]
     parts += [table] if (table := difference_table(rows)) else []
     if plots and (picture := group_plot(rows)):
         name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") + ".png"
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_writable_target(args.plots, "--plots", folder=True)
         check_writable_target(args.work, "--work", folder=True)
         laboratory.claim()
-        found = groups_of(args.base)
+        layers, found = attention_layers(args.base), groups_of(args.base)
         groups = {
             title: {name: one for name, one in rows.items() if re.search(args.settings, one.key)}
             for title, rows in found.items()
@@ -103,7 +103,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             for name, one in rows.items()
         }
-        parts += [text] if (text := report(title, measured, args.plots)) else []
+        ranks = {name: rank_said(one, layers) for name, one in rows.items()}
+        parts += [text] if (text := report(title, measured, ranks, args.plots)) else []
     text = "\n\n".join(parts) + "\n"
     print(text)
     if args.output:

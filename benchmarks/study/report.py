@@ -30,21 +30,21 @@ def draws(records: Records, score: str) -> Draws:
     return found
 
 
-def group_table(rows: Mapping[str, Records]) -> str:
-    """Means over subjects and seeds, the base's beside them, with each setting's rate and costs."""
+def group_table(rows: Mapping[str, Records], ranks: Mapping[str, str | None]) -> str:
+    """Means over subjects and seeds, the base's beside them, with each setting's rank, rate and costs."""
     known = [score for score in LABELS if any(value(one, score) is not None for own in rows.values() for one in own)]
     lines = []
     for name, records in rows.items():
         if not records:
             continue
         costs = [f"{records[0]['trained_parameters']:,}", f"{records[0]['rate']:g}", f"{mean(records, 'seconds'):.0f}"]
-        lines.append([name, *costs, *(shown(mean_of(records, score)) for score in known)])
+        lines.append([name, ranks.get(name) or UNKNOWN, *costs, *(shown(mean_of(records, score)) for score in known)])
     base = [one["base"] for own in rows.values() for one in own if "base" in one]
     if base:
         means = {score: [one[score] for one in base if score in one] for score in known} | {"held_out": [1.0]}
         cells = (shown(sum(own) / len(own) if own else None) for own in means.values())
-        lines.insert(0, ["base", UNKNOWN, UNKNOWN, UNKNOWN, *cells])
-    header = ["", "trained", "learning rate", "CPU s", *(LABELS[score] for score in known)]
+        lines.insert(0, ["base", *[UNKNOWN] * 4, *cells])
+    header = ["", "rank, of the layers", "trained", "learning rate", "CPU s", *(LABELS[score] for score in known)]
     return markdown_table(header, lines)
 
 

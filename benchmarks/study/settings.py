@@ -90,13 +90,22 @@ def rates_of(method: str) -> tuple[float, ...]:
     return tuple(float(f"{centre * step:.1e}") for step in STEPS_OF_RATES)
 
 
+def attention_layers(base: str) -> list[Layer]:
+    """What the study adapts: the attention layers of a base's UNet, by shape.
+
+    Raises:
+        ValueError: if the base has no configuration.
+    """
+    return layers_of(base_outline(base, ["unet"]), Places("attention"))
+
+
 def groups_of(base: str) -> Groups:
     """All groups for a base, whose shapes say which settings meet a budget.
 
     Raises:
         ValueError: if the base has no configuration.
     """
-    layers = layers_of(base_outline(base, ["unet"]), Places("attention"))
+    layers = attention_layers(base)
     groups: Groups = {}
     for rank in BUDGETS:
         budget = rank * sum(layer.number * (layer.m + layer.n) for layer in layers)
@@ -140,3 +149,25 @@ def trained_parameters(one: Setting, layers: Sequence[Layer]) -> int:
     """Of a setting in all layers."""
     given = resolve(one.method, list(one.args), {})
     return sum(layer.number * trained_count(one.method, given, layer.m, layer.n) for layer in layers)
+
+
+def rank_said(one: Setting, layers: Sequence[Layer]) -> str | None:
+    """The rank, and NoRA's outer one, each with its share of the layers' smaller sides; None where a method has none.
+
+    On a small base a rank is a larger share than on SDXL, whose sides are 640 and 1280.
+    """
+    given = resolve(one.method, list(one.args), {})
+    if not METHODS[one.method].low_rank and one.method != "dora":
+        return None
+    sides = [min(layer.m, layer.n) for layer in layers]
+    rank = given["target_rank" if "target_rank" in given else "rank"]
+    said = with_share(rank, sides)
+    if one.method in ("nora", "nola-nora") and given.get("structure") != "adapter":
+        said += f" in {with_share(given['outer_rank'] or 8 * rank, sides)}"
+    return said
+
+
+def with_share(rank: int, sides: Sequence[int]) -> str:
+    """Such as "16 (10–17 %)"."""
+    least, most = (round(100 * min(1, rank / side)) for side in (max(sides), min(sides)))
+    return f"{rank} ({least}–{most} %)" if least != most else f"{rank} ({least} %)"
