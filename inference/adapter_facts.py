@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from methods.formats.keys import refused_kind, split_key, what_it_is
 from runs.tools_header import METHOD_KEY
 from storage.files import read_json
 from storage.tensors import read_safetensors_header
+from storage.text import counted
 
 FORMATS = {
     "folded": "diffusers, or another's dotted names",
@@ -63,6 +65,22 @@ def identifiers(file: AdapterFile) -> list[str]:
     bracketed = re.findall(r"\[[^\]\s]+\]|<[^>\s]+>", trigger) if isinstance(trigger, str) else []
     words = record.get("new_words")
     return list(dict.fromkeys([*(words if isinstance(words, dict) else ()), *bracketed]))
+
+
+def warn_of_missing_words(adapter: str | Path, prompts: Sequence[str]) -> None:
+    """Say once for an adapter that a prompt has none of the words that stand for its subject.
+
+    Raises:
+        ValueError: what `inspect_adapter` refuses.
+    """
+    words = identifiers(inspect_adapter(adapter))
+    lacking = [prompt for prompt in prompts if words and not any(word in prompt for word in words)]
+    if lacking:
+        others = f" (and {counted(len(lacking) - 1, 'other')})" if lacking[1:] else ""
+        print(
+            f"warning: prompt {lacking[0]!r}{others} lacks {' and '.join(words)}, the word for what {adapter} learned",
+            file=sys.stderr,
+        )
 
 
 def _foreign(keys: Iterable[str]) -> str:

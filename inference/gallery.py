@@ -131,14 +131,15 @@ def run(config: GalleryConfig) -> tuple[Path, Path]:
 
     # PyTorch and diffusers take seconds to import: wrong flags have been refused by now
     quiet_libraries()
-    from inference.adapter_files import inspect_adapter, run_checkpoints
+    from inference.adapter_facts import warn_of_missing_words
+    from inference.adapter_files import run_checkpoints
     from inference.columns import open_listed
     from inference.figures import adapter_figures, describe_settings, subtitle
     from inference.pipelines import check_hardware, choose_base
 
     check_hardware(config)
     for path in adapters.values():
-        inspect_adapter(path)
+        warn_of_missing_words(path, prompts)
     if config.checkpoints and not any(map(run_checkpoints, adapters.values())):
         raise ValueError("--checkpoints: none of the --adapters is a run's folder with checkpoints: leave it out")
     pictures: dict[tuple[str, str, int], list[PagePicture]] = {}

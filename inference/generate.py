@@ -6,7 +6,6 @@ python -m inference.generate --adapter out/cat --prompt "[V] photo of a cat in t
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -44,15 +43,14 @@ def run(config: GenerateConfig) -> Path:
 
     # PyTorch and diffusers take seconds to import: wrong flags have been refused by now
     quiet_libraries()
-    from inference.adapter_facts import identifiers
-    from inference.adapter_files import inspect_adapter
+    from inference.adapter_facts import warn_of_missing_words
     from inference.load import load_adapter, set_adapter_scale
     from inference.pipelines import check_hardware, choose_base, merge_and_offload, pipeline_for, refiner_for
     from inference.sampling import generate_images, warn_of_truncated_prompts
 
     check_hardware(config)
     for path in adapters:
-        warn_of_missing_words(path, identifiers(inspect_adapter(path)), prompts)
+        warn_of_missing_words(path, prompts)
     config = choose_base(config, next(iter(adapters), None))
     check_writable_target(folder, "--output", folder=True)
     listed = {record["file"]: record for record in read_manifest(folder)}
@@ -86,17 +84,6 @@ def run(config: GenerateConfig) -> Path:
     finally:
         write_manifest(folder, records)  # also when interrupted: the images drawn so far are listed
     return folder
-
-
-def warn_of_missing_words(adapter: str | Path, words: Sequence[str], prompts: Sequence[str]) -> None:
-    """Say once for an adapter that a prompt has none of the words that stand for its subject."""
-    lacking = [prompt for prompt in prompts if words and not any(word in prompt for word in words)]
-    if lacking:
-        others = f" (and {len(lacking) - 1} others)" if lacking[1:] else ""
-        print(
-            f"warning: prompt {lacking[0]!r}{others} lacks {' and '.join(words)}, the word for what {adapter} learned",
-            file=sys.stderr,
-        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

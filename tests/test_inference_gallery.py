@@ -173,6 +173,15 @@ def test_a_run_s_variant_of_the_base_is_drawn_with_and_another_s_pictures_are_no
     assert all(one != other for one, other in zip(*pages))
 
 
+def test_a_prompt_without_the_subjects_word_is_reported(tmp_path, capsys):
+    run = shutil.copytree(saved_lora(), tmp_path / "run")
+    (run / "run.json").write_text(json.dumps({"config": {"instance_prompt": "a photo of [V] cat"}}))
+    command = ["--base", str(saved_base()), "--adapters", f"lora={run}", "--output", str(tmp_path / "gallery.html")]
+    main([*command, "--prompts", "a cat", "[V] photo of a cat", "--num_inference_steps", "1", "--seeds", "0"])
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert said == [f"warning: prompt 'a cat' lacks [V], the word for what {run} learned"]
+
+
 def test_a_grid_with_gaps(tmp_path, capsys):
     for name, prompt in (("one", "a cat"), ("two", "a dog")):
         command = ["--base", str(saved_base()), "--prompt", prompt, "--num_inference_steps", "1"]

@@ -419,7 +419,7 @@ def test_a_prompt_without_the_subjects_word_is_reported(tmp_path, capsys):
     prompts = ["--prompt", "a cat", "a dog", "[V] photo of a cat"]
     main(["--base", str(saved_base()), "--adapter", str(run), *prompts, "--num_inference_steps", "1"])
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert said == [f"warning: prompt 'a cat' (and 1 others) lacks [V], the word for what {run} learned"]
+    assert said == [f"warning: prompt 'a cat' (and 1 other) lacks [V], the word for what {run} learned"]
 
 
 def bad_commands(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
