@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 CLASSES = ("red", "orange", "yellow", "green", "teal", "blue", "purple", "pink", "brown", "gray", "white", "black")
 PROJECTIONS = ["q_proj", "k_proj", "v_proj"]
 BATCH = 8
-RATES = (5e-4, 2e-3, 8e-3)
+RATES = (1.25e-4, 5e-4, 2e-3, 8e-3)
 
 
 class Pictures(NamedTuple):
