@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from inference.score_labels import SCORE_LABELS
@@ -10,7 +11,11 @@ from judging.statistics import Draws, differences
 from judging.tables import UNKNOWN, markdown_table
 from runs.interval import Difference, format_difference
 
-LABELS = {"held_out": "Held-out loss ↓", **SCORE_LABELS, "copies": "Copies ↓"}
+FIFTHS = {"first_loss": slice(0, 2), "last_loss": slice(-2, None)}  # of the ten parts that a training's losses have
+LABELS = {
+    **{"first_loss": "Loss, first fifth ↓", "last_loss": "Loss, last fifth ↓", "held_out": "Held-out loss ↓"},
+    **{**SCORE_LABELS, "copies": "Copies ↓"},
+}
 Records = Sequence[Mapping[str, Any]]  # of one setting: one a subject and seed, as `value` reads them
 
 
@@ -18,6 +23,8 @@ def value(record: Mapping[str, Any], score: str) -> float | None:
     """A training's figure."""
     if score in ("held_out", "copies"):
         return record.get(score)
+    if score in FIFTHS:
+        return fmean(loss for _, loss in record["losses"][FIFTHS[score]]) if "losses" in record else None
     return record.get("scores", {}).get(score)
 
 
