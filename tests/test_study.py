@@ -125,6 +125,12 @@ def test_tables_hold_means_and_paired_differences():
     assert difference_table({"LoRA": rows["LoRA"]}) is None
 
 
+def test_attributes_and_scene_count_alike():
+    rows = {"LoRA": [record("cat", 0, 1.0, attributes=0.25, scene=1.0)]}
+    table = group_table(rows, {}).splitlines()
+    assert table[0].split(" | ")[5] == "Attributes and scene ↑" and table[3].split(" | ")[5] == "0.625"
+
+
 def test_a_groups_report_has_its_plot_where_settings_are_compared(tmp_path):
     curves = {"curve": [[1, 0.2], [2, 0.1]], "losses": [[1, 0.3], [2, 0.2]]}
     rows = {

@@ -12,14 +12,16 @@ from matplotlib.figure import Figure
 from benchmarks.study.report import LABELS, Records, paired_differences
 from runs.interval import Difference
 
-PLOTTED = ("attributes", "dino", "held_out")  # is it that subject: by the reader, by the encoder, by the loss
+# Is it that subject, where it was asked for: by the reader, the encoder, the loss; the first three that are known.
+PLOTTED = ("kept", "attributes", "dino", "held_out")
+PANELS = 3
 
 
 def group_plot(rows: Mapping[str, Records]) -> bytes | None:
     """PNG of a group: a panel of differences for each score, and two of losses; None where nothing can be compared."""
     there = {name: records for name, records in rows.items() if records}
     found = {score: paired_differences(there, score) for score in PLOTTED} if there else {}
-    found = {score: own for score, own in found.items() if own}
+    found = dict([(score, own) for score, own in found.items() if own][:PANELS])
     if not found:
         return None
     height = 1.2 + 0.3 * len(there)

@@ -13,6 +13,7 @@ from runs.interval import Difference, format_difference
 
 FIFTHS = {"first_loss": slice(0, 2), "last_loss": slice(-2, None)}  # of the ten parts that a training's losses have
 LABELS = {
+    "kept": "Attributes and scene ↑",  # their mean: what learning rates are chosen by
     **{"first_loss": "Loss, first fifth ↓", "last_loss": "Loss, last fifth ↓", "held_out": "Held-out loss ↓"},
     **{**SCORE_LABELS, "copies": "Copies ↓"},
 }
@@ -25,7 +26,10 @@ def value(record: Mapping[str, Any], score: str) -> float | None:
         return record.get(score)
     if score in FIFTHS:
         return fmean(loss for _, loss in record["losses"][FIFTHS[score]]) if "losses" in record else None
-    return record.get("scores", {}).get(score)
+    scores = record.get("scores", {})
+    if score == "kept":
+        return (scores["attributes"] + scores["scene"]) / 2 if "attributes" in scores else None
+    return scores.get(score)
 
 
 def draws(records: Records, score: str) -> Draws:
@@ -46,11 +50,9 @@ def group_table(rows: Mapping[str, Records], ranks: Mapping[str, str | None]) ->
             continue
         costs = [f"{records[0]['trained_parameters']:,}", f"{records[0]['rate']:g}", f"{mean(records, 'seconds'):.0f}"]
         lines.append([name, ranks.get(name) or UNKNOWN, *costs, *(shown(mean_of(records, score)) for score in known)])
-    base = [one["base"] for own in rows.values() for one in own if "base" in one]
+    base = [{"scores": one["base"], "held_out": 1.0} for own in rows.values() for one in own if "base" in one]
     if base:
-        means = {score: [one[score] for one in base if score in one] for score in known} | {"held_out": [1.0]}
-        cells = (shown(sum(own) / len(own) if own else None) for own in means.values())
-        lines.insert(0, ["base", *[UNKNOWN] * 4, *cells])
+        lines.insert(0, ["base", *[UNKNOWN] * 4, *(shown(mean_of(base, score)) for score in known)])
     header = ["", "rank, of the layers", "trained", "learning rate", "CPU s", *(LABELS[score] for score in known)]
     return markdown_table(header, lines)
 
