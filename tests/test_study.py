@@ -138,7 +138,7 @@ def test_a_groups_report_has_its_plot_where_settings_are_compared(tmp_path):
         for name, loss in (("LoRA", 0.9), ("NoRA", 0.8))
     }
     text = report("Rank 4, both", rows, {}, tmp_path)
-    assert "Loss, first fifth ↓ | Loss, last fifth ↓" in text and "0.250 | 0.250 |" in text
+    assert "loss, first fifth ↓ | 1000 × loss, last fifth ↓" in text and "| 250.000 | 250.000 |" in text
     assert "![Rank 4, both](" + tmp_path.name + "/rank-4-both.png)" in text
     with Image.open(tmp_path / "rank-4-both.png") as picture:
         assert picture.format == "PNG" and picture.width > 500

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.study.report import LABELS, Records, paired_differences
 from runs.interval import Difference
@@ -24,12 +25,14 @@ def group_plot(rows: Mapping[str, Records]) -> bytes | None:
     found = dict([(score, own) for score, own in found.items() if own][:PANELS])
     if not found:
         return None
-    height = 1.2 + 0.3 * len(there)
-    figure = Figure(figsize=(3.4 * (len(found) + 2) + 3, height), dpi=90, layout="constrained")
+    figure = Figure(figsize=(2.4 * (len(found) + 2) + 2, 1.6 + 0.25 * len(there)), dpi=100, layout="constrained")
     *panels, fits, curves = figure.subplots(1, len(found) + 2)
+    for axes in (*panels, fits, curves):
+        axes.tick_params(labelsize=7)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
     for panel, (score, differences) in zip(panels, found.items()):
         draw_differences(panel, differences, named=panel is panels[0])
-        panel.set_title(f"{LABELS[score]}, less {next(iter(there))}", fontsize=8)
+        panel.set_title(f"{LABELS[score]},\nless {next(iter(there))}", fontsize=8)
     draw_fits(fits, there)
     draw_curves(curves, there)
     stream = io.BytesIO()
@@ -61,7 +64,7 @@ def draw_fits(axes: Axes, rows: Mapping[str, Records]) -> None:
         ]:
             steps, less = np.array(pairs).mean(axis=0)
             axes.plot(steps, less, label=name)
-    axes.set_title(f"training loss over steps, less {first}", fontsize=8)
+    axes.set_title(f"training loss over steps,\nless {first}", fontsize=8)
 
 
 def draw_curves(axes: Axes, rows: Mapping[str, Records]) -> None:
@@ -70,5 +73,5 @@ def draw_curves(axes: Axes, rows: Mapping[str, Records]) -> None:
         if curves := [record["curve"] for record in records if record["curve"]]:
             steps, losses = np.array(curves).mean(axis=0).T
             axes.plot(steps, losses / losses[0], label=name)
-    axes.set_title("loss on held-out pictures over steps", fontsize=8)
+    axes.set_title("loss on held-out pictures\nover steps", fontsize=8)
     axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))

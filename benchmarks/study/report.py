@@ -14,7 +14,11 @@ from runs.interval import Difference, format_difference
 FIFTHS = {"first_loss": slice(0, 2), "last_loss": slice(-2, None)}  # of the ten parts that a training's losses have
 LABELS = {
     "kept": "Attributes and scene ↑",  # their mean: what learning rates are chosen by
-    **{"first_loss": "Loss, first fifth ↓", "last_loss": "Loss, last fifth ↓", "held_out": "Held-out loss ↓"},
+    **{
+        "first_loss": "1000 × loss, first fifth ↓",
+        "last_loss": "1000 × loss, last fifth ↓",
+        "held_out": "Held-out loss ↓",
+    },
     **{**SCORE_LABELS, "copies": "Copies ↓"},
 }
 Records = Sequence[Mapping[str, Any]]  # of one setting: one a subject and seed, as `value` reads them
@@ -25,7 +29,7 @@ def value(record: Mapping[str, Any], score: str) -> float | None:
     if score in ("held_out", "copies"):
         return record.get(score)
     if score in FIFTHS:
-        return fmean(loss for _, loss in record["losses"][FIFTHS[score]]) if "losses" in record else None
+        return 1000 * fmean(loss for _, loss in record["losses"][FIFTHS[score]]) if "losses" in record else None
     scores = record.get("scores", {})
     if score == "kept":
         return (scores["attributes"] + scores["scene"]) / 2 if "attributes" in scores else None
