@@ -3,9 +3,13 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -197,3 +201,25 @@ def test_a_training_is_measured_once(tmp_path, monkeypatch):
     assert laboratory.measure(training, scored=True) == json.loads(json.dumps(found))
     assert laboratory.measure(tuning, scored=False) == tried
     assert laboratory.found(tuning, scored=True) is None
+
+
+def test_workers_end_with_a_command_that_is_killed():
+    work = "import time; from benchmarks.study.workers import in_processes; in_processes(1, time.sleep, [600])"
+    command = subprocess.Popen([sys.executable, "-c", work], cwd=ASSETS.parent)
+    own = psutil.Process(command.pid)
+    try:
+        workers = until(lambda: [one for one in own.children() if "spawn_main" in " ".join(one.cmdline())])
+        until(lambda: workers[0].num_threads() > 1 and workers[0].cpu_times().user > 1)  # it has its libraries
+    finally:
+        command.kill()
+        command.wait()
+    until(lambda: not workers[0].is_running() or workers[0].status() == psutil.STATUS_ZOMBIE)
+
+
+def until(found, seconds=60):
+    """What it gives as soon as that is something."""
+    end = time.monotonic() + seconds
+    while not (result := found()):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    return result

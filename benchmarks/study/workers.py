@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -27,6 +29,14 @@ def one_thread() -> None:
     """A core to a process: small matrices gain nothing from two."""
     torch.set_num_threads(1)
     quiet_libraries()
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """A worker would go on with its training, and write its result, after the command was killed."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def in_processes(jobs: int, work: Callable[..., Any], items: Iterable[Any]) -> list[Any]:
