@@ -38,7 +38,7 @@ BASE = str(ASSETS / "tiny-sdxl")
 
 @pytest.fixture(scope="module")
 def groups():
-    return groups_of(BASE)
+    return groups_of(attention_layers(BASE))
 
 
 def test_every_method_is_compared_within_the_budgets(groups):

@@ -75,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_writable_target(args.plots, "--plots", folder=True)
         check_writable_target(args.work, "--work", folder=True)
         laboratory.claim()
-        layers, found = attention_layers(args.base), groups_of(args.base)
+        layers = attention_layers(args.base)
+        found = groups_of(layers)
         groups = {
             title: {name: one for name, one in rows.items() if re.search(args.settings, one.key)}
             for title, rows in found.items()

@@ -58,12 +58,12 @@ def draw_fits(axes: Axes, rows: Mapping[str, Records]) -> None:
         name: {(one["subject"], one["seed"]): np.array(one["losses"]) for one in records if "losses" in one}
         for name, records in rows.items()
     }
-    for name, own in losses.items():
+    for own in losses.values():
         if pairs := [
             (one[:, 0], (one - losses[first][place])[:, 1]) for place, one in own.items() if place in losses[first]
         ]:
             steps, less = np.array(pairs).mean(axis=0)
-            axes.plot(steps, less, label=name)
+            axes.plot(steps, less)
     axes.set_title(f"training loss over steps,\nless {first}", fontsize=8)
 
 

@@ -13,13 +13,12 @@ from runs.interval import Difference, format_difference
 
 FIFTHS = {"first_loss": slice(0, 2), "last_loss": slice(-2, None)}  # of the ten parts that a training's losses have
 LABELS = {
-    "kept": "Attributes and scene ↑",  # their mean: what learning rates are chosen by
-    **{
-        "first_loss": "1000 × loss, first fifth ↓",
-        "last_loss": "1000 × loss, last fifth ↓",
-        "held_out": "Held-out loss ↓",
-    },
-    **{**SCORE_LABELS, "copies": "Copies ↓"},
+    "kept": "Attributes and scene ↑",
+    "first_loss": "1000 × loss, first fifth ↓",
+    "last_loss": "1000 × loss, last fifth ↓",
+    "held_out": "Held-out loss ↓",
+    **SCORE_LABELS,
+    "copies": "Copies ↓",
 }
 Records = Sequence[Mapping[str, Any]]  # of one setting: one a subject and seed, as `value` reads them
 
@@ -32,8 +31,13 @@ def value(record: Mapping[str, Any], score: str) -> float | None:
         return 1000 * fmean(loss for _, loss in record["losses"][FIFTHS[score]]) if "losses" in record else None
     scores = record.get("scores", {})
     if score == "kept":
-        return (scores["attributes"] + scores["scene"]) / 2 if "attributes" in scores else None
+        return kept(scores) if "attributes" in scores else None
     return scores.get(score)
+
+
+def kept(shares: Mapping[str, float]) -> float:
+    """What learning rates are chosen by and settings compared by: the subject's attributes and the scenes, alike."""
+    return (shares["attributes"] + shares["scene"]) / 2
 
 
 def draws(records: Records, score: str) -> Draws:

@@ -99,13 +99,8 @@ def attention_layers(base: str) -> list[Layer]:
     return layers_of(base_outline(base, ["unet"]), Places("attention"))
 
 
-def groups_of(base: str) -> Groups:
-    """All groups for a base, whose shapes say which settings meet a budget.
-
-    Raises:
-        ValueError: if the base has no configuration.
-    """
-    layers = attention_layers(base)
+def groups_of(layers: Sequence[Layer]) -> Groups:
+    """All groups for a base's layers, whose shapes say which settings meet a budget."""
     groups: Groups = {}
     for rank in BUDGETS:
         budget = rank * sum(layer.number * (layer.m + layer.n) for layer in layers)

@@ -20,6 +20,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from benchmarks.heldout_loss import heldout_loss
+from benchmarks.study.report import kept
 from benchmarks.study.settings import Setting
 from inference.base import load_pipeline
 from inference.load import load_adapter, unload_adapters
@@ -269,7 +270,7 @@ def shortfall(record: Mapping[str, Any]) -> float:
     a good one from too low a rate: most of it is of the pose and the background, which no adapter can know.
     """
     if reading := record.get("reading"):
-        return 1 - (reading["attributes"] + reading["scene"]) / 2
+        return 1 - kept(reading)
     return record["held_out"]
 
 
