@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,8 @@ import pytest
 from PIL import Image
 
 from benchmarks.study import trainings
-from benchmarks.study.__main__ import report
-from benchmarks.study.report import difference_table, draws, group_table
+from benchmarks.study.__main__ import main, report
+from benchmarks.study.report import by_seeds, difference_table, draws, group_table, other_scores
 from benchmarks.study.settings import (
     BUDGETS,
     attention_layers,
@@ -25,7 +26,7 @@ from benchmarks.study.settings import (
     setting,
     trained_parameters,
 )
-from benchmarks.study.trainings import Laboratory, Training, best_rate
+from benchmarks.study.trainings import Laboratory, NotMeasured, Training, best_rate
 from judging import statistics
 from methods.registry import METHODS
 from trainer.diagnostics import TrainingFailure
@@ -83,7 +84,7 @@ class Parabola(Laboratory):
         assert not scored
         self.asked.append(training)
         if training.rate > 3 * self.diverges:
-            raise TrainingFailure("the loss is nan at step 3")
+            return {"failed": "the loss is nan at step 3"}
         distance = abs(math.log(training.rate / self.best))
         return {"held_out": math.nan if training.rate >= self.diverges else distance}
 
@@ -116,10 +117,23 @@ def test_tables_hold_means_and_paired_differences():
     first = [record(*place, 0.9 + size, dino=0.6) for place, size in noise.items()]
     other = [record(*place, 0.8 + size + size / 100, dino=0.6) for place, size in noise.items()]
     rows = {"LoRA": first, "NoRA": other}
-    table, differences = group_table(rows, {"LoRA": "4 (3–4 %)"}).splitlines(), difference_table(rows)
-    assert table[2].startswith("| base | – | – | – | – | 1.000 | 0.500 |")
-    assert table[3].startswith("| LoRA | 4 (3–4 %) | 1,000 | 0.001 | 5 | 1.108 | 0.600 |")
-    assert "NoRA − LoRA | -0.098" in differences
+    ranks = {"LoRA": "4 (3–4 %)"}
+    assert group_table(rows, ranks).splitlines() == [
+        "|  | rank, of the layers | trained | learning rate | Held-out loss ↓ | DINO ↑ "
+        "| Held-out loss ↓, less LoRA's |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| base | – | – | – | 1.000 | 0.500 | – |",
+        "| LoRA | 4 (3–4 %) | 1,000 | 0.001 | 1.108 | 0.600 | – |",
+        "| NoRA | – | 1,000 | 0.001 | 1.010 | 0.600 | -0.098 [-0.100, -0.096], p < 0.001 |",
+    ]
+    paper = group_table(rows, ranks, ("the paper's Table 4", {"NoRA": "44.3"})).splitlines()
+    assert [line.split(" | ")[:2] for line in paper[2:]] == [["| base", "–"], ["| LoRA", "–"], ["| NoRA", "44.3"]]
+    assert other_scores(rows).splitlines()[::2] == [
+        "|  | CPU s | Copies ↓ |",
+        "| base | – | – |",
+        "| NoRA | 5 | 0.000 |",
+    ]
+    assert "NoRA − LoRA | -0.098" in difference_table(rows)
     # far apart when paired, though each varies more between subjects than they differ
     found = {
         score: statistics.differences({0: draws(first, score)}, {"NoRA": {0: draws(other, score)}})["NoRA"].p_value
@@ -132,7 +146,26 @@ def test_tables_hold_means_and_paired_differences():
 def test_attributes_and_scene_count_alike():
     rows = {"LoRA": [record("cat", 0, 1.0, attributes=0.25, scene=1.0)]}
     table = group_table(rows, {}).splitlines()
-    assert table[0].split(" | ")[5] == "Attributes and scene ↑" and table[3].split(" | ")[5] == "0.625"
+    assert table[0].split(" | ")[4] == "Attributes and scene ↑" and table[3].split(" | ")[4] == "0.625"
+
+
+def test_settings_are_compared_by_the_seeds_that_they_share():
+    def measured(*seeds):
+        return [record(subject, seed, 1.0) for subject in ("cat", "dog") for seed in seeds]
+
+    def tables(**rows):
+        found = by_seeds(rows, ["cat", "dog"])
+        assert all(
+            {one["seed"] for one in own} == set(seeds) for seeds, there in found.items() for own in there.values()
+        )
+        return {seeds: list(there) for seeds, there in found.items()}
+
+    three, one = measured(0, 1, 2), measured(0)
+    assert tables(lora=three, nora=three) == {(0, 1, 2): ["lora", "nora"]}
+    assert tables(lora=three, nora=three, dora=one) == {(0, 1, 2): ["lora", "nora"], (0,): ["lora", "nora", "dora"]}
+    assert tables(lora=three, dora=one) == {(0,): ["lora", "dora"]}  # one alone isn't compared
+    assert tables(lora=[*one, record("cat", 1, 1.0)], nora=one, dora=[]) == {(0,): ["lora", "nora"]}
+    assert tables(lora=three) == {(0, 1, 2): ["lora"]} and tables(lora=[]) == {}
 
 
 def test_a_groups_report_has_its_plot_where_settings_are_compared(tmp_path):
@@ -141,13 +174,39 @@ def test_a_groups_report_has_its_plot_where_settings_are_compared(tmp_path):
         name: [record("cat", seed, loss + seed / 10) | curves for seed in (0, 1)]
         for name, loss in (("LoRA", 0.9), ("NoRA", 0.8))
     }
-    text = report("Rank 4, both", rows, {}, tmp_path)
+    text = report("Rank 4, both", rows | {"DoRA": []}, ["cat"], {}, tmp_path)
     assert "loss, first fifth ↓ | 1000 × loss, last fifth ↓" in text and "| 250.000 | 250.000 |" in text
+    assert "Training seeds 0, 1:" in text and text.endswith("\n\nNot measured: DoRA.")
     assert "![Rank 4, both](" + tmp_path.name + "/rank-4-both.png)" in text
     with Image.open(tmp_path / "rank-4-both.png") as picture:
         assert picture.format == "PNG" and picture.width > 500
-    assert "![" not in report("LoRA alone", {"LoRA": rows["LoRA"]}, {}, tmp_path)
-    assert report("nothing yet", {"LoRA": [], "NoRA": []}, {}, tmp_path) == ""
+    assert "![" not in report("LoRA alone", {"LoRA": rows["LoRA"]}, ["cat"], {}, tmp_path)
+    text = report("Both", rows | {"DoRA": rows["NoRA"][:1]}, ["cat"], {}, tmp_path)
+    assert "Training seed 0:" in text and "Not measured" not in text
+    assert {file.name for file in tmp_path.glob("both*")} == {"both.png", "both-seeds-0-1.png"}
+    assert report("none", {"LoRA": [], "NoRA": []}, ["cat"], {}, tmp_path) == "## none\n\nNot measured: LoRA; NoRA."
+
+
+RESULTS = ["--work", str(ASSETS.parent / "benchmarks" / "study" / "results")]
+STUDY = ["--tuning_subjects", "bear", "bird", "--measured"]
+
+
+def test_the_tables_in_the_docs_are_of_the_results(monkeypatch, tmp_path):
+    monkeypatch.chdir(ASSETS.parent)
+    monkeypatch.delattr(trainings, "train")
+    main([*STUDY, *RESULTS, "--attributes", "assets/tiny-attributes", "--output", str(tmp_path / "tables.md")])
+    tables = (tmp_path / "tables.md").read_text()
+    kept = Path("docs/study-tables.md").read_text()
+    assert re.sub(r"\n*!\[.*\)", "", kept) == tables
+    rows = [line for line in Path("docs/study.md").read_text().splitlines() if re.search(r"\| \d+,\d{3} \| [\d.]+ \|", line)]
+    assert len(rows) > 20 and [row for row in rows if row not in tables] == []
+
+
+def test_tables_of_no_results_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([*STUDY, "--work", str(tmp_path / "new")])
+    assert "new has no trainings: leave --measured out to make some" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
@@ -197,7 +256,18 @@ def test_a_training_is_measured_once(tmp_path, monkeypatch):
     tried = laboratory.measure(tuning := training._replace(seed=100), scored=False)
     assert set(tried["reading"]) == {"attributes", "scene"} and "scores" not in tried
     assert trainings.shortfall(tried) == 1 - sum(tried["reading"].values()) / 2
+
+    def diverges(config):
+        raise TrainingFailure("the loss is nan at step 3")
+
+    monkeypatch.setattr(trainings, "train", diverges)
+    lost = laboratory.measure(training._replace(rate=1e3), scored=True)
+    assert lost["failed"] == "the loss is nan at step 3" and trainings.shortfall(lost) == math.inf
     monkeypatch.delattr(trainings, "train")
+    assert laboratory.measure(training._replace(rate=1e3), scored=True) == lost
+    assert laboratory.records([training, training._replace(rate=1e3)]) == [json.loads(json.dumps(found))]
+    with pytest.raises(NotMeasured, match="seed 1 "):
+        replace(laboratory, trains=False).measure(training._replace(seed=1), scored=True)
     assert laboratory.measure(training, scored=True) == json.loads(json.dumps(found))
     assert laboratory.measure(tuning, scored=False) == tried
     assert laboratory.found(tuning, scored=True) is None

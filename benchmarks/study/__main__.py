@@ -2,10 +2,12 @@
 
     python -m benchmarks.study --tuning_subjects bear bird --attributes assets/tiny-attributes
     python -m benchmarks.study --tuning_subjects bear bird --groups "rank 4" "Table 4" --seeds 0
+    python -m benchmarks.study --tuning_subjects bear bird --attributes assets/tiny-attributes --measured
 
 First each setting's rate is tuned on subjects that are not scored (successive halving by attributes and scenes), then
 it is trained on every other subject with every seed, and scored. Each training is written to --work as it ends: the
-command may be ended and given again until all is there, for a few groups at a time.
+command may be ended and given again until all is there, for a few groups at a time; --measured writes the tables of
+what there is.
 """
 
 from __future__ import annotations
@@ -16,29 +18,59 @@ import inference  # noqa: F401 -- before the libraries, because it quietens what
 import argparse
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 from benchmarks.study.plots import group_plot
-from benchmarks.study.report import Records, difference_table, group_table
-from benchmarks.study.settings import attention_layers, groups_of, rank_said
-from benchmarks.study.trainings import Laboratory, Training
+from benchmarks.study.report import Records, by_seeds, difference_table, group_table, other_scores
+from benchmarks.study.settings import PAPER, Setting, attention_layers, groups_of, rank_said
+from benchmarks.study.trainings import Laboratory, NotMeasured, Training, best_rate
 from benchmarks.study.workers import in_processes, score, tune
 from storage.files import check_writable_target, write_atomic
 from storage.text import expand_home, home_path
 
+INTRODUCTION = """\
+# The study: every score
 
-def report(title: str, rows: Mapping[str, Records], ranks: Mapping[str, str | None], plots: Path | None) -> str:
-    """A group's table, its differences, and its plot in a folder, of what is there; empty where nothing is."""
-    if not any(rows.values()):
-        return ""
-    parts = [f"## {title}", group_table(rows, ranks)]
-    parts += [table] if (table := difference_table(rows)) else []
-    if plots and (picture := group_plot(rows)):
-        name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") + ".png"
-        write_atomic(plots / name, picture)
-        parts.append(f"![{title}]({plots.name}/{name})")
+{steps} steps of batch 4; subjects {subjects}; learning rates chosen on {tuning}. *Rank, of the layers*: the rank, and
+its share of a layer's smaller side; for NoRA the outer rank too. *Loss*: of the training, whose pictures and noise are
+the same for all settings of a subject and seed. Intervals hold together for a table's rows at 95 %, p by Holm."""
+
+
+def report(
+    title: str,
+    rows: Mapping[str, Records],
+    subjects: Sequence[str],
+    ranks: Mapping[str, str | None],
+    plots: Path | None = None,
+) -> str:
+    """A group's tables and plots, for each number of training seeds; what isn't measured on all subjects is named."""
+    parts, tables = [f"## {title}"], by_seeds(rows, subjects)
+    for seeds, there in tables.items():
+        parts.append(f"Training seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}:")
+        parts += [group_table(there, ranks, PAPER.get(title)), other_scores(there)]
+        parts += [table] if (table := difference_table(there)) else []
+        if plots and (picture := group_plot(there)):
+            several = f" seeds {seeds}" if seeds != list(tables)[-1] else ""
+            name = re.sub(r"[^a-z0-9]+", "-", f"{title}{several}".lower()).strip("-") + ".png"
+            write_atomic(plots / name, picture)
+            parts.append(f"![{title}]({plots.name}/{name})")
+    if missing := [row for row in rows if not any(row in there for there in tables.values())]:
+        parts.append(f"Not measured: {'; '.join(missing)}.")
     return "\n\n".join(parts)
+
+
+def known_records(
+    laboratory: Laboratory, tuning: Sequence[str], steps: int, one: Setting, places: Sequence[tuple[str, int]]
+) -> Records:
+    """What is measured of a setting at its best rate, of (subject, seed); nothing where that rate isn't known yet."""
+    try:
+        rate = best_rate(replace(laboratory, trains=False), one, tuning, steps)
+    except NotMeasured:
+        return []
+    return laboratory.records(Training(one, *place, rate, steps) for place in places)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -56,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dino", type=expand_home, default="assets/tiny-dino")
     parser.add_argument("--attributes", type=expand_home, help="folder of an attribute reader")
     parser.add_argument("--work", type=home_path, default=Path("out/study"))
+    parser.add_argument("--measured", action="store_true", help="train nothing: tables of what --work has")
     parser.add_argument("--output", type=home_path, help="a file for the tables, beside printing them")
     parser.add_argument("--plots", type=home_path, help="a folder for a plot of each group")
     args = parser.parse_args(argv)
@@ -74,6 +107,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.plots:
             check_writable_target(args.plots, "--plots", folder=True)
         check_writable_target(args.work, "--work", folder=True)
+        if args.measured and not laboratory.results.is_file():
+            raise ValueError(f"--work {args.work} has no trainings: leave --measured out to make some")
         laboratory.claim()
         layers = attention_layers(args.base)
         found = groups_of(layers)
@@ -87,26 +122,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = list(dict.fromkeys(one for rows in groups.values() for one in rows.values()))
     if not chosen:
         parser.error(f"nothing fits --groups and --settings: the groups are {'; '.join(found)}")
-    found_rates = in_processes(args.jobs, partial(tune, laboratory, args.tuning_subjects, args.steps), chosen)
-    rates = dict(zip(chosen, found_rates))
-    trainings = [
-        [Training(one, subject, seed, rates[one], args.steps) for seed in args.seeds for one in chosen]
-        for subject in subjects
-    ]
-    in_processes(args.jobs, partial(score, laboratory), trainings)
-    parts = [f"{args.steps} steps of batch 4; subjects {', '.join(subjects)}; seeds {', '.join(map(str, args.seeds))}."]
+    if not args.measured:
+        rates = in_processes(args.jobs, partial(tune, laboratory, args.tuning_subjects, args.steps), chosen)
+        trainings = [
+            [Training(one, subject, seed, rate, args.steps) for seed in args.seeds for one, rate in zip(chosen, rates)]
+            for subject in subjects
+        ]
+        in_processes(args.jobs, partial(score, laboratory), trainings)
     if args.plots:
         args.plots.mkdir(parents=True, exist_ok=True)
+    tuning = " and ".join(args.tuning_subjects)
+    text = INTRODUCTION.format(steps=args.steps, subjects=", ".join(subjects), tuning=tuning)
+    places = list(product(subjects, args.seeds))
+    known = {one: known_records(laboratory, args.tuning_subjects, args.steps, one, places) for one in chosen}
     for title, rows in groups.items():
-        measured = {
-            name: laboratory.records(
-                Training(one, subject, seed, rates[one], args.steps) for subject in subjects for seed in args.seeds
-            )
-            for name, one in rows.items()
-        }
-        ranks = {name: rank_said(one, layers) for name, one in rows.items()}
-        parts += [text] if (text := report(title, measured, ranks, args.plots)) else []
-    text = "\n\n".join(parts) + "\n"
+        ranks = {row: rank_said(one, layers) for row, one in rows.items()}
+        text += "\n\n" + report(title, {row: known[one] for row, one in rows.items()}, subjects, ranks, args.plots)
+    text += "\n"
     print(text)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -12,6 +12,7 @@ from judging.tables import UNKNOWN, markdown_table
 from runs.interval import Difference, format_difference
 
 FIFTHS = {"first_loss": slice(0, 2), "last_loss": slice(-2, None)}  # of the ten parts that a training's losses have
+SUMMARY = ("attributes", "scene", "dino", "first_loss", "last_loss")
 LABELS = {
     "kept": "Attributes and scene ↑",
     "first_loss": "1000 × loss, first fifth ↓",
@@ -49,20 +50,91 @@ def draws(records: Records, score: str) -> Draws:
     return found
 
 
-def group_table(rows: Mapping[str, Records], ranks: Mapping[str, str | None]) -> str:
-    """Means over subjects and seeds, the base's beside them, with each setting's rank, rate and costs."""
-    known = [score for score in LABELS if any(value(one, score) is not None for own in rows.values() for one in own)]
+def by_seeds(rows: Mapping[str, Records], subjects: Sequence[str]) -> dict[tuple[int, ...], dict[str, Records]]:
+    """Training seeds -> the rows that have these on all subjects, and their records of them; most seeds first.
+
+    Rows with more seeds are in the table of fewer too, where they are compared with the others.
+    """
+    seeds = {row: whole_seeds(records, subjects) for row, records in rows.items()}
+    tables: dict[tuple[int, ...], dict[str, Records]] = {
+        own: {
+            row: [record for record in rows[row] if record["seed"] in own]
+            for row, known in seeds.items()
+            if set(own) <= set(known)
+        }
+        for own in sorted({own for own in seeds.values() if own}, key=lambda one: (-len(one), one))
+    }
+
+    def compares(own: tuple[int, ...]) -> bool:
+        others = [table for other, table in tables.items() if other != own]
+        return len(tables[own]) > 1 or not any(tables[own].keys() <= table.keys() for table in others)
+
+    return {own: table for own, table in tables.items() if compares(own)}
+
+
+def whole_seeds(records: Records, subjects: Sequence[str]) -> tuple[int, ...]:
+    """The seeds with which each subject was trained."""
+    return tuple(
+        seed
+        for seed in sorted({one["seed"] for one in records})
+        if {one["subject"] for one in records if one["seed"] == seed} >= set(subjects)
+    )
+
+
+def first_scores(rows: Mapping[str, Records]) -> list[str]:
+    """What a group is read by; the first is what rates were chosen by: without an attribute reader it is the loss."""
+    compared = "kept" if known_scores(rows, ["kept"]) else "held_out"
+    return known_scores(rows, [compared, *SUMMARY])
+
+
+def group_table(
+    rows: Mapping[str, Records], ranks: Mapping[str, str | None], paper: tuple[str, Mapping[str, str]] | None = None
+) -> str:
+    """What a group is read by: means of the first scores, the base's beside them, and differences in what is compared.
+
+    Args:
+        ranks: of the rows, as `settings.rank_said` says them.
+        paper: the name of the paper's table, and what it has for the rows.
+    """
+    scores, first = first_scores(rows), next(iter(rows))
+    differences = paired_differences(rows, scores[0])
+    name, theirs = paper or ("", {})
     lines = []
-    for name, records in rows.items():
-        if not records:
-            continue
-        costs = [f"{records[0]['trained_parameters']:,}", f"{records[0]['rate']:g}", f"{mean(records, 'seconds'):.0f}"]
-        lines.append([name, ranks.get(name) or UNKNOWN, *costs, *(shown(mean_of(records, score)) for score in known)])
-    base = [{"scores": one["base"], "held_out": 1.0} for own in rows.values() for one in own if "base" in one]
-    if base:
-        lines.insert(0, ["base", *[UNKNOWN] * 4, *(shown(mean_of(base, score)) for score in known)])
-    header = ["", "rank, of the layers", "trained", "learning rate", "CPU s", *(LABELS[score] for score in known)]
+    if base := base_records(rows):
+        empty = [UNKNOWN] * (4 if paper else 3)
+        lines.append(["base", *empty, *(shown(mean_of(base, score)) for score in scores), UNKNOWN])
+    for row, records in rows.items():
+        cells = [row, *([theirs.get(row, UNKNOWN)] if paper else []), ranks.get(row) or UNKNOWN]
+        cells += [f"{records[0]['trained_parameters']:,}", f"{records[0]['rate']:g}"]
+        cells += [shown(mean_of(records, score)) for score in scores]
+        lines.append([*cells, format_difference(differences[row]) if row in differences else UNKNOWN])
+    header = ["", *([name] if paper else []), "rank, of the layers", "trained", "learning rate"]
+    header += [LABELS[score] for score in scores]
+    header.append(f"{LABELS[scores[0]]}, less {first}'s")
+    if len(rows) == 1:
+        header, lines = header[:-1], [line[:-1] for line in lines]
     return markdown_table(header, lines)
+
+
+def other_scores(rows: Mapping[str, Records]) -> str:
+    """Means of the scores that `group_table` leaves out, and what a training costs."""
+    scores = [score for score in known_scores(rows, LABELS) if score not in first_scores(rows)]
+    lines = [
+        [row, f"{mean(records, 'seconds'):.0f}", *(shown(mean_of(records, score)) for score in scores)]
+        for row, records in rows.items()
+    ]
+    if base := base_records(rows):
+        lines.insert(0, ["base", UNKNOWN, *(shown(mean_of(base, score)) for score in scores)])
+    return markdown_table(["", "CPU s", *(LABELS[score] for score in scores)], lines)
+
+
+def known_scores(rows: Mapping[str, Records], scores: Iterable[str]) -> list[str]:
+    return [score for score in scores if any(value(one, score) is not None for own in rows.values() for one in own)]
+
+
+def base_records(rows: Mapping[str, Records]) -> list[dict[str, Any]]:
+    """What the base draws, beside each training."""
+    return [{"scores": one["base"], "held_out": 1.0} for own in rows.values() for one in own if "base" in one]
 
 
 def paired_differences(rows: Mapping[str, Records], score: str) -> dict[str, Difference]:

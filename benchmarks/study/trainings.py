@@ -59,6 +59,10 @@ class Training(NamedTuple):
         return f"{self.setting.key} {self.subject} seed {self.seed} rate {self.rate:g} steps {self.steps}"
 
 
+class NotMeasured(LookupError):
+    """A training that isn't there."""
+
+
 @dataclass(frozen=True)
 class Laboratory:
     """Where the study's models, subjects and results lie.
@@ -67,6 +71,7 @@ class Laboratory:
         subjects: a folder of each, named after its class, and their held-out pictures in ``heldout``.
         work: results, one line a training, and pictures; a training that is there isn't made again.
         attributes: folder of an attribute reader; None: what pictures show isn't read.
+        trains: whether what isn't measured yet is.
     """
 
     base: str
@@ -75,6 +80,7 @@ class Laboratory:
     clip: str
     dino: str
     attributes: str | None = None
+    trains: bool = True
 
     def claim(self) -> None:
         """Note in `work` what its results are of.
@@ -117,7 +123,7 @@ class Laboratory:
     def found(self, training: Training, scored: bool) -> dict[str, Any] | None:
         """What was measured before, if all that is asked for was."""
         record = self.known().get(training.key)
-        return record if record and ("scores" in record) >= scored else None
+        return record if record and ("scores" in record or "failed" in record) >= scored else None
 
     def records(self, trainings: Iterable[Training]) -> list[dict[str, Any]]:
         """Of those trainings that are there, scored."""
@@ -129,20 +135,28 @@ class Laboratory:
 
         Args:
             scored: by all scores, held-out loss and its curve; else by what a rate is chosen by (`shortfall`).
+
+        Raises:
+            NotMeasured: if it wasn't, in a laboratory that doesn't train.
         """
         if found := self.found(training, scored):
             return found
+        if not self.trains:
+            raise NotMeasured(training.key)
         own, heldout = self.subjects / training.subject, self.subjects / "heldout" / training.subject
         prompt = f"a photo of [V] {training.subject}"
+        record: dict[str, Any] = {"subject": training.subject, "seed": training.seed, "rate": training.rate}
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / "run"
             started = time.process_time()
-            train(self.flags(training, own, heldout if scored else None, prompt, folder))
-            seconds, run = time.process_time() - started, read_json(folder / RUN_RECORD)
-            record = {
-                **{"subject": training.subject, "seed": training.seed, "rate": training.rate, "seconds": seconds},
-                **{"peak_memory_mb": run["peak_memory_mb"], "trained_parameters": run["trainable_parameters"]},
-            }
+            try:
+                train(self.flags(training, own, heldout if scored else None, prompt, folder))
+            except TrainingFailure as error:  # the loss became NaN: the rate is too high
+                record["failed"] = str(error)
+                self.write(training, record)
+                return record
+            record["seconds"], run = time.process_time() - started, read_json(folder / RUN_RECORD)
+            record["peak_memory_mb"], record["trained_parameters"] = run["peak_memory_mb"], run["trainable_parameters"]
             if scored or not self.attributes:
                 record["held_out"] = self.held_out(folder, heldout, prompt)
             if scored:
@@ -266,12 +280,14 @@ def mean_losses(lines: Sequence[Mapping[str, Any]], count: int) -> list[tuple[in
 def shortfall(record: Mapping[str, Any]) -> float:
     """What a training lacks: the subject's attributes and the prompts' scenes, both counting alike; 0 to 1.
 
+    Endless where its loss became NaN.
     Without an attribute reader the loss on held-out pictures, which tells too high a rate from a good one, but hardly
     a good one from too low a rate: most of it is of the pose and the background, which no adapter can know.
     """
-    if reading := record.get("reading"):
-        return 1 - kept(reading)
-    return record["held_out"]
+    if "failed" in record:
+        return math.inf
+    found = 1 - kept(record["reading"]) if "reading" in record else record["held_out"]
+    return math.inf if math.isnan(found) else found
 
 
 def best_rate(laboratory: Laboratory, one: Setting, subjects: Sequence[str], steps: int) -> float:
@@ -279,15 +295,13 @@ def best_rate(laboratory: Laboratory, one: Setting, subjects: Sequence[str], ste
 
     All rates for half of the steps on the first subject; the better half of them for all steps on every subject. While
     the best one is at an end of what was tried, the next one three times beyond is tried too.
+
+    Raises:
+        NotMeasured: if one of these isn't, in a laboratory that doesn't train.
     """
 
     def lacking(rate: float, subject: str, count: int) -> float:
-        training = Training(one, subject, TUNING_SEED, rate, count)
-        try:
-            found = shortfall(laboratory.measure(training, scored=False))
-        except TrainingFailure:  # the loss became NaN: the rate is too high
-            return math.inf
-        return math.inf if math.isnan(found) else found
+        return shortfall(laboratory.measure(Training(one, subject, TUNING_SEED, rate, count), scored=False))
 
     def mean(rate: float) -> float:
         return sum(lacking(rate, subject, steps) for subject in subjects) / len(subjects)
