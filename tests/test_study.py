@@ -26,7 +26,8 @@ from benchmarks.study.settings import (
     setting,
     trained_parameters,
 )
-from benchmarks.study.trainings import Laboratory, NotMeasured, Training, best_rate
+from benchmarks.study.trainings import Laboratory, NotMeasured, Training
+from benchmarks.study.tuning import Tuning, rates_table, shortfall, tune
 from judging import statistics
 from methods.registry import METHODS
 from trainer.diagnostics import TrainingFailure
@@ -99,10 +100,17 @@ def test_the_best_rate_is_found_inside_and_beyond_the_ends(best, diverges, chose
     object.__setattr__(laboratory, "asked", [])
     object.__setattr__(laboratory, "best", best)
     object.__setattr__(laboratory, "diverges", diverges)
-    found = best_rate(laboratory, setting("lora", []), ["dog", "robot"], 100)
-    assert found == pytest.approx(chosen, rel=0.05)
+    found = tune(laboratory, setting("lora", []), ["dog", "robot"], 100)
+    assert found.rate == pytest.approx(chosen, rel=0.05)
     short = [one for one in laboratory.asked if one.steps == 50]
     assert len(short) == 4 and {one.subject for one in short} == {"dog"}  # the first rung is cheap
+
+
+def test_what_a_rate_was_chosen_by_is_written_down():
+    tried = Tuning({1e-3: 0.4, 9e-3: math.inf, 3e-3: 0.25}, {1e-3: 0.3, 3e-3: 0.2})
+    row = "| lora | 0.001: 0.600, 0.003: 0.750, 0.009: diverged | 0.001: 0.700, **0.003: 0.800** |"
+    assert rates_table({"lora": tried}, read=True).splitlines()[2] == row
+    assert "| 0.001: 0.300, **0.003: 0.200** |" in rates_table({"lora": tried}, read=False)
 
 
 def record(subject, seed, loss, **scores):
@@ -198,7 +206,9 @@ def test_the_tables_in_the_docs_are_of_the_results(monkeypatch, tmp_path):
     tables = (tmp_path / "tables.md").read_text()
     kept = Path("docs/study-tables.md").read_text()
     assert re.sub(r"\n*!\[.*\)", "", kept) == tables
-    rows = [line for line in Path("docs/study.md").read_text().splitlines() if re.search(r"\| \d+,\d{3} \| [\d.]+ \|", line)]
+    rows = [
+        line for line in Path("docs/study.md").read_text().splitlines() if re.search(r"\| \d+,\d{3} \| [\d.]+ \|", line)
+    ]
     assert len(rows) > 20 and [row for row in rows if row not in tables] == []
 
 
@@ -255,14 +265,14 @@ def test_a_training_is_measured_once(tmp_path, monkeypatch):
     laboratory = replace(laboratory, attributes=str(ASSETS / "tiny-attributes"))
     tried = laboratory.measure(tuning := training._replace(seed=100), scored=False)
     assert set(tried["reading"]) == {"attributes", "scene"} and "scores" not in tried
-    assert trainings.shortfall(tried) == 1 - sum(tried["reading"].values()) / 2
+    assert shortfall(tried) == 1 - sum(tried["reading"].values()) / 2
 
     def diverges(config):
         raise TrainingFailure("the loss is nan at step 3")
 
     monkeypatch.setattr(trainings, "train", diverges)
     lost = laboratory.measure(training._replace(rate=1e3), scored=True)
-    assert lost["failed"] == "the loss is nan at step 3" and trainings.shortfall(lost) == math.inf
+    assert lost["failed"] == "the loss is nan at step 3" and shortfall(lost) == math.inf
     monkeypatch.delattr(trainings, "train")
     assert laboratory.measure(training._replace(rate=1e3), scored=True) == lost
     assert laboratory.records([training, training._replace(rate=1e3)]) == [json.loads(json.dumps(found))]

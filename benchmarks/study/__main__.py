@@ -20,14 +20,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 from benchmarks.study.plots import group_plot
 from benchmarks.study.report import Records, by_seeds, difference_table, group_table, other_scores
 from benchmarks.study.settings import PAPER, Setting, attention_layers, groups_of, rank_said
-from benchmarks.study.trainings import Laboratory, NotMeasured, Training, best_rate
-from benchmarks.study.workers import in_processes, score, tune
+from benchmarks.study.trainings import Laboratory, NotMeasured, Training
+from benchmarks.study.tuning import Tuning, rates_table, tune
+from benchmarks.study.workers import best_rate, in_processes, score
 from storage.files import check_writable_target, write_atomic
 from storage.text import expand_home, home_path
 
@@ -62,15 +62,12 @@ def report(
     return "\n\n".join(parts)
 
 
-def known_records(
-    laboratory: Laboratory, tuning: Sequence[str], steps: int, one: Setting, places: Sequence[tuple[str, int]]
-) -> Records:
-    """What is measured of a setting at its best rate, of (subject, seed); nothing where that rate isn't known yet."""
+def known_tuning(laboratory: Laboratory, subjects: Sequence[str], steps: int, one: Setting) -> Tuning | None:
+    """How the setting's rate was chosen, where that is measured."""
     try:
-        rate = best_rate(replace(laboratory, trains=False), one, tuning, steps)
+        return tune(replace(laboratory, trains=False), one, subjects, steps)
     except NotMeasured:
-        return []
-    return laboratory.records(Training(one, *place, rate, steps) for place in places)
+        return None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -111,19 +108,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"--work {args.work} has no trainings: leave --measured out to make some")
         laboratory.claim()
         layers = attention_layers(args.base)
-        found = groups_of(layers)
+        all_groups = groups_of(layers)
         groups = {
             title: {name: one for name, one in rows.items() if re.search(args.settings, one.key)}
-            for title, rows in found.items()
+            for title, rows in all_groups.items()
             if any(re.search(pattern, title) for pattern in args.groups)
         }
     except (ValueError, re.error) as error:
         parser.error(str(error))
     chosen = list(dict.fromkeys(one for rows in groups.values() for one in rows.values()))
     if not chosen:
-        parser.error(f"nothing fits --groups and --settings: the groups are {'; '.join(found)}")
+        parser.error(f"nothing fits --groups and --settings: the groups are {'; '.join(all_groups)}")
     if not args.measured:
-        rates = in_processes(args.jobs, partial(tune, laboratory, args.tuning_subjects, args.steps), chosen)
+        rates = in_processes(args.jobs, partial(best_rate, laboratory, args.tuning_subjects, args.steps), chosen)
         trainings = [
             [Training(one, subject, seed, rate, args.steps) for seed in args.seeds for one, rate in zip(chosen, rates)]
             for subject in subjects
@@ -133,11 +130,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.plots.mkdir(parents=True, exist_ok=True)
     tuning = " and ".join(args.tuning_subjects)
     text = INTRODUCTION.format(steps=args.steps, subjects=", ".join(subjects), tuning=tuning)
-    places = list(product(subjects, args.seeds))
-    known = {one: known_records(laboratory, args.tuning_subjects, args.steps, one, places) for one in chosen}
+    tuned = {one: known_tuning(laboratory, args.tuning_subjects, args.steps, one) for one in chosen}
+    known = {
+        one: laboratory.records(
+            Training(one, subject, seed, found.rate, args.steps) for subject in subjects for seed in args.seeds
+        )
+        for one, found in tuned.items()
+        if found
+    }
     for title, rows in groups.items():
+        records = {row: known.get(one, []) for row, one in rows.items()}
         ranks = {row: rank_said(one, layers) for row, one in rows.items()}
-        text += "\n\n" + report(title, {row: known[one] for row, one in rows.items()}, subjects, ranks, args.plots)
+        text += "\n\n" + report(title, records, subjects, ranks, args.plots)
+    if tried := {one.key: found for one, found in tuned.items() if found}:
+        what = "Attributes and scene" if args.attributes else "The loss on held-out pictures"
+        text += f"\n\n## Learning rates\n\n{what} on {tuning}, by learning rate:\n\n"
+        text += rates_table(tried, bool(args.attributes))
     text += "\n"
     print(text)
     if args.output:

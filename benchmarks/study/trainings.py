@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import tempfile
 import time
@@ -20,7 +19,6 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from benchmarks.heldout_loss import heldout_loss
-from benchmarks.study.report import kept
 from benchmarks.study.settings import Setting
 from inference.base import load_pipeline
 from inference.load import load_adapter, unload_adapters
@@ -43,7 +41,6 @@ DRAWING_STEPS = 20
 HELDOUT_SAMPLES = 256
 CURVE_POINTS = 5
 LOSS_MEANS = 10  # of a training: over each tenth of its steps
-TUNING_SEED = 100  # none of those that are scored
 COLUMN = "adapted"  # each training takes the place of the one before
 
 
@@ -275,45 +272,3 @@ def mean_losses(lines: Sequence[Mapping[str, Any]], count: int) -> list[tuple[in
     steps = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     parts = np.array_split(np.array(steps), min(count, len(steps)))
     return [(int(part[-1, 0]), float(part[:, 1].mean())) for part in parts]
-
-
-def shortfall(record: Mapping[str, Any]) -> float:
-    """What a training lacks: the subject's attributes and the prompts' scenes, both counting alike; 0 to 1.
-
-    Endless where its loss became NaN.
-    Without an attribute reader the loss on held-out pictures, which tells too high a rate from a good one, but hardly
-    a good one from too low a rate: most of it is of the pose and the background, which no adapter can know.
-    """
-    if "failed" in record:
-        return math.inf
-    found = 1 - kept(record["reading"]) if "reading" in record else record["held_out"]
-    return math.inf if math.isnan(found) else found
-
-
-def best_rate(laboratory: Laboratory, one: Setting, subjects: Sequence[str], steps: int) -> float:
-    """The setting's best learning rate on subjects that are not scored, by `shortfall`: successive halving.
-
-    All rates for half of the steps on the first subject; the better half of them for all steps on every subject. While
-    the best one is at an end of what was tried, the next one three times beyond is tried too.
-
-    Raises:
-        NotMeasured: if one of these isn't, in a laboratory that doesn't train.
-    """
-
-    def lacking(rate: float, subject: str, count: int) -> float:
-        return shortfall(laboratory.measure(Training(one, subject, TUNING_SEED, rate, count), scored=False))
-
-    def mean(rate: float) -> float:
-        return sum(lacking(rate, subject, steps) for subject in subjects) / len(subjects)
-
-    first = sorted(one.rates, key=lambda rate: lacking(rate, subjects[0], max(1, steps // 2)))
-    tried = {rate: mean(rate) for rate in first[: max(1, len(first) // 2)]}
-    for _ in range(3):
-        best = min(tried, key=tried.__getitem__)
-        beyond = [float(f"{best * step:.1e}") for step in (1 / 3, 3)]
-        known = (*one.rates, *tried)
-        missing = [rate for rate in beyond if (rate < min(known) or rate > max(known))]
-        if not missing:
-            break
-        tried |= {rate: mean(rate) for rate in missing}
-    return min(tried, key=tried.__getitem__)

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from benchmarks.study.settings import Setting
-from benchmarks.study.trainings import Laboratory, Training, best_rate
+from benchmarks.study.trainings import Laboratory, Training
+from benchmarks.study.tuning import tune
 from settings.command_line import quiet_libraries
 
 
-def tune(laboratory: Laboratory, subjects: Sequence[str], steps: int, one: Setting) -> float:
-    return best_rate(laboratory, one, subjects, steps)
+def best_rate(laboratory: Laboratory, subjects: Sequence[str], steps: int, one: Setting) -> float:
+    return tune(laboratory, one, subjects, steps).rate
 
 
 def score(laboratory: Laboratory, trainings: Sequence[Training]) -> list[dict[str, Any]]:
