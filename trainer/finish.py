@@ -79,10 +79,11 @@ def finish(
     samples = sampler.samples(validation.validation_prompt, seeds)
     samples = keep_samples(accelerator, samples, folder / SAMPLES, total_steps)
     if accelerator.is_main_process:
-        if samples and tools:
-            add_to_header(folder / tools, thumbnail(samples[0].image))
-            _write_record(folder, record, files)
-        write_card(folder, record, [(sample.prompt, f"{SAMPLES}/{sample.file}") for sample in samples])
+        if samples:
+            if tools:
+                add_to_header(folder / tools, thumbnail(samples[0].image))
+                _write_record(folder, record, files)
+            write_card(folder, record, [(sample.prompt, f"{SAMPLES}/{sample.file}") for sample in samples])
         if output.push_to_hub:
             print(f"uploaded to {push_to_hub(folder, output.hub_model_id, output.hub_token)}")
         print(f"{folder}: adapter and record are there")
