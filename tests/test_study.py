@@ -246,6 +246,8 @@ def test_results_are_of_one_base(tmp_path):
     laboratory.claim()
     elsewhere = shutil.copytree(tmp_path / "subjects", tmp_path / "copied")
     Laboratory(BASE, elsewhere, tmp_path / "work", "clip", "dino").claim()  # as in another checkout
+    (subject.parent / "README.md").write_text("who drew them")
+    laboratory.claim()
     (subject / "new.png").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"has results of other files \(subjects\)"):
         laboratory.claim()

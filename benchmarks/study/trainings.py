@@ -250,11 +250,14 @@ def base_loss(base: str, heldout: Path, prompt: str) -> float:
 
 
 def content(root: Path) -> str | None:
-    """Hash of all files in a folder, their names too; the same wherever the folder lies. None where there is none."""
+    """Hash of a folder's files and their names, the same wherever it lies; None where there is none.
+
+    A README.md isn't counted: what it says changes no result.
+    """
     if not root.is_dir():
         return None
     digest = hashlib.sha256()
-    for file in sorted(file for file in root.rglob("*") if file.is_file()):
+    for file in sorted(file for file in root.rglob("*") if file.is_file() and file.name != "README.md"):
         digest.update(f"{file.relative_to(root).as_posix()} {file.stat().st_size}\n".encode() + file.read_bytes())
     return digest.hexdigest()
 
