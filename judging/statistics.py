@@ -63,7 +63,8 @@ def interval(trainings: Sequence[Draws], bounds: tuple[float, float] | None = No
 def differences(first: Mapping[int, Draws], others: Mapping[str, Mapping[int, Draws]]) -> dict[str, Difference]:
     """Each method less the first one, paired by training seed, prompt and seed, corrected for their number by Holm.
 
-    Intervals are simultaneous by Bonferroni (level 1 - 0.05 / number), so that they hold together with the p-values.
+    Intervals are simultaneous by Bonferroni (level 1 - 0.05 / number). Holm's p is never above what Bonferroni's would
+    be: it may be below 0.05 where the interval still holds 0.
     Methods that share no draw with the first have none.
 
     Args:

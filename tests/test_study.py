@@ -13,10 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 from PIL import Image
+from scipy import stats
 
 from benchmarks.study import trainings
 from benchmarks.study.__main__ import main, report
-from benchmarks.study.report import by_seeds, difference_table, draws, group_table, other_scores
+from benchmarks.study.report import by_seeds, difference_table, draws, group_table, other_scores, paired_differences
 from benchmarks.study.settings import (
     BUDGETS,
     attention_layers,
@@ -128,11 +129,11 @@ def test_tables_hold_means_and_paired_differences():
     ranks = {"LoRA": "4 (3–4 %)"}
     assert group_table(rows, ranks).splitlines() == [
         "|  | rank, of the layers | trained | learning rate | Held-out loss ↓ | DINO ↑ "
-        "| Held-out loss ↓, less LoRA's |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        "| base | – | – | – | 1.000 | 0.500 | – |",
-        "| LoRA | 4 (3–4 %) | 1,000 | 0.001 | 1.108 | 0.600 | – |",
-        "| NoRA | – | 1,000 | 0.001 | 1.010 | 0.600 | -0.098 [-0.100, -0.096], p < 0.001 |",
+        "| Held-out loss ↓, less LoRA's | detectable |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| base | – | – | – | 1.000 | 0.500 | – | – |",
+        "| LoRA | 4 (3–4 %) | 1,000 | 0.001 | 1.108 | 0.600 | – | – |",
+        "| NoRA | – | 1,000 | 0.001 | 1.010 | 0.600 | -0.098 [-0.101, -0.095], p 0.002 | 0.004 |",
     ]
     paper = group_table(rows, ranks, ("the paper's Table 4", {"NoRA": "44.3"})).splitlines()
     assert [line.split(" | ")[:2] for line in paper[2:]] == [["| base", "–"], ["| LoRA", "–"], ["| NoRA", "44.3"]]
@@ -144,11 +145,22 @@ def test_tables_hold_means_and_paired_differences():
     assert "NoRA − LoRA | -0.098" in difference_table(rows)
     # far apart when paired, though each varies more between subjects than they differ
     found = {
-        score: statistics.differences({0: draws(first, score)}, {"NoRA": {0: draws(other, score)}})["NoRA"].p_value
+        score: statistics.differences(draws(first, score), {"NoRA": draws(other, score)})["NoRA"].p_value
         for score in ("held_out", "dino", "copies")
     }
     assert [score for score, p_value in found.items() if p_value < 0.05] == ["held_out"]
     assert difference_table({"LoRA": rows["LoRA"]}) is None
+    assert paired_differences({"LoRA": first, "NoRA": other[:-1]}, "held_out") == {}  # on other subjects and seeds
+
+
+def test_few_trainings_are_not_taken_for_many():
+    """Six subjects that hardly differ, two training seeds that do: the interval is Student's over the two."""
+    subjects = ("cat", "dog", "fox", "hen", "owl", "pig")
+    first = [record(subject, seed, 1.0) for subject in subjects for seed in (0, 1)]
+    other = [record(subject, seed, 1.0 + seed / 10) for subject in subjects for seed in (0, 1)]
+    found = paired_differences({"LoRA": first, "NoRA": other}, "held_out")["NoRA"].interval
+    half = stats.t.ppf(0.975, 1) * 0.05
+    assert (found.low, found.high) == (pytest.approx(0.05 - half), pytest.approx(0.05 + half))
 
 
 def test_attributes_and_scene_count_alike():
@@ -183,7 +195,7 @@ def test_a_groups_report_has_its_plot_where_settings_are_compared(tmp_path):
         for name, loss in (("LoRA", 0.9), ("NoRA", 0.8))
     }
     text = report("Rank 4, both", rows | {"DoRA": []}, ["cat"], {}, tmp_path)
-    assert "loss, first fifth ↓ | 1000 × loss, last fifth ↓" in text and "| 250.000 | 250.000 |" in text
+    assert "loss, first fifth ↓ | 1000 × loss, last fifth ↓" in text and "| 300.000 | 200.000 |" in text
     assert "Training seeds 0, 1:" in text and text.endswith("\n\nNot measured: DoRA.")
     assert "![Rank 4, both](" + tmp_path.name + "/rank-4-both.png)" in text
     with Image.open(tmp_path / "rank-4-both.png") as picture:
@@ -192,6 +204,10 @@ def test_a_groups_report_has_its_plot_where_settings_are_compared(tmp_path):
     text = report("Both", rows | {"DoRA": rows["NoRA"][:1]}, ["cat"], {}, tmp_path)
     assert "Training seed 0:" in text and "Not measured" not in text
     assert {file.name for file in tmp_path.glob("both*")} == {"both.png", "both-seeds-0-1.png"}
+    lost = {"subject": "cat", "seed": 0, "failed": "the loss is nan at step 3"}
+    assert "Diverged on a subject at the rate that was chosen: DoRA." in report(
+        "x", rows | {"DoRA": [lost]}, ["cat"], {}
+    )
     assert report("none", {"LoRA": [], "NoRA": []}, ["cat"], {}, tmp_path) == "## none\n\nNot measured: LoRA; NoRA."
 
 
@@ -239,7 +255,7 @@ def test_training_losses_are_means_over_parts_of_the_steps():
     assert trainings.mean_losses(lines[:2], 5) == [(1, 0.1), (2, 0.2)]
 
 
-def test_results_are_of_one_base(tmp_path):
+def test_results_are_of_one_base(tmp_path, monkeypatch):
     subject = tmp_path / "subjects" / "robot"
     subject.mkdir(parents=True)
     laboratory = Laboratory(BASE, tmp_path / "subjects", tmp_path / "work", "clip", "dino")
@@ -248,8 +264,18 @@ def test_results_are_of_one_base(tmp_path):
     Laboratory(BASE, elsewhere, tmp_path / "work", "clip", "dino").claim()  # as in another checkout
     (subject.parent / "README.md").write_text("who drew them")
     laboratory.claim()
+    for changed, name in (
+        (replace(laboratory, base="a/hub-id"), "base"),
+        (replace(laboratory, clip="another/hub-id"), "clip"),
+        (replace(laboratory, attributes="reader"), "attributes"),
+    ):
+        with pytest.raises(ValueError, match=rf"has results of other files or numbers \({name}\)"):
+            changed.claim()
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"\(protocol\)"):
+        patch.setattr(trainings, "PICTURE_SEEDS", [1000])
+        laboratory.claim()
     (subject / "new.png").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"has results of other files \(subjects\)"):
+    with pytest.raises(ValueError, match=r"\(subjects\)"):
         laboratory.claim()
 
 
@@ -277,7 +303,7 @@ def test_a_training_is_measured_once(tmp_path, monkeypatch):
     assert lost["failed"] == "the loss is nan at step 3" and shortfall(lost) == math.inf
     monkeypatch.delattr(trainings, "train")
     assert laboratory.measure(training._replace(rate=1e3), scored=True) == lost
-    assert laboratory.records([training, training._replace(rate=1e3)]) == [json.loads(json.dumps(found))]
+    assert laboratory.records([training, training._replace(rate=1e3)]) == [json.loads(json.dumps(found)), lost]
     with pytest.raises(NotMeasured, match="seed 1 "):
         replace(laboratory, trains=False).measure(training._replace(seed=1), scored=True)
     assert laboratory.measure(training, scored=True) == json.loads(json.dumps(found))

@@ -1,8 +1,8 @@
 """Every method on many subjects, each at its own best learning rate, and NoRA's neighbours: tables and differences.
 
     python -m benchmarks.study --tuning_subjects bear bird --attributes assets/tiny-attributes
-    python -m benchmarks.study --tuning_subjects bear bird --groups "rank 4" "Table 4" --seeds 0
-    python -m benchmarks.study --tuning_subjects bear bird --attributes assets/tiny-attributes --measured
+    python -m benchmarks.study … --groups "rank 4" "Table 4" --seeds 0
+    python -m benchmarks.study … --measured
 
 First each setting's rate is tuned on subjects that are not scored (successive halving by attributes and scenes), then
 it is trained on every other subject with every seed, and scored. Each training is written to --work as it ends: the
@@ -34,9 +34,13 @@ from storage.text import expand_home, home_path
 INTRODUCTION = """\
 # The study: every score
 
-{steps} steps of batch 4; subjects {subjects}; learning rates chosen on {tuning}. *Rank, of the layers*: the rank, and
-its share of a layer's smaller side; for NoRA the outer rank too. *Loss*: of the training, whose pictures and noise are
-the same for all settings of a subject and seed. Intervals hold together for a table's rows at 95 %, p by Holm."""
+{steps} steps of batch 4; subjects {subjects}; learning rates chosen on {tuning}.
+
+- *Rank, of the layers*: the rank, and its share of a layer's smaller side; for NoRA the outer rank too.
+- *Loss*: of the training, whose pictures and noise are the same for all settings of a subject and seed.
+- Differences are paired by subject and training seed. Their intervals hold together for a table's rows at 95 %
+  (Bonferroni), p is by Holm over the rows, not over the scores; with one training seed both are of that seed alone.
+- *Detectable*: the true difference that such a study shows in four of five."""
 
 
 def report(
@@ -47,7 +51,9 @@ def report(
     plots: Path | None = None,
 ) -> str:
     """A group's tables and plots, for each number of training seeds; what isn't measured on all subjects is named."""
-    parts, tables = [f"## {title}"], by_seeds(rows, subjects)
+    parts = [f"## {title}"]
+    diverged = [row for row, records in rows.items() if any("failed" in one for one in records)]
+    tables = by_seeds({row: [one for one in own if "scores" in one] for row, own in rows.items()}, subjects)
     for seeds, there in tables.items():
         parts.append(f"Training seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}:")
         parts += [group_table(there, ranks, PAPER.get(title)), other_scores(there)]
@@ -57,7 +63,10 @@ def report(
             name = re.sub(r"[^a-z0-9]+", "-", f"{title}{several}".lower()).strip("-") + ".png"
             write_atomic(plots / name, picture)
             parts.append(f"![{title}]({plots.name}/{name})")
-    if missing := [row for row in rows if not any(row in there for there in tables.values())]:
+    if diverged:
+        parts.append(f"Diverged on a subject at the rate that was chosen: {'; '.join(diverged)}.")
+    measured = {row for there in tables.values() for row in there}
+    if missing := [row for row in rows if row not in measured and row not in diverged]:
         parts.append(f"Not measured: {'; '.join(missing)}.")
     return "\n\n".join(parts)
 

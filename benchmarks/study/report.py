@@ -11,7 +11,7 @@ from judging.statistics import Draws, differences
 from judging.tables import UNKNOWN, markdown_table
 from runs.interval import Difference, format_difference
 
-FIFTHS = {"first_loss": slice(0, 2), "last_loss": slice(-2, None)}  # of the ten parts that a training's losses have
+FIFTHS = ("first_loss", "last_loss")  # of a training's steps
 SUMMARY = ("attributes", "scene", "dino", "first_loss", "last_loss")
 LABELS = {
     "kept": "Attributes and scene ↑",
@@ -29,7 +29,9 @@ def value(record: Mapping[str, Any], score: str) -> float | None:
     if score in ("held_out", "copies"):
         return record.get(score)
     if score in FIFTHS:
-        return 1000 * fmean(loss for _, loss in record["losses"][FIFTHS[score]]) if "losses" in record else None
+        losses = [loss for _, loss in record.get("losses", ())]
+        fifth = max(1, len(losses) // 5)
+        return 1000 * fmean(losses[:fifth] if score == "first_loss" else losses[-fifth:]) if losses else None
     scores = record.get("scores", {})
     if score == "kept":
         return kept(scores) if "attributes" in scores else None
@@ -41,12 +43,12 @@ def kept(shares: Mapping[str, float]) -> float:
     return (shares["attributes"] + shares["scene"]) / 2
 
 
-def draws(records: Records, score: str) -> Draws:
-    """Subject -> training seed -> figure: what differences are paired by."""
-    found: dict[str, dict[int, float]] = {}
+def draws(records: Records, score: str) -> dict[int, Draws]:
+    """Training seed -> subject -> figure, which differences are paired by; of one drawing each, numbered 0."""
+    found: dict[int, dict[str, dict[int, float]]] = {}
     for record in records:
         if (one := value(record, score)) is not None:
-            found.setdefault(record["subject"], {})[record["seed"]] = one
+            found.setdefault(record["seed"], {})[record["subject"]] = {0: one}
     return found
 
 
@@ -102,17 +104,19 @@ def group_table(
     lines = []
     if base := base_records(rows):
         empty = [UNKNOWN] * (4 if paper else 3)
-        lines.append(["base", *empty, *(shown(mean_of(base, score)) for score in scores), UNKNOWN])
+        lines.append(["base", *empty, *(shown(mean_of(base, score)) for score in scores), *[UNKNOWN] * 2])
     for row, records in rows.items():
         cells = [row, *([theirs.get(row, UNKNOWN)] if paper else []), ranks.get(row) or UNKNOWN]
         cells += [f"{records[0]['trained_parameters']:,}", f"{records[0]['rate']:g}"]
         cells += [shown(mean_of(records, score)) for score in scores]
-        lines.append([*cells, format_difference(differences[row]) if row in differences else UNKNOWN])
+        found = differences.get(row)
+        cells += [format_difference(found), shown(found.detectable)] if found else [UNKNOWN] * 2
+        lines.append(cells)
     header = ["", *([name] if paper else []), "rank, of the layers", "trained", "learning rate"]
     header += [LABELS[score] for score in scores]
-    header.append(f"{LABELS[scores[0]]}, less {first}'s")
+    header += [f"{LABELS[scores[0]]}, less {first}'s", "detectable"]
     if len(rows) == 1:
-        header, lines = header[:-1], [line[:-1] for line in lines]
+        header, lines = header[:-2], [line[:-2] for line in lines]
     return markdown_table(header, lines)
 
 
@@ -120,7 +124,7 @@ def other_scores(rows: Mapping[str, Records]) -> str:
     """Means of the scores that `group_table` leaves out, and what a training costs."""
     scores = [score for score in known_scores(rows, LABELS) if score not in first_scores(rows)]
     lines = [
-        [row, f"{mean(records, 'seconds'):.0f}", *(shown(mean_of(records, score)) for score in scores)]
+        [row, f"{fmean(one['seconds'] for one in records):.0f}", *(shown(mean_of(records, score)) for score in scores)]
         for row, records in rows.items()
     ]
     if base := base_records(rows):
@@ -140,18 +144,23 @@ def base_records(rows: Mapping[str, Records]) -> list[dict[str, Any]]:
 def paired_differences(rows: Mapping[str, Records], score: str) -> dict[str, Difference]:
     """Of each row from the first, paired by subject and seed, p by Holm over the rows.
 
-    None where a row hasn't the first one's draws: a mean over other subjects would be no difference of methods.
+    None at all where a row hasn't the first one's subjects and seeds: over others it would be no difference of methods.
     """
-    of_first, *others = ((name, draws(records, score)) for name, records in rows.items() if records)
-    paired = {name: {0: own} for name, own in others if own}
-    if not of_first[1] or not paired or any(own[0].keys() != of_first[1].keys() for own in paired.values()):
+    of_first, *others = (draws(records, score) for records in rows.values())
+    paired = {row: own for row, own in zip(list(rows)[1:], others) if own}
+    if any(places(own) != places(of_first) for own in paired.values()):
         return {}
-    return differences({0: of_first[1]}, paired)
+    return differences(of_first, paired)
+
+
+def places(found: Mapping[int, Draws]) -> set[tuple[int, str]]:
+    """The seeds and subjects that there are figures of."""
+    return {(seed, subject) for seed, own in found.items() for subject in own}
 
 
 def difference_table(rows: Mapping[str, Records]) -> str | None:
     """The paired differences in all scores; None where there is one row."""
-    first, *others = (name for name, records in rows.items() if records)
+    first, *others = rows
     if not others:
         return None
     cells: dict[str, dict[str, str]] = {name: {} for name in others}
@@ -163,13 +172,9 @@ def difference_table(rows: Mapping[str, Records]) -> str | None:
     return markdown_table(["", *labels], body)
 
 
-def mean(records: Records, field: str) -> float:
-    return sum(one[field] for one in records) / len(records)
-
-
 def mean_of(records: Records, score: str) -> float | None:
     known = [found for one in records if (found := value(one, score)) is not None]
-    return sum(known) / len(known) if known else None
+    return fmean(known) if known else None
 
 
 def shown(number: float | None) -> str:

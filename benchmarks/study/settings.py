@@ -11,9 +11,8 @@ from methods.adapter import Places
 from methods.budget import Layer, base_outline, layers_of, nearest, trained_count
 from methods.registry import METHODS, resolve
 
-# Rates of a small base, of those that SDXL is trained with: LoRA's 1e-3 here of its 1e-4 there.
-SMALL_BASE = 10
-STEPS_OF_RATES = (1 / 3, 1.0, 3.0, 9.0)
+SMALL_BASE_RATE = 10  # over the rate that SDXL is trained with: LoRA's 1e-3 here, its 1e-4 there
+RATE_FACTORS = (1 / 3, 1.0, 3.0, 9.0)
 # LoRA's rank of each budget of trained parameters; a half is half of what rank 1 trains.
 BUDGETS = (0.5, 4, 16)
 EXPORTED_RANK = 16
@@ -112,8 +111,8 @@ def setting(method: str, args: Sequence[str]) -> Setting:
 def rates_of(method: str) -> tuple[float, ...]:
     """Four rates around what the method's source trains with, moved to a small base; LoRA's where it names none."""
     own = [float(number) for number in re.findall(r"\d+e-\d+", METHODS[method].rates or "")] or [1e-4]
-    centre = (own[0] * own[-1]) ** 0.5 * SMALL_BASE
-    return tuple(float(f"{centre * step:.1e}") for step in STEPS_OF_RATES)
+    centre = (own[0] * own[-1]) ** 0.5 * SMALL_BASE_RATE
+    return tuple(float(f"{centre * factor:.1e}") for factor in RATE_FACTORS)
 
 
 def attention_layers(base: str) -> list[Layer]:

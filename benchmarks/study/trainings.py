@@ -83,16 +83,21 @@ class Laboratory:
         """Note in `work` what its results are of.
 
         Raises:
-            ValueError: if they are of another base, other subjects or other judges.
+            ValueError: if they are of another base, other subjects, judges, prompts or numbers of samples.
         """
-        paths = {"base": self.base, "subjects": self.subjects, "clip": self.clip, "dino": self.dino}
-        own = {name: content(Path(path)) for name, path in paths.items()} | {
-            "attributes": content(Path(self.attributes)) if self.attributes else None
+        paths = {"base": self.base, "subjects": str(self.subjects), "clip": self.clip, "dino": self.dino}
+        protocol = {"prompts": Protocol.read(PROTOCOL, None, False).prompts, "picture_seeds": PICTURE_SEEDS}
+        own: dict[str, Any] = {
+            **{name: content(path) for name, path in paths.items()},
+            "attributes": content(self.attributes) if self.attributes else None,
+            "protocol": protocol | {"drawing_steps": DRAWING_STEPS, "heldout_samples": HELDOUT_SAMPLES},
         }
         note = self.work / "laboratory.json"
         if note.is_file():
             if changed := [name for name, state in read_json(note).items() if own.get(name) != state]:
-                raise ValueError(f"--work {self.work} has results of other files ({changed[0]}): name another folder")
+                raise ValueError(
+                    f"--work {self.work} has results of other files or numbers ({changed[0]}): name another folder"
+                )
             return
         note.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(note, json.dumps(own) + "\n")
@@ -120,12 +125,14 @@ class Laboratory:
     def found(self, training: Training, scored: bool) -> dict[str, Any] | None:
         """What was measured before, if all that is asked for was."""
         record = self.known().get(training.key)
-        return record if record and ("scores" in record or "failed" in record) >= scored else None
+        if record and scored and not {"scores", "failed"} & record.keys():
+            return None
+        return record
 
     def records(self, trainings: Iterable[Training]) -> list[dict[str, Any]]:
-        """Of those trainings that are there, scored."""
+        """Of those trainings that are there, scored or failed."""
         known = self.known()
-        return [found for one in trainings if (found := known.get(one.key)) and "scores" in found]
+        return [found for one in trainings if (found := known.get(one.key)) and {"scores", "failed"} & found.keys()]
 
     def measure(self, training: Training, scored: bool) -> dict[str, Any]:
         """Train, unless that was done before, and measure what it costs and how good it is.
@@ -152,8 +159,8 @@ class Laboratory:
                 record["failed"] = str(error)
                 self.write(training, record)
                 return record
-            record["seconds"], run = time.process_time() - started, read_json(folder / RUN_RECORD)
-            record["peak_memory_mb"], record["trained_parameters"] = run["peak_memory_mb"], run["trainable_parameters"]
+            record["seconds"] = time.process_time() - started
+            record["trained_parameters"] = read_json(folder / RUN_RECORD)["trainable_parameters"]
             if scored or not self.attributes:
                 record["held_out"] = self.held_out(folder, heldout, prompt)
             if scored:
@@ -249,13 +256,14 @@ def base_loss(base: str, heldout: Path, prompt: str) -> float:
     return heldout_loss(loaded(base), heldout, prompt, HELDOUT_SAMPLES)
 
 
-def content(root: Path) -> str | None:
-    """Hash of a folder's files and their names, the same wherever it lies; None where there is none.
+def content(path: str) -> str:
+    """Hash of a folder's files and their names, the same wherever it lies; what is no folder, as a Hub's id, stays.
 
     A README.md isn't counted: what it says changes no result.
     """
+    root = Path(path)
     if not root.is_dir():
-        return None
+        return path
     digest = hashlib.sha256()
     for file in sorted(file for file in root.rglob("*") if file.is_file() and file.name != "README.md"):
         digest.update(f"{file.relative_to(root).as_posix()} {file.stat().st_size}\n".encode() + file.read_bytes())
