@@ -107,6 +107,17 @@ def test_the_best_rate_is_found_inside_and_beyond_the_ends(best, diverges, chose
     assert len(short) == 4 and {one.subject for one in short} == {"dog"}  # the first rung is cheap
 
 
+def test_of_rates_that_learn_nothing_the_higher_is_taken(tmp_path):
+    """AdaLoRA's pictures were the base's at four rates, and lower ones yet were tried."""
+
+    class Flat(Laboratory):
+        def measure(self, training, scored):
+            kept = {"attributes": 0.2, "scene": 1.0} if training.rate < 0.05 else {"attributes": 0.6, "scene": 1.0}
+            return {"failed": "nan"} if training.rate > 0.1 else {"reading": kept}
+
+    assert tune(Flat(BASE, tmp_path, tmp_path, "", ""), setting("adalora", []), ["dog"], 100).rate == 8.1e-2
+
+
 def test_what_a_rate_was_chosen_by_is_written_down():
     tried = Tuning({1e-3: 0.4, 9e-3: math.inf, 3e-3: 0.25}, {1e-3: 0.3, 3e-3: 0.2})
     row = "| lora | 0.001: 0.600, 0.003: 0.750, 0.009: diverged | 0.001: 0.700, **0.003: 0.800** |"

@@ -35,7 +35,12 @@ class Tuning(NamedTuple):
 
     @property
     def rate(self) -> float:
-        return min(self.whole, key=self.whole.__getitem__)
+        return ranked(self.whole)[0]
+
+
+def ranked(tried: Mapping[float, float]) -> list[float]:
+    """Rates, the best first; the highest of several that are alike, as those are by which nothing is learned yet."""
+    return sorted(tried, key=lambda rate: (tried[rate], -rate if math.isfinite(tried[rate]) else rate))
 
 
 def tune(laboratory: Laboratory, one: Setting, subjects: Sequence[str], steps: int) -> Tuning:
@@ -55,7 +60,7 @@ def tune(laboratory: Laboratory, one: Setting, subjects: Sequence[str], steps: i
         return sum(lacking(rate, subject, steps) for subject in subjects) / len(subjects)
 
     half = {rate: lacking(rate, subjects[0], max(1, steps // 2)) for rate in one.rates}
-    better = sorted(half, key=half.__getitem__)[: max(1, len(half) // 2)]
+    better = ranked(half)[: max(1, len(half) // 2)]
     found = Tuning(half, {rate: mean(rate) for rate in better})
     for _ in range(3):
         beyond = [float(f"{found.rate * step:.1e}") for step in (1 / 3, 3)]
