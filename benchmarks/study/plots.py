@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from itertools import cycle
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,7 +17,7 @@ from runs.interval import Difference
 # Is it that subject, where it was asked for: by the reader, the encoder, the loss; the first three that are known.
 PLOTTED = ("kept", "attributes", "dino", "held_out")
 PANELS = 3
-LINES = ("-", "--", ":")  # of each ten colours
+STYLES = [{"linestyle": line, "color": f"C{number}"} for line in ("-", "--", ":") for number in range(10)]
 
 
 def group_plot(rows: Mapping[str, Records]) -> bytes | None:
@@ -28,7 +29,8 @@ def group_plot(rows: Mapping[str, Records]) -> bytes | None:
     fitted = fits(rows)
     columns = len(found) + bool(fitted) + 1
     figure = Figure(figsize=(2.4 * columns + 2, 1.6 + 0.25 * len(rows)), dpi=100, layout="constrained")
-    panels, lines = figure.subplots(1, columns), styles(rows)
+    panels = figure.subplots(1, columns)
+    lines = dict(zip(rows, cycle(STYLES)))  # a row's look, the same in all panels
     for axes in panels:
         axes.tick_params(labelsize=7)
         axes.xaxis.set_major_locator(MaxNLocator(4))
@@ -44,11 +46,6 @@ def group_plot(rows: Mapping[str, Records]) -> bytes | None:
     stream = io.BytesIO()
     figure.savefig(stream, format="png", metadata={"Software": None})
     return stream.getvalue()
-
-
-def styles(rows: Iterable[str]) -> dict[str, dict[str, str]]:
-    """A look for each row, the same in all panels."""
-    return {row: {"color": f"C{place % 10}", "linestyle": LINES[place // 10]} for place, row in enumerate(rows)}
 
 
 def draw_differences(

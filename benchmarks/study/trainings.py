@@ -108,10 +108,7 @@ class Laboratory:
 
     def known(self) -> dict[str, dict[str, Any]]:
         """What was measured of each training, by its key."""
-        if not self.results.is_file():
-            return {}
-        records = map(json.loads, self.results.read_text(encoding="utf-8").splitlines())
-        return {record.pop("training"): record for record in records}
+        return read_results(self.results, self.results.stat().st_size) if self.results.is_file() else {}
 
     def write(self, training: Training, record: Mapping[str, Any]) -> None:
         """Append a line, in one call: several processes write into one file."""
@@ -131,8 +128,7 @@ class Laboratory:
 
     def records(self, trainings: Iterable[Training]) -> list[dict[str, Any]]:
         """Of those trainings that are there, scored or failed."""
-        known = self.known()
-        return [found for one in trainings if (found := known.get(one.key)) and {"scores", "failed"} & found.keys()]
+        return [found for one in trainings if (found := self.found(one, scored=True))]
 
     def measure(self, training: Training, scored: bool) -> dict[str, Any]:
         """Train, unless that was done before, and measure what it costs and how good it is.
@@ -244,6 +240,13 @@ class Laboratory:
             found[name] = {key: one["estimate"] for key, one in result["scores"][column].items() if key in SCORE_LABELS}
         copies = result["scores"][COLUMN]["copies"]
         return found | {"copies": copies["count"] / copies["pictures"]}
+
+
+@lru_cache(maxsize=1)
+def read_results(path: Path, size: int) -> dict[str, dict[str, Any]]:
+    """By training; read again when the file has grown, which is only ever appended to."""
+    records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return {record.pop("training"): record for record in records}
 
 
 @lru_cache(maxsize=1)

@@ -39,7 +39,10 @@ class Tuning(NamedTuple):
 
 
 def ranked(tried: Mapping[float, float]) -> list[float]:
-    """Rates, the best first; the highest of several that are alike, as those are by which nothing is learned yet."""
+    """Rates, the best first.
+
+    Of several that are alike the highest, as nothing is learned yet by those; of several that diverged the lowest.
+    """
     return sorted(tried, key=lambda rate: (tried[rate], -rate if math.isfinite(tried[rate]) else rate))
 
 
