@@ -3,7 +3,9 @@
     python -m benchmarks.base_world
 
 Every kind in every scene, asked for as "a photo of a cat in the jungle": in which share of the pictures are kind and
-place the ones that were asked for? The reader's own accuracy stands in its config.json.
+place the ones that were asked for? And the most that a method can reach in "attributes": what the reader finds of each
+subject in its held-out pictures, as drawn and after the base's autoencoder, through which all that the base draws has
+come. The reader's own accuracy stands in its config.json.
 """
 
 from __future__ import annotations
@@ -14,20 +16,32 @@ import inference  # noqa: F401 -- before the libraries, because it quietens what
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 import torch
+from diffusers import AutoencoderKL
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
 
 from inference.base import load_pipeline
 from inference.sampling import generate_images
-from judging.attributes import AttributeReader
+from judging.attributes import AttributeReader, SubjectReading, attributes_kept
 from settings.command_line import quiet_libraries
 from storage.text import expand_home, home_path
+
+
+@torch.no_grad()
+def through(vae: AutoencoderKL, images: Sequence[Image.Image]) -> list[Image.Image]:
+    """What the autoencoder makes of pictures of one size."""
+    processor = VaeImageProcessor()
+    return processor.postprocess(vae.decode(vae.encode(processor.preprocess(list(images))).latent_dist.mode()).sample)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base", type=expand_home, default="assets/tiny-sdxl")
     parser.add_argument("--reader", type=home_path, default=Path("assets/tiny-attributes"))
+    parser.add_argument("--subjects_dir", type=home_path, default=Path("assets/subjects"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1000, 1001])
     parser.add_argument("--steps", type=int, default=30)
     args = parser.parse_args(argv)
@@ -50,6 +64,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         right.setdefault(f"place: {place}", []).append(found["place"] == place)
     for key, found in right.items():
         print(f"{key}: {sum(found)} of {len(found)} ({sum(found) / len(found):.3f})")
+    reached: dict[str, list[float]] = {"as drawn": [], "through the autoencoder": []}
+    for folder in sorted((args.subjects_dir / "heldout").iterdir()):
+        subject = SubjectReading(args.reader, args.subjects_dir / folder.name).subject
+        pictures = [Image.open(file).convert("RGB") for file in sorted(folder.glob("*.png"))]
+        for how, shown in zip(reached, (pictures, through(pipeline.vae, pictures))):
+            reached[how].append(fmean(attributes_kept(subject, found) for found in reader.read(shown)))
+            print(f"attributes of {folder.name}'s held-out pictures, {how}: {reached[how][-1]:.3f}")
+    print("; ".join(f"{how}, mean of the subjects: {fmean(found):.3f}" for how, found in reached.items()))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 After the paper's Tables 3 and 12 (arXiv 2408.10280): q, k and v of both towers, 400 iterations, 4 and 16 pictures a
 class. The CLIP is the embedded one and the pictures are drawn (tools/world): which of twelve colours is a figure? The
 frozen rank is half of the layers' width and the trained one a thirty-second, as 256 and 16 are of 512, the width of the
-paper's text tower (its other tower is 768 wide). Each method's learning rate is the best of three on validation
+paper's text tower (its other tower is 768 wide). Each method's learning rate is the best of four on validation
 pictures, for each number of shots; the table has the accuracy on others.
 """
 
@@ -44,7 +44,10 @@ class Pictures(NamedTuple):
 def draw_pictures(processor: CLIPProcessor, each: int, seed: int) -> Pictures:
     """`each` pictures of every class."""
     sys.path.insert(0, str(ROOT / "tools"))
-    import world
+    try:
+        import world
+    except ModuleNotFoundError as error:
+        sys.exit(f"{error.name}, which draws the pictures, isn't installed: pip install -r requirements-dev.txt")
 
     rng = np.random.default_rng(seed)
     images: list[Image.Image] = []

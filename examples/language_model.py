@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=2 python -m examples.language_model                  # minutes, no download
     python -m examples.language_model --pretrain_steps 30 --steps 5 --seeds 0
 
-A small Llama (1.4 million parameters, bytes for tokens) learns Python's own reference manual, which Python ships; then
+A small Llama (1.3 million parameters, bytes for tokens) learns Python's own reference manual, which Python ships; then
 each method adapts its seven projections, as the paper's Table 1 does (arXiv 2408.10280), to Python's source code. The
 trained parameters stand to each other as in that table: LoRA-XS and NoRA the same r² a layer, VeRA about as many,
 LoRA of rank 1 twice, DoRA thrice. Each method's learning rate is the best of three or four on source files for

@@ -103,22 +103,27 @@ def as_array(trainings: Sequence[Draws]) -> np.ndarray:
 
 
 def errors(values: np.ndarray) -> list[Error]:
-    """The standard errors that an interval must not be narrower than; none where nothing varies.
+    """The standard errors that an interval must not be narrower than.
+
+    None where nothing varies from one prompt, seed or training to the next: such values don't say how others would
+    vary, as six scenes followed of six don't say that all are.
 
     Args:
         values: (trainings, prompts, seeds)
     """
     alone = {}
     for axis, name in enumerate(AXES):
-        if (count := values.shape[axis]) > 1:
+        if (count := values.shape[axis]) > 1 and np.ptp(values) > 0:  # equal values have a mean that is rounded
             means = values.mean(axis=tuple(other for other in range(3) if other != axis))
             alone[name] = float(means.var(ddof=1)) / count, count - 1
     total = sum(variance for variance, _ in alone.values())
-    if total == 0:  # nothing varies, or all values are the same
-        return [Error(0.0, float(freedom)) for _, freedom in alone.values()]
+    if total == 0:
+        return []
     freedom = 1 / sum((variance / total) ** 2 / freedom for variance, freedom in alone.values())  # squares underflow
     # a seed's own effect is small beside noise: two seeds alone, with one degree of freedom, would widen all to nothing
-    single = [Error(math.sqrt(variance), own) for name, (variance, own) in alone.items() if name != "seeds"]
+    single = [
+        Error(math.sqrt(variance), own) for name, (variance, own) in alone.items() if name != "seeds" and variance
+    ]
     return [Error(math.sqrt(total), freedom), *single]
 
 
@@ -128,9 +133,9 @@ def _interval(values: np.ndarray, level: float) -> Interval:
     estimate = float(values.mean())
     varying = [(name, count) for name, count in zip(AXES, values.shape) if count > 1]
     names, counts = tuple(name for name, _ in varying), tuple(count for _, count in varying)
-    if not varying:
-        return Interval(estimate, level=level)
-    half = max(float(stats.t.ppf((1 + level) / 2, one.freedom)) * one.size for one in errors(values))
+    if not (found := errors(values)):
+        return Interval(estimate, level=level, varies=names, count=counts)
+    half = max(float(stats.t.ppf((1 + level) / 2, one.freedom)) * one.size for one in found)
     return Interval(estimate, estimate - half, estimate + half, level, names, counts)
 
 
@@ -139,11 +144,7 @@ def p_value(values: np.ndarray) -> float | None:
     from scipy import stats
 
     found, mean = errors(values), abs(float(values.mean()))
-    if not found:
-        return None
-    if mean == 0:
-        return 1.0
-    return max(2 * float(stats.t.sf(mean / one.size, one.freedom)) if one.size else 0.0 for one in found)
+    return max(2 * float(stats.t.sf(mean / one.size, one.freedom)) for one in found) if found else None
 
 
 def detectable(values: np.ndarray, alpha: float) -> float | None:

@@ -14,8 +14,8 @@ class Interval:
     """An estimate, and the interval that holds the true value in `level` of such experiments.
 
     Args:
-        low, high: None where nothing varies, because there is one unit only.
-        varies: what the interval is over, such as ("trainings", "prompts"); another draw of these would give another
+        low, high: None where nothing varies, because there is one unit only or all have the same value.
+        varies: what the estimate is over, such as ("trainings", "prompts"); another draw of these would give another
             estimate. What is not named is fixed, and nothing is claimed about it.
         count: how many there are of each.
     """
@@ -112,6 +112,11 @@ def format_difference(found: Difference | None) -> str:
 def describe_difference(name: str, first: str, score: str, found: Difference) -> str:
     """One sentence: what follows from a difference, or what would have followed from a larger one."""
     if found.p_value is None or found.detectable is None:
+        if found.interval.varies:
+            return (
+                f"{name} and {first} in {score}: {found.interval.estimate:+.3f} in each of {found.interval.units}, "
+                "which doesn't say how others would vary."
+            )
         return f"{name} and {first} in {score}: one draw of each shows nothing."
     if found.shown:
         way = "higher" if found.interval.estimate > 0 else "lower"

@@ -1,6 +1,7 @@
 """The examples, in a short form: they train what they say, and what they make is plain PEFT."""
 
 import copy
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,11 @@ def test_clip_learns_from_a_few_pictures(tmp_path):
         assert loss < torch.nn.functional.cross_entropy(untrained, shots.labels), name
         counts[name] = language_model.trained_parameters(model)
     assert counts["LoRA, rank 2"] == counts["NoRA (64, 4)"] == 2 * 64 * 4 * 3 * (3 + 4)
+
+
+def test_what_draws_the_pictures_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    for name in [name for name in sys.modules if name.split(".")[0] == "world"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit, match="resvg_py.* pip install -r requirements-dev.txt"):
+        few_shot_clip.draw_pictures(None, 1, 0)

@@ -181,10 +181,38 @@ def test_the_detectable_difference_is_found_in_80_percent():
     assert np.mean(stats.ttest_1samp(samples, 0, axis=1).pvalue < 0.05) == pytest.approx(0.8, abs=0.03)
 
 
-def test_identical_methods_do_not_differ():
-    one = {0: draws([[0.1, 0.2], [0.3, 0.4]])}
-    found = differences(one, {"same": one})["same"]
-    assert found.p_value == 1.0 and found.interval.low == found.interval.high == 0 and not found.shown
+@pytest.mark.parametrize(
+    ("rows", "estimate"),
+    [
+        ([[0.1, 0.1, 0.1], [0.1, 0.1, 0.1]], 0.1),  # a mean of tenths is rounded
+        ([[1.0, 1.0], [1.0, 1.0]], 1.0),
+        ([[1.0, 0.0], [0.0, 1.0]], 0.5),  # each prompt and each seed has the same mean
+    ],
+)
+def test_what_does_not_vary_says_nothing_of_others(rows, estimate):
+    """Six of six scenes followed are no proof that all are."""
+    found = interval([draws(rows)], (0.0, 1.0))
+    assert (found.low, found.high) == (None, None) and found.estimate == pytest.approx(estimate)
+    assert found.varies == ("prompts", "seeds")
+    nothing = {0: draws([[0.0] * len(rows[0])] * 2)}
+    for first in (nothing, {0: draws(rows)}):
+        less = differences(first, {"nora": {0: draws(rows)}})["nora"]
+        assert (less.interval.low, less.p_value, less.detectable, less.shown) == (None, None, None, False)
+        assert "which doesn't say how others would vary" in describe_difference("nora", "lora", "Scene", less)
+
+
+def test_a_thing_that_does_not_vary_takes_nothing_from_the_others():
+    """Two trainings of equal means beside prompts that differ."""
+    found = differences(
+        {0: draws([[0.0], [0.0]]), 1: draws([[0.0], [0.0]])},
+        {"nora": {0: draws([[0.1], [0.3]]), 1: draws([[0.3], [0.1]])}},
+    )
+    assert found["nora"].interval.low is None  # prompts' means are alike too
+    found = differences(
+        {0: draws([[0.0], [0.0]]), 1: draws([[0.0], [0.0]])},
+        {"nora": {0: draws([[0.1], [0.3]]), 1: draws([[0.1], [0.3]])}},
+    )
+    assert found["nora"].p_value == pytest.approx(stats.ttest_1samp([0.1, 0.3], 0).pvalue)
 
 
 # --- words ------------------------------------------------------------------------------------------------------------

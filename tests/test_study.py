@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from PIL import Image
@@ -17,6 +18,7 @@ from scipy import stats
 
 from benchmarks.study import trainings
 from benchmarks.study.__main__ import main, report
+from benchmarks.study.plots import less_first
 from benchmarks.study.report import by_seeds, difference_table, draws, group_table, other_scores, paired_differences
 from benchmarks.study.settings import (
     BUDGETS,
@@ -156,10 +158,10 @@ def test_tables_hold_means_and_paired_differences():
     assert "NoRA − LoRA | -0.098" in difference_table(rows)
     # far apart when paired, though each varies more between subjects than they differ
     found = {
-        score: statistics.differences(draws(first, score), {"NoRA": draws(other, score)})["NoRA"].p_value
+        score: statistics.differences(draws(first, score), {"NoRA": draws(other, score)})["NoRA"].shown
         for score in ("held_out", "dino", "copies")
     }
-    assert [score for score, p_value in found.items() if p_value < 0.05] == ["held_out"]
+    assert found == {"held_out": True, "dino": False, "copies": False}
     assert difference_table({"LoRA": rows["LoRA"]}) is None
     assert paired_differences({"LoRA": first, "NoRA": other[:-1]}, "held_out") == {}  # on other subjects and seeds
 
@@ -220,6 +222,20 @@ def test_a_groups_report_has_its_plot_where_settings_are_compared(tmp_path):
         "x", rows | {"DoRA": [lost]}, ["cat"], {}
     )
     assert report("none", {"LoRA": [], "NoRA": []}, ["cat"], {}, tmp_path) == "## none\n\nNot measured: LoRA; NoRA."
+
+
+def test_losses_over_steps_are_less_the_first_rows_of_the_same_subject_and_seed():
+    def curves(offset, *seeds):
+        return [
+            {"subject": "cat", "seed": seed, "curve": [[5, 0.4 + offset + seed], [10, 0.3 + 2 * offset + seed]]}
+            for seed in seeds
+        ]
+
+    found = less_first({"LoRA": curves(0, 0, 1), "NoRA": curves(-0.1, 0), "DoRA": curves(0.1, 2)}, "curve")
+    np.testing.assert_allclose(found["NoRA"], [[5, 10], [-0.1, -0.2]])  # and not by its own start, which is lower
+    np.testing.assert_allclose(found["LoRA"], [[5, 10], [0, 0]])
+    assert list(found) == ["LoRA", "NoRA"]  # DoRA shares no seed with LoRA
+    assert less_first({"LoRA": curves(0, 0)}, "curve") == less_first({"LoRA": [], "NoRA": []}, "losses") == {}
 
 
 RESULTS = ["--work", str(ASSETS.parent / "benchmarks" / "study" / "results")]

@@ -17,6 +17,7 @@ from runs.interval import Difference
 # Is it that subject, where it was asked for: by the reader, the encoder, the loss; the first three that are known.
 PLOTTED = ("kept", "attributes", "dino", "held_out")
 PANELS = 3
+OVER_STEPS = {"losses": "training loss", "curve": "held-out loss"}  # what a training's record has of each
 STYLES = [{"linestyle": line, "color": f"C{number}"} for line in ("-", "--", ":") for number in range(10)]
 
 
@@ -26,10 +27,11 @@ def group_plot(rows: Mapping[str, Records]) -> bytes | None:
     found = dict([(score, own) for score, own in found.items() if own][:PANELS])
     if not found:
         return None
-    fitted = fits(rows)
-    columns = len(found) + bool(fitted) + 1
+    falls = {what: less_first(rows, name) for name, what in OVER_STEPS.items()}
+    falls = {what: own for what, own in falls.items() if own}
+    columns = len(found) + len(falls)
     figure = Figure(figsize=(2.4 * columns + 2, 1.6 + 0.25 * len(rows)), dpi=100, layout="constrained")
-    panels = figure.subplots(1, columns)
+    panels = figure.subplots(1, columns, squeeze=False)[0]
     lines = dict(zip(rows, cycle(STYLES)))  # a row's look, the same in all panels
     for axes in panels:
         axes.tick_params(labelsize=7)
@@ -37,12 +39,11 @@ def group_plot(rows: Mapping[str, Records]) -> bytes | None:
     for axes, (score, differences) in zip(panels, found.items()):
         draw_differences(axes, differences, lines, named=axes is panels[0])
         axes.set_title(f"{LABELS[score]},\nless {next(iter(rows))}", fontsize=8)
-    if fitted:
-        draw_lines(panels[-2], fitted, lines)
-        panels[-2].set_title(f"training loss over steps,\nless {next(iter(rows))}", fontsize=8)
-    draw_lines(panels[-1], curves(rows), lines)
-    panels[-1].set_title("loss on held-out pictures\nover steps", fontsize=8)
-    panels[-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+    for axes, (what, curves) in zip(panels[len(found) :], falls.items()):
+        draw_lines(axes, curves, lines)
+        axes.set_title(f"{what} over steps,\nless {next(iter(rows))}", fontsize=8)
+    if falls:
+        panels[-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
     stream = io.BytesIO()
     figure.savefig(stream, format="png", metadata={"Software": None})
     return stream.getvalue()
@@ -66,13 +67,16 @@ def draw_lines(axes: Axes, curves: Mapping[str, np.ndarray], lines: Mapping[str,
         axes.plot(*curve, label=row, **lines[row])
 
 
-def fits(rows: Mapping[str, Records]) -> dict[str, np.ndarray]:
-    """(2, parts) steps, and training loss less the first row's at the same subject, seed, pictures and noise.
+def less_first(rows: Mapping[str, Records], name: str) -> dict[str, np.ndarray]:
+    """(2, points) steps, and a training's losses less the first row's of the same subject and seed, mean of a row's.
 
     Empty where no row has any to compare.
+
+    Args:
+        name: "losses" in training, of the same pictures and noise, or the "curve" on held-out pictures.
     """
     losses = {
-        row: {(one["subject"], one["seed"]): np.array(one["losses"]).T for one in records if "losses" in one}
+        row: {(one["subject"], one["seed"]): np.array(one[name]).T for one in records if name in one}
         for row, records in rows.items()
     }
     first = losses[next(iter(rows))]
@@ -82,9 +86,3 @@ def fits(rows: Mapping[str, Records]) -> dict[str, np.ndarray]:
             less = [own[place][1] - first[place][1] for place in shared]
             found[row] = np.array([own[shared[0]][0], np.mean(less, axis=0)])
     return found if len(found) > 1 else {}
-
-
-def curves(rows: Mapping[str, Records]) -> dict[str, np.ndarray]:
-    """(2, points) steps, and the loss on held-out pictures as a share of the first, mean of a row's trainings."""
-    found = {row: np.mean([one["curve"] for one in records], axis=0).T for row, records in rows.items()}
-    return {row: np.array([steps, losses / losses[0]]) for row, (steps, losses) in found.items()}
