@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import psutil
 import pytest
 from PIL import Image
 from scipy import stats
+from waiting import until
 
 from benchmarks.study import trainings
 from benchmarks.study.__main__ import main, report
@@ -349,12 +349,3 @@ def test_workers_end_with_a_command_that_is_killed():
         command.kill()
         command.wait()
     until(lambda: not workers[0].is_running() or workers[0].status() == psutil.STATUS_ZOMBIE)
-
-
-def until(found, seconds=60):
-    """What it gives as soon as that is something."""
-    end = time.monotonic() + seconds
-    while not (result := found()):
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    return result

@@ -3,12 +3,16 @@
 import contextlib
 import json
 import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from scipy import stats
 from tiny_sdxl import saved_base
+from waiting import until
 
 from inference.gallery import read_scores
 from judging.copies import Copies
@@ -43,6 +47,20 @@ def test_trainings_scores_table_and_page(tmp_path, capsys, monkeypatch):
     assert json.loads((tmp_path / "lora-seed1" / "run.json").read_text())["seed"] == 1
     main(command)  # all is there: neither trained nor drawn again
     assert capsys.readouterr().out.count("there already") == 2
+
+
+def test_a_comparison_that_is_ended_ends_its_training_which_saves(tmp_path):
+    flags = [*TRAIN, "--max_train_steps", "100000", "--learning_rate", "1e-6"]
+    command = [sys.executable, "-m", "trainer.compare", "--methods", "lora", *JUDGES, "--output_dir", str(tmp_path)]
+    comparison = psutil.Popen([*command, "--", *flags], cwd=ASSETS.parent, stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: (metrics := tmp_path / "lora" / "metrics.jsonl").is_file() and metrics.read_text())
+        [training] = comparison.children()
+    finally:
+        comparison.terminate()
+        assert comparison.wait(60) == 128 + signal.SIGTERM
+    assert not training.is_running()
+    assert list((tmp_path / "lora").glob("checkpoint-*"))
 
 
 @pytest.fixture

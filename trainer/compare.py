@@ -15,13 +15,18 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import FrameType
 from typing import Any
+
+import psutil
 
 from dreambooth.prior import is_drawn
 from inference import gallery
@@ -311,13 +316,29 @@ def scoring_flags(config: CompareConfig, runs: Sequence[Run]) -> EvaluateConfig:
 def train_all(runs: Sequence[Run], jobs: int) -> None:
     """Train what is not there, `jobs` at a time."""
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
-    with ThreadPoolExecutor(jobs) as pool:
+    with trainings_end_too(), ThreadPoolExecutor(jobs) as pool:
         try:
             for finished in [pool.submit(train, one, threads) for one in runs]:
                 finished.result()
         except BaseException:  # Ctrl-C among them: what has not begun shall not begin
             pool.shutdown(cancel_futures=True)
             raise
+
+
+@contextmanager
+def trainings_end_too() -> Iterator[None]:
+    """Pass SIGTERM on to the trainings, which save and leave: unlike Ctrl-C it reaches this process alone."""
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for training in psutil.Process().children():
+            training.terminate()
+        sys.exit(128 + number)  # as shells do
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def check_flags(run: Run) -> None:
