@@ -31,7 +31,7 @@ from storage.text import expand_home, home_path
 
 
 @torch.no_grad()
-def through(vae: AutoencoderKL, images: Sequence[Image.Image]) -> list[Image.Image]:
+def after_autoencoder(vae: AutoencoderKL, images: Sequence[Image.Image]) -> list[Image.Image]:
     """What the autoencoder makes of pictures of one size."""
     processor = VaeImageProcessor()
     return processor.postprocess(vae.decode(vae.encode(processor.preprocess(list(images))).latent_dist.mode()).sample)
@@ -46,8 +46,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=30)
     args = parser.parse_args(argv)
     quiet_libraries()
+    subjects = sorted(folder for folder in (args.subjects_dir / "heldout").glob("*") if folder.is_dir())
+    if not subjects:
+        parser.error(f"--subjects_dir {args.subjects_dir} has no folder of a subject in heldout")
     pipeline = load_pipeline(args.base, torch.float32)
     reader = AttributeReader.load(args.reader)
+    reached: dict[str, list[float]] = {"as drawn": [], "through the autoencoder": []}
+    for folder in subjects:
+        subject = SubjectReading(args.reader, args.subjects_dir / folder.name).subject
+        pictures = [Image.open(file).convert("RGB") for file in sorted(folder.glob("*.png"))]
+        for how, shown in zip(reached, (pictures, after_autoencoder(pipeline.vae, pictures))):
+            reached[how].append(fmean(attributes_kept(subject, found) for found in reader.read(shown)))
+            print(f"attributes of {folder.name}'s held-out pictures, {how}: {reached[how][-1]:.3f}")
+    print("; ".join(f"{how}, mean of the subjects: {fmean(found):.3f}" for how, found in reached.items()))
     scenes = {words: place for words, place in reader.places.items() if "background" not in words}
     asked = {
         f"a photo of a {kind} {words}": (kind, place)
@@ -64,14 +75,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         right.setdefault(f"place: {place}", []).append(found["place"] == place)
     for key, found in right.items():
         print(f"{key}: {sum(found)} of {len(found)} ({sum(found) / len(found):.3f})")
-    reached: dict[str, list[float]] = {"as drawn": [], "through the autoencoder": []}
-    for folder in sorted((args.subjects_dir / "heldout").iterdir()):
-        subject = SubjectReading(args.reader, args.subjects_dir / folder.name).subject
-        pictures = [Image.open(file).convert("RGB") for file in sorted(folder.glob("*.png"))]
-        for how, shown in zip(reached, (pictures, through(pipeline.vae, pictures))):
-            reached[how].append(fmean(attributes_kept(subject, found) for found in reader.read(shown)))
-            print(f"attributes of {folder.name}'s held-out pictures, {how}: {reached[how][-1]:.3f}")
-    print("; ".join(f"{how}, mean of the subjects: {fmean(found):.3f}" for how, found in reached.items()))
 
 
 if __name__ == "__main__":

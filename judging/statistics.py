@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 AXES = ("trainings", "prompts", "seeds")
 POWER = 0.8
+ROUNDING = 1e-12  # scores and losses are of the order of 1: a smaller standard deviation is that of rounded sums
 Draws = Mapping[str, Mapping[int, float]]  # prompt -> seed -> a picture's score
 
 
@@ -105,26 +106,33 @@ def as_array(trainings: Sequence[Draws]) -> np.ndarray:
 def errors(values: np.ndarray) -> list[Error]:
     """The standard errors that an interval must not be narrower than.
 
-    None where nothing varies from one prompt, seed or training to the next: such values don't say how others would
-    vary, as six scenes followed of six don't say that all are.
+    None where all values are the same: they don't say how others would vary, as six scenes followed of six don't say
+    that all are.
 
     Args:
         values: (trainings, prompts, seeds)
     """
     alone = {}
     for axis, name in enumerate(AXES):
-        if (count := values.shape[axis]) > 1 and np.ptp(values) > 0:  # equal values have a mean that is rounded
+        if (count := values.shape[axis]) > 1:
             means = values.mean(axis=tuple(other for other in range(3) if other != axis))
-            alone[name] = float(means.var(ddof=1)) / count, count - 1
+            alone[name] = spread(means) / count, count - 1
     total = sum(variance for variance, _ in alone.values())
-    if total == 0:
-        return []
+    if total == 0:  # single values may vary all the same
+        variance = spread(values) / values.size
+        return [Error(math.sqrt(variance), values.size - 1)] if variance else []
     freedom = 1 / sum((variance / total) ** 2 / freedom for variance, freedom in alone.values())  # squares underflow
     # a seed's own effect is small beside noise: two seeds alone, with one degree of freedom, would widen all to nothing
     single = [
         Error(math.sqrt(variance), own) for name, (variance, own) in alone.items() if name != "seeds" and variance
     ]
     return [Error(math.sqrt(total), freedom), *single]
+
+
+def spread(values: np.ndarray) -> float:
+    """Their variance; 0 of one alone, and where they differ by rounding only."""
+    found = float(values.var(ddof=1)) if values.size > 1 else 0.0
+    return found if found > ROUNDING**2 else 0.0
 
 
 def _interval(values: np.ndarray, level: float) -> Interval:
@@ -140,7 +148,7 @@ def _interval(values: np.ndarray, level: float) -> Interval:
 
 
 def p_value(values: np.ndarray) -> float | None:
-    """Of a true mean of 0, two-sided: the interval of level 1 - p ends at 0. None where nothing varies."""
+    """Of a true mean of 0, two-sided: the interval of level 1 - p ends at 0. None where all values are the same."""
     from scipy import stats
 
     found, mean = errors(values), abs(float(values.mean()))
@@ -162,11 +170,11 @@ def detectable(values: np.ndarray, alpha: float) -> float | None:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's step-down correction (Scandinavian Journal of Statistics 6, 1979); None stays None and is not counted."""
+    """Holm's step-down correction (Scandinavian Journal of Statistics 6, 1979); None stays None and counts as 1."""
     order = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
     corrected: list[float | None] = [None] * len(p_values)
     largest = 0.0
     for rank, (p, place) in enumerate(order):
-        largest = max(largest, min(1.0, p * (len(order) - rank)))
+        largest = max(largest, min(1.0, p * (len(p_values) - rank)))
         corrected[place] = largest
     return corrected

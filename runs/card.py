@@ -76,7 +76,8 @@ def best_score(best: Mapping[str, Any] | None) -> str | None:
     if "interval" not in best:  # a loss is no score of pictures
         return format_interval(Interval(best[best["by"]]))
     found = Interval.read(best["interval"])
-    return f"{format_interval(found)} ({found.level:.0%} interval, {found.units}; of this training alone)"
+    what = f"{found.level:.0%} interval, " if found.low is not None else ""
+    return f"{format_interval(found)} ({what}{found.units}; of this training alone)"
 
 
 def one_line(text: str) -> str:

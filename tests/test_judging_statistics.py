@@ -147,7 +147,7 @@ def test_only_shared_draws_are_compared():
 
 def test_holm_is_holm():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # Holm 1979, by hand
-    assert holm([0.02, None, 0.5]) == [pytest.approx(0.04), None, 0.5] and holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([0.02, None, 0.3]) == [pytest.approx(0.06), None, 0.6] and holm([0.9, 0.8]) == [1.0, 1.0]
     assert holm([]) == []
 
 
@@ -181,38 +181,36 @@ def test_the_detectable_difference_is_found_in_80_percent():
     assert np.mean(stats.ttest_1samp(samples, 0, axis=1).pvalue < 0.05) == pytest.approx(0.8, abs=0.03)
 
 
-@pytest.mark.parametrize(
-    ("rows", "estimate"),
-    [
-        ([[0.1, 0.1, 0.1], [0.1, 0.1, 0.1]], 0.1),  # a mean of tenths is rounded
-        ([[1.0, 1.0], [1.0, 1.0]], 1.0),
-        ([[1.0, 0.0], [0.0, 1.0]], 0.5),  # each prompt and each seed has the same mean
-    ],
-)
-def test_what_does_not_vary_says_nothing_of_others(rows, estimate):
+@pytest.mark.parametrize("value", [0.1, 1.0, 5 / 6])  # a mean of tenths is rounded
+def test_what_does_not_vary_says_nothing_of_others(value):
     """Six of six scenes followed are no proof that all are."""
+    rows = [[value] * 2] * 3
     found = interval([draws(rows)], (0.0, 1.0))
-    assert (found.low, found.high) == (None, None) and found.estimate == pytest.approx(estimate)
+    assert (found.low, found.high) == (None, None) and found.estimate == pytest.approx(value)
     assert found.varies == ("prompts", "seeds")
-    nothing = {0: draws([[0.0] * len(rows[0])] * 2)}
-    for first in (nothing, {0: draws(rows)}):
-        less = differences(first, {"nora": {0: draws(rows)}})["nora"]
+    for first in ([[0.0] * 2] * 3, rows):
+        less = differences({0: draws(first)}, {"nora": {0: draws(rows)}})["nora"]
         assert (less.interval.low, less.p_value, less.detectable, less.shown) == (None, None, None, False)
         assert "which doesn't say how others would vary" in describe_difference("nora", "lora", "Scene", less)
 
 
+def test_a_difference_that_is_constant_but_for_rounding_is_constant():
+    first, other = [[0.7], [0.6], [0.3]], [[0.8], [0.7], [0.4]]  # 0.8 - 0.7 is not 0.4 - 0.3
+    assert differences({0: draws(first)}, {"nora": {0: draws(other)}})["nora"].p_value is None
+
+
+@pytest.mark.parametrize("rows", [[[1.0, 0.0], [0.0, 1.0]], [[0.1, 0.2, 0.3], [0.2, 0.3, 0.1], [0.3, 0.1, 0.2]]])
+def test_prompts_and_seeds_of_one_mean_leave_the_pictures_to_vary(rows):
+    found, pictures = interval([draws(rows)]), np.ravel(rows)
+    half = stats.t.ppf(0.975, len(pictures) - 1) * stats.sem(pictures)
+    assert (found.low, found.high) == (pytest.approx(np.mean(rows) - half), pytest.approx(np.mean(rows) + half))
+
+
 def test_a_thing_that_does_not_vary_takes_nothing_from_the_others():
-    """Two trainings of equal means beside prompts that differ."""
-    found = differences(
-        {0: draws([[0.0], [0.0]]), 1: draws([[0.0], [0.0]])},
-        {"nora": {0: draws([[0.1], [0.3]]), 1: draws([[0.3], [0.1]])}},
-    )
-    assert found["nora"].interval.low is None  # prompts' means are alike too
-    found = differences(
-        {0: draws([[0.0], [0.0]]), 1: draws([[0.0], [0.0]])},
-        {"nora": {0: draws([[0.1], [0.3]]), 1: draws([[0.1], [0.3]])}},
-    )
-    assert found["nora"].p_value == pytest.approx(stats.ttest_1samp([0.1, 0.3], 0).pvalue)
+    """Two trainings of the same mean beside prompts that differ."""
+    first = {seed: draws([[0.0], [0.0]]) for seed in (0, 1)}
+    found = differences(first, {"nora": {seed: draws([[0.1], [0.3]]) for seed in (0, 1)}})["nora"]
+    assert found.p_value == pytest.approx(stats.ttest_1samp([0.1, 0.3], 0).pvalue)
 
 
 # --- words ------------------------------------------------------------------------------------------------------------

@@ -232,7 +232,7 @@ def test_losses_over_steps_are_less_the_first_rows_of_the_same_subject_and_seed(
         ]
 
     found = less_first({"LoRA": curves(0, 0, 1), "NoRA": curves(-0.1, 0), "DoRA": curves(0.1, 2)}, "curve")
-    np.testing.assert_allclose(found["NoRA"], [[5, 10], [-0.1, -0.2]])  # and not by its own start, which is lower
+    np.testing.assert_allclose(found["NoRA"], [[5, 10], [-100, -200]])  # and not by its own start, which is lower
     np.testing.assert_allclose(found["LoRA"], [[5, 10], [0, 0]])
     assert list(found) == ["LoRA", "NoRA"]  # DoRA shares no seed with LoRA
     assert less_first({"LoRA": curves(0, 0)}, "curve") == less_first({"LoRA": [], "NoRA": []}, "losses") == {}

@@ -49,9 +49,19 @@ def test_trainings_scores_table_and_page(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.count("there already") == 2
 
 
-def test_a_comparison_that_is_ended_ends_its_training_which_saves(tmp_path):
+def test_a_comparison_that_is_ended_ends_its_training_which_saves_and_begins_no_other(tmp_path):
     flags = [*TRAIN, "--max_train_steps", "100000", "--learning_rate", "1e-6"]
-    command = [sys.executable, "-m", "trainer.compare", "--methods", "lora", *JUDGES, "--output_dir", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "trainer.compare",
+        "--methods",
+        "lora",
+        "nora",
+        *JUDGES,
+        "--output_dir",
+        str(tmp_path),
+    ]
     comparison = psutil.Popen([*command, "--", *flags], cwd=ASSETS.parent, stderr=subprocess.DEVNULL)
     try:
         until(lambda: (metrics := tmp_path / "lora" / "metrics.jsonl").is_file() and metrics.read_text())
@@ -60,7 +70,7 @@ def test_a_comparison_that_is_ended_ends_its_training_which_saves(tmp_path):
         comparison.terminate()
         assert comparison.wait(60) == 128 + signal.SIGTERM
     assert not training.is_running()
-    assert list((tmp_path / "lora").glob("checkpoint-*"))
+    assert list((tmp_path / "lora").glob("checkpoint-*")) and not (tmp_path / "nora").exists()
 
 
 @pytest.fixture

@@ -18,9 +18,10 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import FrameType
@@ -316,29 +317,42 @@ def scoring_flags(config: CompareConfig, runs: Sequence[Run]) -> EvaluateConfig:
 def train_all(runs: Sequence[Run], jobs: int) -> None:
     """Train what is not there, `jobs` at a time."""
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
-    with trainings_end_too(), ThreadPoolExecutor(jobs) as pool:
+    with sigterm_exits(), ThreadPoolExecutor(jobs) as pool:
+        trainings = [pool.submit(train, one, threads) for one in runs]
         try:
-            for finished in [pool.submit(train, one, threads) for one in runs]:
+            for finished in trainings:
                 finished.result()
-        except BaseException:  # Ctrl-C among them: what has not begun shall not begin
-            pool.shutdown(cancel_futures=True)
+        except BaseException as error:  # Ctrl-C among them: what has not begun shall not begin
+            pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, SystemExit):
+                end_processes(trainings)
             raise
 
 
 @contextmanager
-def trainings_end_too() -> Iterator[None]:
-    """Pass SIGTERM on to the trainings, which save and leave: unlike Ctrl-C it reaches this process alone."""
+def sigterm_exits() -> Iterator[None]:
+    """SIGTERM raises SystemExit, as Ctrl-C raises KeyboardInterrupt."""
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        for training in psutil.Process().children():
-            training.terminate()
+    def leave(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)  # as shells do
 
-    before = signal.signal(signal.SIGTERM, pass_on)
+    before = signal.signal(signal.SIGTERM, leave)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def end_processes(trainings: Sequence[Future[None]]) -> None:
+    """Pass SIGTERM on to each training, once, for it to save and leave: unlike Ctrl-C it reached this process alone."""
+    told = set()
+    while not all(one.done() for one in trainings):
+        for process in psutil.Process().children():
+            if process.pid not in told:
+                told.add(process.pid)
+                with suppress(psutil.NoSuchProcess):
+                    process.terminate()
+        time.sleep(0.1)
 
 
 def check_flags(run: Run) -> None:

@@ -17,7 +17,7 @@ from runs.interval import Difference
 # Is it that subject, where it was asked for: by the reader, the encoder, the loss; the first three that are known.
 PLOTTED = ("kept", "attributes", "dino", "held_out")
 PANELS = 3
-OVER_STEPS = {"losses": "training loss", "curve": "held-out loss"}  # what a training's record has of each
+OVER_STEPS = {"losses": "1000 × training loss", "curve": "1000 × held-out loss"}  # what a record has of each
 STYLES = [{"linestyle": line, "color": f"C{number}"} for line in ("-", "--", ":") for number in range(10)]
 
 
@@ -68,7 +68,7 @@ def draw_lines(axes: Axes, curves: Mapping[str, np.ndarray], lines: Mapping[str,
 
 
 def less_first(rows: Mapping[str, Records], name: str) -> dict[str, np.ndarray]:
-    """(2, points) steps, and a training's losses less the first row's of the same subject and seed, mean of a row's.
+    """(2, points) steps, and 1000 × losses less the first row's of the same subject and seed, mean of all trainings.
 
     Empty where no row has any to compare.
 
@@ -83,6 +83,6 @@ def less_first(rows: Mapping[str, Records], name: str) -> dict[str, np.ndarray]:
     found = {}
     for row, own in losses.items():
         if shared := [place for place in own if place in first]:
-            less = [own[place][1] - first[place][1] for place in shared]
+            less = [1000 * (own[place][1] - first[place][1]) for place in shared]
             found[row] = np.array([own[shared[0]][0], np.mean(less, axis=0)])
     return found if len(found) > 1 else {}
