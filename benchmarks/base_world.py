@@ -37,6 +37,22 @@ def after_autoencoder(vae: AutoencoderKL, images: Sequence[Image.Image]) -> list
     return processor.postprocess(vae.decode(vae.encode(processor.preprocess(list(images))).latent_dist.mode()).sample)
 
 
+def kept_at_most(vae: AutoencoderKL, reader: Path, heldout: Sequence[Path]) -> dict[str, dict[str, float]]:
+    """How pictures are shown -> subject -> the share of its attributes that the reader finds in held-out ones.
+
+    Args:
+        heldout: a folder of each subject's, beside whose parent lies the subject's own.
+    """
+    found: dict[str, dict[str, float]] = {"as drawn": {}, "through the autoencoder": {}}
+    for folder in heldout:
+        reading = SubjectReading(reader, folder.parent.parent / folder.name)
+        pictures = [Image.open(file).convert("RGB") for file in sorted(folder.glob("*.png"))]
+        for how, shown in zip(found, (pictures, after_autoencoder(vae, pictures))):
+            kept = [attributes_kept(reading.subject, one) for one in reading.reader.read(shown)]
+            found[how][folder.name] = fmean(kept)
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base", type=expand_home, default="assets/tiny-sdxl")
@@ -51,14 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--subjects_dir {args.subjects_dir} has no folder of a subject in heldout")
     pipeline = load_pipeline(args.base, torch.float32)
     reader = AttributeReader.load(args.reader)
-    reached: dict[str, list[float]] = {"as drawn": [], "through the autoencoder": []}
-    for folder in subjects:
-        subject = SubjectReading(args.reader, args.subjects_dir / folder.name).subject
-        pictures = [Image.open(file).convert("RGB") for file in sorted(folder.glob("*.png"))]
-        for how, shown in zip(reached, (pictures, after_autoencoder(pipeline.vae, pictures))):
-            reached[how].append(fmean(attributes_kept(subject, found) for found in reader.read(shown)))
-            print(f"attributes of {folder.name}'s held-out pictures, {how}: {reached[how][-1]:.3f}")
-    print("; ".join(f"{how}, mean of the subjects: {fmean(found):.3f}" for how, found in reached.items()))
+    for how, shares in kept_at_most(pipeline.vae, args.reader, subjects).items():
+        said = ", ".join(f"{subject} {share:.3f}" for subject, share in shares.items())
+        print(f"attributes in held-out pictures {how}: {said}; mean {fmean(shares.values()):.3f}")
     scenes = {words: place for words, place in reader.places.items() if "background" not in words}
     asked = {
         f"a photo of a {kind} {words}": (kind, place)

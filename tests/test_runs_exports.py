@@ -259,8 +259,13 @@ def test_the_card_shows_the_best_score_as_tables_do(tmp_path):
     record = json.loads((folder / "run.json").read_text())
     assert "best adapter" not in (folder / "README.md").read_text()
     score = Interval(0.897, 0.875, 0.919, 0.95, ("prompts", "seeds"), (6, 2))
+    alike = Interval(1.0, varies=("prompts", "seeds"), count=(6, 2))
     for best, words in (
         ({"step": 1, "by": "dino", "dino": 0.897, "interval": score.fields()}, f"dino: {format_interval(score)} (95% "),
+        (
+            {"step": 1, "by": "scene", "scene": 1.0, "interval": alike.fields()},
+            "by scene: 1.000 (6 prompts × 2 seeds; ",
+        ),
         ({"step": 1, "by": "val_loss", "val_loss": 0.125}, "by val_loss: 0.125."),
     ):
         write_card(folder, record | {"best": best})
