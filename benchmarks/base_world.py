@@ -19,25 +19,20 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from diffusers import AutoencoderKL
-from diffusers.image_processor import VaeImageProcessor
-from PIL import Image
+from diffusers import StableDiffusionXLPipeline
 
+from benchmarks.copies import through_autoencoder
 from inference.base import load_pipeline
 from inference.sampling import generate_images
 from judging.attributes import AttributeReader, SubjectReading, attributes_kept
 from settings.command_line import quiet_libraries
+from storage.pictures import find_images, open_image
 from storage.text import expand_home, home_path
 
 
-@torch.no_grad()
-def after_autoencoder(vae: AutoencoderKL, images: Sequence[Image.Image]) -> list[Image.Image]:
-    """What the autoencoder makes of pictures of one size."""
-    processor = VaeImageProcessor()
-    return processor.postprocess(vae.decode(vae.encode(processor.preprocess(list(images))).latent_dist.mode()).sample)
-
-
-def kept_at_most(vae: AutoencoderKL, reader: Path, heldout: Sequence[Path]) -> dict[str, dict[str, float]]:
+def kept_at_most(
+    pipeline: StableDiffusionXLPipeline, reader: Path, heldout: Sequence[Path]
+) -> dict[str, dict[str, float]]:
     """How pictures are shown -> subject -> the share of its attributes that the reader finds in held-out ones.
 
     Args:
@@ -46,8 +41,8 @@ def kept_at_most(vae: AutoencoderKL, reader: Path, heldout: Sequence[Path]) -> d
     found: dict[str, dict[str, float]] = {"as drawn": {}, "through the autoencoder": {}}
     for folder in heldout:
         reading = SubjectReading(reader, folder.parent.parent / folder.name)
-        pictures = [Image.open(file).convert("RGB") for file in sorted(folder.glob("*.png"))]
-        for how, shown in zip(found, (pictures, after_autoencoder(vae, pictures))):
+        pictures = [open_image(path) for path in find_images(folder, "subjects_dir")]
+        for how, shown in zip(found, (pictures, through_autoencoder(pipeline, pictures))):
             kept = [attributes_kept(reading.subject, one) for one in reading.reader.read(shown)]
             found[how][folder.name] = fmean(kept)
     return found
@@ -67,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--subjects_dir {args.subjects_dir} has no folder of a subject in heldout")
     pipeline = load_pipeline(args.base, torch.float32)
     reader = AttributeReader.load(args.reader)
-    for how, shares in kept_at_most(pipeline.vae, args.reader, subjects).items():
+    for how, shares in kept_at_most(pipeline, args.reader, subjects).items():
         said = ", ".join(f"{subject} {share:.3f}" for subject, share in shares.items())
         print(f"attributes in held-out pictures {how}: {said}; mean {fmean(shares.values()):.3f}")
     scenes = {words: place for words, place in reader.places.items() if "background" not in words}

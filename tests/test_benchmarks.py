@@ -8,7 +8,6 @@ from statistics import fmean
 import pytest
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL
 
 from benchmarks import __main__ as bench
 from benchmarks import base_world, basis, block, cards, full_size, gpu
@@ -120,9 +119,9 @@ def test_goals_are_met_or_not(capsys):
 def test_what_the_reader_finds_of_subjects_that_are_there():
     """The figures of docs/judging.md and docs/study.md; another machine's autoencoder may round otherwise."""
     assets = Path(__file__).parent.parent / "assets"
-    vae = AutoencoderKL.from_pretrained(assets / "tiny-sdxl" / "vae")
+    pipeline = load_pipeline(str(assets / "tiny-sdxl"), torch.float32)
     heldout = sorted((assets / "subjects" / "heldout").iterdir())
-    found = base_world.kept_at_most(vae, assets / "tiny-attributes", heldout)
+    found = base_world.kept_at_most(pipeline, assets / "tiny-attributes", heldout)
     assert {how: fmean(shares.values()) for how, shares in found.items()} == {
         "as drawn": pytest.approx(0.98, abs=0.01),
         "through the autoencoder": pytest.approx(0.96, abs=0.015),

@@ -194,6 +194,12 @@ def test_what_does_not_vary_says_nothing_of_others(value):
         assert "which doesn't say how others would vary" in describe_difference("nora", "lora", "Scene", less)
 
 
+def test_identical_methods_do_not_differ():
+    one = {0: draws([[0.1, 0.2], [0.3, 0.4]])}
+    found = differences(one, {"same": one})["same"]
+    assert found.interval.estimate == 0 and found.interval.low is None and found.p_value is None and not found.shown
+
+
 def test_a_difference_that_is_constant_but_for_rounding_is_constant():
     first, other = [[0.7], [0.6], [0.3]], [[0.8], [0.7], [0.4]]  # 0.8 - 0.7 is not 0.4 - 0.3
     assert differences({0: draws(first)}, {"nora": {0: draws(other)}})["nora"].p_value is None

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -19,7 +20,7 @@ from judging.copies import Copies
 from judging.statistics import interval
 from judging.tables import score_table
 from settings.columns import CompareConfig
-from trainer.compare import Run, main, of_columns, plan, summarise, train
+from trainer.compare import Run, main, of_columns, plan, summarise, train, train_all
 
 ASSETS = Path(__file__).parent.parent / "assets"
 ROBOT = str(ASSETS / "subjects" / "robot")
@@ -51,18 +52,9 @@ def test_trainings_scores_table_and_page(tmp_path, capsys, monkeypatch):
 
 def test_a_comparison_that_is_ended_ends_its_training_which_saves_and_begins_no_other(tmp_path):
     flags = [*TRAIN, "--max_train_steps", "100000", "--learning_rate", "1e-6"]
-    command = [
-        sys.executable,
-        "-m",
-        "trainer.compare",
-        "--methods",
-        "lora",
-        "nora",
-        *JUDGES,
-        "--output_dir",
-        str(tmp_path),
-    ]
-    comparison = psutil.Popen([*command, "--", *flags], cwd=ASSETS.parent, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "trainer.compare", "--methods", "lora", "nora", *JUDGES]
+    command += ["--output_dir", str(tmp_path), "--", *flags]
+    comparison = psutil.Popen(command, cwd=ASSETS.parent, stderr=subprocess.DEVNULL)
     try:
         until(lambda: (metrics := tmp_path / "lora" / "metrics.jsonl").is_file() and metrics.read_text())
         [training] = comparison.children()
@@ -71,6 +63,12 @@ def test_a_comparison_that_is_ended_ends_its_training_which_saves_and_begins_no_
         assert comparison.wait(60) == 128 + signal.SIGTERM
     assert not training.is_running()
     assert list((tmp_path / "lora").glob("checkpoint-*")) and not (tmp_path / "nora").exists()
+
+
+def test_a_comparison_runs_in_a_thread_too():
+    """Where no signal can be handled: those who run it there handle them."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(train_all, [], 1).result()
 
 
 @pytest.fixture
