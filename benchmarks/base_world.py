@@ -25,7 +25,7 @@ from benchmarks.copies import through_autoencoder
 from inference.base import load_pipeline
 from inference.sampling import generate_images
 from judging.attributes import AttributeReader, SubjectReading, attributes_kept
-from settings.command_line import quiet_libraries
+from settings.command_line import quiet_libraries, run_command
 from storage.pictures import find_images, open_image
 from storage.text import expand_home, home_path
 
@@ -60,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     subjects = sorted(folder for folder in (args.subjects_dir / "heldout").glob("*") if folder.is_dir())
     if not subjects:
         parser.error(f"--subjects_dir {args.subjects_dir} has no folder of a subject in heldout")
-    pipeline = load_pipeline(args.base, torch.float32)
     reader = AttributeReader.load(args.reader)
+    pipeline = load_pipeline(args.base, torch.float32)
     for how, shares in kept_at_most(pipeline, args.reader, subjects).items():
         said = ", ".join(f"{subject} {share:.3f}" for subject, share in shares.items())
         print(f"attributes in held-out pictures {how}: {said}; mean {fmean(shares.values()):.3f}")
@@ -84,4 +84,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

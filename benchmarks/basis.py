@@ -26,6 +26,7 @@ from methods.components import TARGETS
 from nora import BasisCache, NoraConfig, use_basis_cache
 from nora.basis import build_basis
 from nora.parallel import in_parallel
+from settings.command_line import run_command
 
 
 def layer_shapes(base: str) -> list[tuple[int, int]]:
@@ -81,4 +82,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

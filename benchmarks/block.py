@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from methods.components import TARGETS
 from nora import NoraConfig
+from settings.command_line import run_command
 from trainer.blocks import keep_less
 
 WIDTH, CONTEXT, HEADS = 1280, 2048, 20
@@ -151,4 +152,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

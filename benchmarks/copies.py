@@ -27,7 +27,7 @@ from inference.base import load_pipeline
 from inference.sampling import generate_images
 from judging.copies import SAME, Copies, CopyDetector
 from judging.scores import ImageEncoder
-from settings.command_line import quiet_libraries
+from settings.command_line import quiet_libraries, run_command
 from storage.pictures import find_images, open_image
 
 SCENES = (
@@ -280,4 +280,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -30,7 +30,7 @@ from inference.base import load_pipeline
 from methods.components import TARGETS
 from nora import NoraConfig
 from nora.model import nora_layers
-from settings.command_line import quiet_libraries
+from settings.command_line import quiet_libraries, run_command
 from storage.text import expand_home
 
 BATCH = 4
@@ -124,4 +124,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

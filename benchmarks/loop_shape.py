@@ -34,7 +34,7 @@ from dreambooth.loss import Objective
 from inference.base import load_pipeline
 from methods.components import FOLDED_WEIGHTS, TARGETS
 from methods.files import write_diffusers_file
-from settings.command_line import quiet_libraries
+from settings.command_line import quiet_libraries, run_command
 from settings.training import TrainConfig
 from storage.pictures import open_image
 from storage.text import expand_home
@@ -144,4 +144,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

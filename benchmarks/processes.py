@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from benchmarks.sdxl_shape import ASSETS
 from methods.components import FOLDED_WEIGHTS
+from settings.command_line import run_command
 
 ROOT = ASSETS.parent
 
@@ -62,4 +63,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

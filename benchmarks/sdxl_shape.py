@@ -22,6 +22,8 @@ import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from inference.base import check_base
+from settings.command_line import run_command
 from storage.text import home_path
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -103,8 +105,13 @@ def build_sdxl_shape(name: str) -> StableDiffusionXLPipeline:
 
 @contextmanager
 def base_folder(base: str) -> Iterator[str]:
-    """The base itself, or a temporary one where it is the name of a shape."""
+    """The base itself, or a temporary one where it is the name of a shape.
+
+    Raises:
+        ValueError: if it is neither.
+    """
     if base not in SHAPES:
+        check_base(base)
         yield base
         return
     with TemporaryDirectory() as folder:
@@ -121,4 +128,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

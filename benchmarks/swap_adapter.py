@@ -31,7 +31,7 @@ from inference.base import load_pipeline
 from inference.load import load_adapter, swap_adapter, unload_adapters
 from inference.sampling import generate_images
 from methods.components import FOLDED_WEIGHTS, INNER_WEIGHTS, TARGETS
-from settings.command_line import quiet_libraries
+from settings.command_line import quiet_libraries, run_command
 from storage.tensors import write_safetensors
 from storage.text import expand_home
 
@@ -102,4 +102,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 from pathlib import Path
 from statistics import fmean
 
@@ -127,3 +128,36 @@ def test_what_the_reader_finds_of_subjects_that_are_there():
         "through the autoencoder": pytest.approx(0.96, abs=0.015),
     }
     assert found["through the autoencoder"]["robot"] == pytest.approx(0.81, abs=0.03)
+
+
+NOWHERE = "no/such/folder"
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("benchmarks/base_world.py", ["--reader", NOWHERE]),
+        ("benchmarks/base_world.py", ["--base", NOWHERE]),
+        ("benchmarks/copies.py", ["--base", NOWHERE]),
+        ("benchmarks/half_precision.py", ["--base", NOWHERE]),
+        ("benchmarks/loop_shape.py", ["--base", NOWHERE]),
+        ("benchmarks/swap_adapter.py", ["--base", NOWHERE]),
+        ("benchmarks/study/__main__.py", ["--tuning_subjects", "bear", "--base", NOWHERE, "--work", "work"]),
+        ("tools/single_file.py", [NOWHERE, "file.safetensors"]),
+        ("tools/velocity_base.py", [NOWHERE, "file.safetensors"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_what_is_not_there_is_one_sentence(program, words, monkeypatch, capsys, tmp_path):
+    root = Path(__file__).parent.parent
+    monkeypatch.chdir(tmp_path)
+    for name in ("assets", "benchmarks"):
+        (tmp_path / name).symlink_to(root / name)
+    monkeypatch.setattr("sys.argv", [program, *words])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(root / program), run_name="__main__")
+    said = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2
+    assert "error: " in said and NOWHERE in said and "Traceback" not in said, said
+    assert said.splitlines()[-1].count("error: ") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"assets", "benchmarks"}

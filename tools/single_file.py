@@ -17,8 +17,10 @@ import torch
 from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING
 from safetensors.torch import load_file
 
+from inference.base import check_base
 from inference.single_file import FIRST_ENCODER, SECOND_ENCODER, UNET, VAE, VELOCITY, ZERO_SNR
 from methods.formats.sgm import SgmNames
+from settings.command_line import run_command
 from storage.tensors import write_safetensors
 
 Tensors = dict[str, torch.Tensor]
@@ -116,8 +118,13 @@ def write_single_file(
     Args:
         v_pred, ztsnr: add the key.
         dtype: of DTYPES, or scaled_fp8; None: as it is. fp8 is of the UNet alone.
-    """
 
+    Raises:
+        ValueError: if the folder holds no whole base.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: name that of a base, with its unet, vae and text encoders")
+    check_base(folder)
     state = checkpoint(folder)
     if dtype == "scaled_fp8":
         state = scaled(state)
@@ -142,4 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

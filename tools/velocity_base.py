@@ -22,6 +22,7 @@ from dreambooth.loss import Objective
 from inference.base import load_pipeline
 from inference.prediction import settle_scheduler
 from inference.sampling import encode_prompts, generate_images
+from settings.command_line import run_command
 from tools.single_file import write_single_file
 
 PROMPTS = [
@@ -106,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

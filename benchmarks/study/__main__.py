@@ -28,6 +28,8 @@ from benchmarks.study.settings import PAPER, Setting, attention_layers, groups_o
 from benchmarks.study.trainings import Laboratory, NotMeasured, Training
 from benchmarks.study.tuning import Tuning, rates_table, tune
 from benchmarks.study.workers import best_rate, in_processes, score
+from inference.base import check_base
+from settings.command_line import run_command
 from storage.files import check_writable_target, write_atomic
 from storage.text import expand_home, home_path
 
@@ -115,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_writable_target(args.work, "--work", folder=True)
         if args.measured and not laboratory.results.is_file():
             raise ValueError(f"--work {args.work} has no trainings: leave --measured out to make some")
-        laboratory.claim()
+        check_base(args.base)
         layers = attention_layers(args.base)
         all_groups = groups_of(layers)
         groups = {
@@ -123,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for title, rows in all_groups.items()
             if any(re.search(pattern, title) for pattern in args.groups)
         }
+        laboratory.claim()
     except (ValueError, re.error) as error:
         parser.error(str(error))
     chosen = list(dict.fromkeys(one for rows in groups.values() for one in rows.values()))
@@ -163,4 +166,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
