@@ -32,7 +32,7 @@ from benchmarks.study.settings import (
 from benchmarks.study.trainings import Laboratory, NotMeasured, Training
 from benchmarks.study.tuning import Tuning, rates_table, shortfall, tune
 from judging import statistics
-from methods.registry import METHODS
+from methods.registry import METHODS, PRESETS, resolve
 from trainer.diagnostics import TrainingFailure
 from trainer.models import make_run_adapter
 from trainer.preflight import check_fits_base, preflight
@@ -55,6 +55,12 @@ def test_every_method_is_compared_within_the_budgets(groups):
     middle = list(groups.values())[BUDGETS.index(4)]
     assert {one.method for one in middle.values()} == set(METHODS)
     assert next(iter(middle.values())).method == "lora"  # what the others are compared with
+
+
+def test_every_preset_of_nora_is_among_the_ranks(groups):
+    measured = [resolve("nora", one.args, {}) for one in groups["NoRA: outer and inner rank"].values()]
+    for preset in PRESETS:
+        assert resolve("nora", [], {"preset": preset}) | {"preset": "default"} in measured, preset
 
 
 def test_one_setting_has_one_key():

@@ -21,8 +21,9 @@ LORA_RANKS = (1, 4, 16)  # where these are not told apart, nor are methods
 NEIGHBOURS: dict[str, Mapping[str, Sequence[str]]] = {
     "NoRA: outer and inner rank": {
         f"NoRA ({outer}, {inner})": (f"rank={inner}", *([f"outer_rank={outer}"] if outer != 8 * inner else []))
-        for outer, inner in ((64, 8), (64, 16), (64, 4), (32, 8), (32, 4), (16, 8))
-    },
+        for outer, inner in ((64, 8), (64, 16), (64, 4), (32, 8), (32, 4), (16, 8), (128, 16))
+    }
+    | {"NoRA (64, 32), normal: the preset paper": ("outer_rank=64", "rank=32", "inner_init=normal")},
     "NoRA: outer factors (Table 4)": {
         "AwSVD": (),
         "AwSVD, gamma 1": ("awsvd_gamma=1",),
