@@ -1,11 +1,11 @@
 """NoRA on CLIP with a few pictures a class, by plain PEFT, beside LoRA with as many trained parameters.
 
     OMP_NUM_THREADS=2 python -m examples.few_shot_clip                   # minutes, no download
-    python -m examples.few_shot_clip --classes color --steps 10 --shots 4 --seeds 0
+    python -m examples.few_shot_clip --classes kind --steps 10 --shots 4 --seeds 0
 
 After the paper's Tables 3 and 12 (arXiv 2408.10280): q, k and v of both towers, 400 iterations, 4 and 16 pictures a
-class. The CLIP is the embedded one and the pictures are drawn (tools/world): of which of eleven kinds is a figure, or
-of which of twelve colours? The frozen rank is half of the layers' width and the trained one a thirty-second, as 256 and
+class. The CLIP is the embedded one and the pictures are drawn (tools/world): of which of twelve colours is a figure, or
+of which of eleven kinds? The frozen rank is half of the layers' width and the trained one a thirty-second, as 256 and
 16 are of 512, the width of the paper's text tower (its other tower is 768 wide). Each method's learning rate is the
 best of four on validation pictures, for each number of shots; the table has the accuracy on others.
 """
@@ -166,7 +166,7 @@ def table(rows: Sequence[dict]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--clip", default=str(ROOT / "assets" / "tiny-clip"), help="a CLIP of transformers")
-    parser.add_argument("--classes", choices=CLASSES, default="kind", help="what is to be told apart")
+    parser.add_argument("--classes", choices=CLASSES, default="color", help="what is to be told apart")
     parser.add_argument("--shots", type=int, nargs="+", default=[4, 16], help="pictures of each class")
     parser.add_argument("--steps", type=int, default=400, help="of each training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one training each")
