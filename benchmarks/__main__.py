@@ -31,7 +31,7 @@ from benchmarks.gpu import LORA_16, NORA, config_of
 from benchmarks.sdxl_shape import build_unet
 from methods.base_passes import LABEL
 from nora.model import nora_layers
-from settings.command_line import quiet_libraries, run_command
+from settings.command_line import quiet_libraries
 
 
 class Figure(NamedTuple):
@@ -179,4 +179,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

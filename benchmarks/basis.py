@@ -26,7 +26,6 @@ from methods.components import TARGETS
 from nora import BasisCache, NoraConfig, use_basis_cache
 from nora.basis import build_basis
 from nora.parallel import in_parallel
-from settings.command_line import run_command
 
 
 def layer_shapes(base: str) -> list[tuple[int, int]]:
@@ -82,4 +81,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

@@ -28,7 +28,6 @@ from torch.utils.checkpoint import checkpoint
 
 from methods.components import TARGETS
 from nora import NoraConfig
-from settings.command_line import run_command
 from trainer.blocks import keep_less
 
 WIDTH, CONTEXT, HEADS = 1280, 2048, 20
@@ -152,4 +151,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

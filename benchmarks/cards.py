@@ -31,7 +31,6 @@ from methods.memory import (
 )
 from nora.functional import FINGERPRINT_SHAPE
 from nora.model import nora_layers
-from settings.command_line import run_command
 from trainer.blocks import keep_less
 
 CARDS = (8, 12, 16, 24, 32)
@@ -117,4 +116,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

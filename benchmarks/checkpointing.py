@@ -23,7 +23,6 @@ from benchmarks.cards import CHECKPOINTING, TOKENS
 from benchmarks.gpu import NORA, Cell, config_of, make_inputs
 from benchmarks.sdxl_shape import SHAPES, build_unet, pixels
 from methods.memory import saved_activation_bytes
-from settings.command_line import run_command
 from trainer.blocks import keep_less
 
 
@@ -78,4 +77,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

@@ -26,7 +26,6 @@ from diffusers import UNet2DConditionModel
 import nora
 from benchmarks.gpu import LORA_16, NORA, Cell, measure
 from benchmarks.sdxl_shape import SHAPES, build_unet
-from settings.command_line import run_command
 
 SIDE = 256  # of a picture, in pixels
 
@@ -67,4 +66,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

@@ -42,7 +42,7 @@ from torch import nn
 from benchmarks.sdxl_shape import SHAPES, build_unet, pixels
 from methods.components import TARGETS
 from nora import NoraConfig
-from settings.command_line import quiet_libraries, run_command
+from settings.command_line import quiet_libraries
 from storage.files import write_atomic
 from storage.text import first_line, home_path
 from trainer.blocks import compile_blocks, keep_less
@@ -453,4 +453,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 
 from benchmarks.sdxl_shape import ASSETS
 from methods.components import FOLDED_WEIGHTS
-from settings.command_line import run_command
 
 ROOT = ASSETS.parent
 
@@ -63,4 +62,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

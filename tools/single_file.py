@@ -110,6 +110,13 @@ def scaled(state: Mapping[str, torch.Tensor]) -> Tensors:
     return found | {f"{UNET}scaled_fp8": torch.empty(2, dtype=torch.float8_e4m3fn)}
 
 
+def check_folder(folder: Path) -> None:
+    """Raise ValueError unless it is that of a whole base."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: name that of a base, with its unet, vae and text encoders")
+    check_base(folder)
+
+
 def write_single_file(
     folder: Path, file: Path, *, v_pred: bool = False, ztsnr: bool = False, dtype: str | None = None
 ) -> None:
@@ -122,9 +129,7 @@ def write_single_file(
     Raises:
         ValueError: if the folder holds no whole base.
     """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: name that of a base, with its unet, vae and text encoders")
-    check_base(folder)
+    check_folder(folder)
     state = checkpoint(folder)
     if dtype == "scaled_fp8":
         state = scaled(state)

@@ -23,7 +23,7 @@ from inference.base import load_pipeline
 from inference.prediction import settle_scheduler
 from inference.sampling import encode_prompts, generate_images
 from settings.command_line import run_command
-from tools.single_file import write_single_file
+from tools.single_file import check_folder, write_single_file
 
 PROMPTS = [
     f"a photo of a {thing} {place}"
@@ -42,6 +42,7 @@ def teach_velocity(
         seeds: the base draws so many pictures of its own of each of PROMPTS.
         keys: the file says by its keys what it predicts.
     """
+    check_folder(folder)
     pipeline = load_pipeline(folder, torch.float32, "cpu")
     latents, embeds = drawn_latents(pipeline, PROMPTS, seeds)
     objective = Objective(settle_scheduler(pipeline.scheduler, folder, "v_prediction", "on"))

@@ -29,7 +29,6 @@ from benchmarks.study.trainings import Laboratory, NotMeasured, Training
 from benchmarks.study.tuning import Tuning, rates_table, tune
 from benchmarks.study.workers import best_rate, in_processes, score
 from inference.base import check_base
-from settings.command_line import run_command
 from storage.files import check_writable_target, write_atomic
 from storage.text import expand_home, home_path
 
@@ -125,12 +124,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             for title, rows in all_groups.items()
             if any(re.search(pattern, title) for pattern in args.groups)
         }
+        chosen = list(dict.fromkeys(one for rows in groups.values() for one in rows.values()))
+        if not chosen:
+            raise ValueError(f"nothing fits --groups and --settings: the groups are {'; '.join(all_groups)}")
+        if not args.measured:
+            laboratory.check_judges([*subjects, *args.tuning_subjects])
         laboratory.claim()
     except (ValueError, re.error) as error:
         parser.error(str(error))
-    chosen = list(dict.fromkeys(one for rows in groups.values() for one in rows.values()))
-    if not chosen:
-        parser.error(f"nothing fits --groups and --settings: the groups are {'; '.join(all_groups)}")
     if not args.measured:
         rates = in_processes(args.jobs, partial(best_rate, laboratory, args.tuning_subjects, args.steps), chosen)
         trainings = [
@@ -166,4 +167,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

@@ -17,7 +17,8 @@ RATE_FACTORS = (1 / 3, 1.0, 3.0, 9.0)
 BUDGETS = (0.5, 4, 16)
 EXPORTED_RANK = 16
 LORA_RANKS = (1, 4, 16)  # where these are not told apart, nor are methods
-# NoRA's neighbours: each group varies one choice, as the paper's table of that number does.
+# NoRA's neighbours: each group varies one choice, as the paper's table of that number does, but for the preset paper
+# (its start too) and the middle and last directions (of plain SVD).
 NEIGHBOURS: dict[str, Mapping[str, Sequence[str]]] = {
     "NoRA: outer and inner rank": {
         f"NoRA ({outer}, {inner})": (f"rank={inner}", *([f"outer_rank={outer}"] if outer != 8 * inner else []))

@@ -27,6 +27,7 @@ from inference.score_labels import SCORE_LABELS
 from judging import evaluate
 from judging.attributes import SubjectReading
 from judging.prompts import Protocol, with_article
+from judging.scores import ClipEncoder, ImageEncoder
 from methods.components import RUN_RECORD
 from runs.record import METRICS, read_metrics
 from settings.columns import BASE_COLUMN, EvaluateConfig
@@ -101,6 +102,17 @@ class Laboratory:
             return
         note.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(note, json.dumps(own) + "\n")
+
+    def check_judges(self, subjects: Iterable[str]) -> None:
+        """Load each once, before anything is trained that they couldn't score.
+
+        Raises:
+            ValueError: if one isn't there, or the subject's attributes aren't.
+        """
+        ClipEncoder(self.clip, torch.device("cpu"))
+        ImageEncoder(self.dino, torch.device("cpu"))
+        for subject in subjects if self.attributes else ():
+            SubjectReading(Path(self.attributes), self.subjects / subject)
 
     @property
     def results(self) -> Path:
