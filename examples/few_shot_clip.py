@@ -4,10 +4,10 @@
     python -m examples.few_shot_clip --classes kind --steps 10 --shots 4 --seeds 0
 
 After the paper's Tables 3 and 12 (arXiv 2408.10280): q, k and v of both towers, 400 iterations, 4 and 16 pictures a
-class. The CLIP is the embedded one and the pictures are drawn (tools/world): of which of twelve colours is a figure, or
-of which of eleven kinds? The frozen rank is half of the layers' width and the trained one a thirty-second, as 256 and
-16 are of 512, the width of the paper's text tower (its other tower is 768 wide). Each method's learning rate is the
-best of four on validation pictures, for each number of shots; the table has the accuracy on others.
+class. The CLIP is the embedded one and the pictures are drawn (tools/world): which of twelve colours does a figure
+have, or which of eleven kinds is it? The frozen rank is half of the layers' width and the trained one a thirty-second,
+as 256 and 16 are of 512, the width of the paper's text tower (its other tower is 768 wide). Each method's learning rate
+is the best of four on validation pictures, for each number of shots; the table has the accuracy on others.
 """
 
 from __future__ import annotations

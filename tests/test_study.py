@@ -261,6 +261,21 @@ def test_the_tables_in_the_docs_are_of_the_results(monkeypatch, tmp_path):
     assert len(rows) > 20 and [row for row in rows if row not in tables] == []
 
 
+def test_the_docs_say_how_much_is_measured(groups):
+    root = ASSETS.parent
+    lines = (root / "benchmarks/study/results/trainings.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    scored = {one["training"].split(f" {one['subject']} seed ")[0] for one in records if "scores" in one}
+    settings = {one.key for rows in groups.values() for one in rows.values()}
+    assert scored <= settings
+    page, readme = (" ".join((root / name).read_text().split()) for name in ("docs/study.md", "README.md"))
+    assert f"Measured are {len(scored)} of {len(settings)} settings" in page
+    assert f"{len(scored)} of the study's {len(settings)} settings are measured" in readme
+    assert f"The {len(records)} that are measured" in page
+    middle = next(rows for title, rows in groups.items() if "rank 4" in title)
+    assert {one.key for one in middle.values()} <= scored and "every method of the registry" in page
+
+
 def test_tables_of_no_results_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*STUDY, "--work", str(tmp_path / "new")])
