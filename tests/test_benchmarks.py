@@ -151,11 +151,16 @@ NOWHERE = "no/such/folder"
         ("benchmarks/study/__main__.py", ["--tuning_subjects", "bear", "--groups", NOWHERE, "--work", "work"]),
         ("tools/single_file.py", [NOWHERE, "file.safetensors"]),
         ("tools/velocity_base.py", [NOWHERE, "file.safetensors"]),
+        ("tools/world_sheet.py", ["sheet.png", "--base", NOWHERE]),
+        ("tools/pretrain_attributes.py", ["--base", NOWHERE]),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_what_is_not_there_is_one_sentence(program, words, monkeypatch, capsys, tmp_path):
     root = Path(__file__).parent.parent
+    if program in ("tools/world_sheet.py", "tools/pretrain_attributes.py"):  # they draw
+        pytest.importorskip("resvg_py")
+        monkeypatch.syspath_prepend(root / "tools")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "assets").symlink_to(root / "assets")
     monkeypatch.setattr("sys.argv", [program, *words])

@@ -168,6 +168,8 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--held_out", type=int, default=2000, help="pictures to measure the accuracy on")
     args = parser.parse_args()
+    if not (args.base / "vae").is_dir():
+        parser.error(f"--base {args.base} is no folder of a base: it has no autoencoder in vae")
     args.work_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     reader = AttributeReader(ANSWERS, {place_words(place): place for place in PLACES})

@@ -127,6 +127,8 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="a finished base")
     parser.add_argument("--seed", type=int, default=0, help="of the world's pictures")
     args = parser.parse_args()
+    if args.base and not (args.base / "model_index.json").is_file():
+        parser.error(f"--base {args.base} is no folder of a base: it has no model_index.json")
     world = DrawnWorld()
     if args.base:
         image = samples(StableDiffusionXLPipeline.from_pretrained(args.base), world.size)
